@@ -1,0 +1,52 @@
+"""λ-GELU for Hugging Face transformers: from a pretrained GELU network to a ReLU network.
+
+Importing registers the activation keys `lambda_gelu`, `lambda_gelu_tanh`, `lambda_quick_gelu` and `lambda_silu` in
+transformers' activation tables, and does nothing else.
+"""
+
+from .activation import LambdaGELU, hardness_profile, hardness_sites
+from .arguments import LambdaGELUTrainingArguments
+from .card import CardDetails
+from .conversion import ConversionError, ConversionReport, convert
+from .export import VerificationError, save_relu_pretrained, verify_relu_pretrained
+from .functional import lambda_gelu, lambda_gelu_reference
+from .hardening import HardeningSchedule, sup_error, target_hardness
+from .hub import PushError, push_relu_to_hub
+from .optim import attach_hardness_update
+from .plots import plot_hardness
+from .registry import register
+from .substitution import SoftGateError, SubstitutionReport, gates_as_relu, relu_ize
+from .training import LambdaGELUTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CardDetails",
+    "ConversionError",
+    "ConversionReport",
+    "HardeningSchedule",
+    "LambdaGELU",
+    "LambdaGELUTrainer",
+    "LambdaGELUTrainingArguments",
+    "PushError",
+    "SoftGateError",
+    "SubstitutionReport",
+    "VerificationError",
+    "attach_hardness_update",
+    "convert",
+    "gates_as_relu",
+    "hardness_profile",
+    "hardness_sites",
+    "lambda_gelu",
+    "lambda_gelu_reference",
+    "plot_hardness",
+    "push_relu_to_hub",
+    "register",
+    "relu_ize",
+    "save_relu_pretrained",
+    "sup_error",
+    "target_hardness",
+    "verify_relu_pretrained",
+]
+
+register()

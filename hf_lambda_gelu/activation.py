@@ -1,0 +1,134 @@
+"""`LambdaGELU`, the activation module with a learnable hardness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from .bases import get_base
+from .functional import check_hardness, lambda_gelu
+
+# λ = 1 lies at s = −∞. The smallest excess that is stored, 2⁻²⁴, gives λ = 1 exactly in fp32 with a finite s.
+MIN_EXCESS = 2.0**-24
+
+
+class LambdaGELU(nn.Module):
+    r"""x · gate(λx) with one learnable hardness, λ = 1 + softplus(s / t).
+
+    The reparameterization keeps λ ≥ 1 (arXiv 2603.21991; its form as in the code that cites it). The paper starts at
+    s = 0, λ = 1 + ln 2; the default here is λ = 1, since a pretrained model must keep its function.
+
+    Args:
+        init_hardness: λ at the start, ≥ 1.
+        temperature: t > 0, the scale of s.
+        base: "gelu", "gelu_tanh", "quick_gelu" or "silu", see `lambda_gelu`.
+
+    Attributes:
+        raw_hardness: the parameter s, shape (1,), fp32 whatever dtype the model has or is cast to: in bf16, steps of the
+            usual size would round to nothing. Casting to float64 is followed.
+
+    Shapes: input and output any, same dtype.
+    """
+
+    raw_hardness: nn.Parameter
+
+    def __init__(self, init_hardness: float = 1.0, temperature: float = 0.1, base: str = "gelu") -> None:
+        super().__init__()
+        if not (0.0 < float(temperature) < math.inf):
+            raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+        self.base = get_base(base).name
+        self.temperature = float(temperature)
+        self.init_hardness = check_hardness(init_hardness)
+        self.as_relu = False  # set by `gates_as_relu` for the time of an evaluation
+        self.raw_hardness = nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to `init_hardness`."""
+        self.set_hardness(self.init_hardness)
+
+    @property
+    def hardness(self) -> Tensor:
+        """λ, shape (1,), differentiable in s."""
+        # threshold: beyond s/t = 20 softplus is the identity to fp32's last bit
+        return 1.0 + F.softplus(self.raw_hardness / self.temperature)
+
+    @torch.no_grad()
+    def set_hardness(self, value: float) -> None:
+        """Set λ to `value`, a finite number ≥ 1 (ValueError otherwise)."""
+        self.raw_hardness.fill_(raw_from_hardness(value, self.temperature))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x) if self.as_relu else lambda_gelu(x, self.hardness, self.base)
+
+    def extra_repr(self) -> str:
+        value = "on meta" if self.raw_hardness.is_meta else f"{self.hardness.item():.4g}"
+        return f"hardness={value}, base={self.base!r}"
+
+    # transformers sets this flag on every module once its weights are in place. `from_pretrained` leaves a parameter that
+    # the checkpoint lacks as uninitialised memory and no `_init_weights` knows this class, so this is the moment to
+    # initialise λ. `init.constant_` skips a parameter that was loaded.
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return self.__dict__.get("_initialized_by_hf", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        self.__dict__["_initialized_by_hf"] = value
+        if not value or self.raw_hardness.is_meta:
+            return
+        if getattr(self.raw_hardness, "_is_hf_initialized", False):
+            _check_raw(self.raw_hardness, "the checkpoint's raw_hardness")
+        else:
+            init.constant_(self.raw_hardness, raw_from_hardness(self.init_hardness, self.temperature))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # before anything is copied: a NaN λ would turn every logit into NaN, far from its cause
+        loaded = state_dict.get(prefix + "raw_hardness")
+        if isinstance(loaded, Tensor) and not loaded.is_meta and loaded.numel():
+            _check_raw(loaded, prefix + "raw_hardness")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LambdaGELU:
+        # .half() and .to(bfloat16) move λ but do not round it
+        kept = self.raw_hardness.data
+        super()._apply(fn, recurse)
+        if self.raw_hardness.dtype in (torch.float16, torch.bfloat16):
+            self.raw_hardness.data = kept.to(self.raw_hardness.device)
+        return self
+
+
+def raw_from_hardness(value: float, temperature: float) -> float:
+    """s = t softplus⁻¹(λ − 1), the inverse of λ = 1 + softplus(s / t), for a number λ ≥ 1."""
+    excess = max(check_hardness(value) - 1.0, MIN_EXCESS)
+    # log(eʸ − 1) without overflow for large y and without cancellation for small y
+    return temperature * (excess + math.log(-math.expm1(-excess)))
+
+
+def hardness_sites(model: nn.Module) -> dict[str, LambdaGELU]:
+    """{module name: LambdaGELU}, in network order, each module once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LambdaGELU)}
+
+
+def hardness_profile(model: nn.Module) -> dict[str, float]:
+    """{module name: λ}, in network order; empty if the model has no λ-GELU."""
+    sites = hardness_sites(model)
+    if not sites:
+        return {}
+    with torch.no_grad():  # one transfer for all layers
+        values = torch.cat([site.hardness.reshape(1).float() for site in sites.values()]).tolist()
+    return dict(zip(sites, values, strict=True))
+
+
+def _check_raw(raw: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(raw).all()):
+        raise ValueError(
+            f"{name} is {raw.flatten().tolist()}: expected finite numbers. The checkpoint is damaged; take an earlier one, "
+            "or drop the tensor to start from the initial hardness"
+        )

@@ -1,0 +1,55 @@
+"""`LambdaGELUTrainingArguments`: transformers' arguments and those of hardness learning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+from .hardening import DEFAULT_TOLERANCE, check_schedule, target_hardness
+
+
+@dataclass
+class LambdaGELUTrainingArguments(TrainingArguments):
+    """Arguments of `LambdaGELUTrainer`; all fields of `TrainingArguments`, and those below.
+
+    Raises:
+        ValueError: a value out of its range; the message names it.
+    """
+
+    hardness_learning_rate: float = field(
+        default=0.01,
+        metadata={"help": "Learning rate of the hardness, in units of λ per step; follows the run's schedule, no decay."},
+    )
+    hardness_switch_point: float = field(
+        default=0.25,
+        metadata={"help": "Fraction of training after which λ is no longer learned but ramped to its target, in [0, 1]."},
+    )
+    hardness_ramp: Literal["geometric", "linear", "cosine", "reciprocal"] = field(
+        default="geometric", metadata={"help": "Shape of the ramp; reciprocal is linear in 1/λ, geometric in log λ."}
+    )
+    hardness_tolerance: float = field(
+        default=DEFAULT_TOLERANCE,
+        metadata={
+            "help": "ε, the l1 distance between the hardened gate and a step: the target is λ = 2 / (ε √(2π)) for the erf "
+            "gate. 0.005 gives 159.58."
+        },
+    )
+    hardness_hold: float = field(
+        default=0.1, metadata={"help": "Fraction of training at its end during which λ stays at the target, in [0, 1]."}
+    )
+    eval_relu: bool = field(
+        default=True,
+        metadata={
+            "help": "Evaluate a second time with the gates as ReLU and report it as eval_relu_*, next to eval_*. "
+            "metric_for_best_model can name one of these."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_schedule(self.hardness_switch_point, self.hardness_hold, self.hardness_ramp)
+        target_hardness(self.hardness_tolerance)
+        if not self.hardness_learning_rate >= 0.0:
+            raise ValueError(f"hardness_learning_rate must be a number >= 0, got {self.hardness_learning_rate}")
+        super().__post_init__()

@@ -1,0 +1,92 @@
+"""The model card of a ReLU-ized checkpoint, rendered by huggingface_hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .substitution import SubstitutionReport
+
+PAPER = "2603.21991"
+
+
+@dataclass
+class CardDetails:
+    """What the card says beyond what the model itself knows; every field is optional.
+
+    Attributes:
+        base_model: Hub id of the model that was converted.
+        dataset: Hub id or name of the training data.
+        license: licence identifier of the Hub; a ReLU-ized model stays under its base model's licence.
+        language: language codes.
+        results: rows of the accuracy table, {"GELU, fine-tuned alike": {"accuracy": 0.84}, …}; metric values as fractions.
+        final: the row of `results` that belongs to the published model: its metrics go into the card's metadata.
+        command: the command that made the model.
+        arguments: training arguments worth stating.
+        notes: a paragraph in Markdown, such as limits.
+    """
+
+    base_model: str | None = None
+    dataset: str | None = None
+    license: str | None = None
+    language: str | list[str] | None = None
+    results: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    final: str | None = None
+    command: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    notes: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.final is not None and self.final not in self.results:
+            raise ValueError(f"final = {self.final!r} is not a row of results: {', '.join(self.results) or 'none given'}")
+
+
+def render_card(
+    model_name: str,
+    architecture: str,
+    details: CardDetails,
+    report: SubstitutionReport | None,
+    pipeline_tag: str | None,
+    versions: Mapping[str, str],
+    plot: str | None = None,
+) -> ModelCard:
+    """The card, with metadata that the Hub reads; raises what huggingface_hub raises on values that it refuses."""
+    metrics = details.results.get(details.final, {}) if details.final else {}
+    data = ModelCardData(
+        model_name=model_name,
+        base_model=details.base_model,
+        license=details.license,
+        language=details.language,
+        datasets=[details.dataset] if details.dataset else None,
+        metrics=sorted(metrics) or None,
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        tags=["relu", "lambda-gelu", f"arxiv:{PAPER}"],
+        eval_results=[
+            EvalResult(
+                task_type=pipeline_tag or "other",
+                dataset_type=details.dataset or "unknown",
+                dataset_name=details.dataset or "unknown",
+                metric_type=name,
+                metric_value=value,
+            )
+            for name, value in metrics.items()
+        ]
+        or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=(files(__package__) / "templates" / "card.md").read_text(encoding="utf-8"),
+        model_name=model_name,
+        architecture=architecture,
+        details=details,
+        columns=list(dict.fromkeys(metric for row in details.results.values() for metric in row)),
+        report=report,
+        versions=versions,
+        plot=plot,
+        paper=PAPER,
+    )

@@ -1,0 +1,172 @@
+"""Finds which modules of a model each config attribute governs, by building the model again with a probe.
+
+Names and class lists age; the modelling code does not lie. A probe class is put under a private key into transformers'
+activation table, `type(model)(config)` is rebuilt on the meta device with one config attribute set to that key, and the
+modules where the probe appears are exactly those that a stock reload builds from that attribute.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, activations
+from transformers.activations import ACT2CLS, ACT2FN
+
+from .activation import LambdaGELU
+from .bases import BASES
+
+_PROBE_KEY = "_lambda_gelu_probe"
+
+# transformers' names of the activations that tend to ReLU, by base
+STOCK_KEYS: dict[str, str] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+}
+LAMBDA_KEYS: dict[str, str] = {base.key: base.name for base in BASES.values()}
+
+_CLASS_BASES: dict[type[nn.Module], str] = {
+    activations.GELUActivation: "gelu",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.FastGELUActivation: "gelu_tanh",
+    activations.AccurateGELUActivation: "gelu_tanh",
+    activations.GELUTanh: "gelu_tanh",
+    activations.QuickGELUActivation: "quick_gelu",
+    activations.SiLUActivation: "silu",
+    nn.SiLU: "silu",
+}
+
+
+class _Probe(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class Governed:
+    """A config attribute, its value, and the modules that it decides.
+
+    Attributes:
+        path: the attribute as a dotted path from the model's config, e.g. "text_config.hidden_act".
+        value: its value, a key of transformers' activation table.
+        modules: names of the modules that are built from it, in network order; a shared instance under all its names.
+    """
+
+    path: str
+    value: str
+    modules: tuple[str, ...]
+
+
+def base_of(module: nn.Module) -> str | None:
+    """The base whose λ = 1 this stock activation module is, or None if it is not of the family."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return _CLASS_BASES.get(type(module))
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether the module is an activation at all, as torch and transformers define them."""
+    return (
+        isinstance(module, LambdaGELU)
+        or type(module) in _CLASS_BASES
+        or (
+            type(module).__module__ in ("torch.nn.modules.activation", activations.__name__)
+            and not isinstance(module, nn.MultiheadAttention)
+        )
+    )
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules with a shared instance under each of its names (xlm and flaubert share one activation)."""
+    return model.named_modules(remove_duplicate=False)
+
+
+def activation_attributes(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted path, value) of the config attributes whose value names a GELU, a SiLU or a λ-GELU, sub-configs included."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from activation_attributes(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and (value in STOCK_KEYS or value in LAMBDA_KEYS):
+            yield f"{prefix}{name}", value
+
+
+def get_attribute(config: PreTrainedConfig, path: str) -> object:
+    """The value at a dotted path."""
+    owner, name = _owner(config, path)
+    return getattr(owner, name)
+
+
+def governed_modules(model: PreTrainedModel) -> list[Governed]:
+    """What each activation attribute of `model.config` governs; attributes that govern no module have none."""
+    return [Governed(path, value, tuple(_probed(model, path))) for path, value in activation_attributes(model.config)]
+
+
+def set_attribute(config: PreTrainedConfig, path: str, value: str) -> bool:
+    """Set the attribute so that it survives saving and loading; False, with nothing changed, if it cannot.
+
+    T5's `dense_act_fn` is derived from `feed_forward_proj` ("gated-gelu") when a config is built: a reload would undo the
+    change. The attribute of the same config from which it is derived is then set too.
+    """
+    trial = copy.deepcopy(config)
+    owner, name = _owner(trial, path)
+    setattr(owner, name, value)
+    if _reloaded(trial, path) == value:
+        target, name = _owner(config, path)
+        setattr(target, name, value)
+        return True
+    for source, text in list(vars(owner).items()):
+        if not isinstance(text, str) or source == name or ("-" not in text and text not in STOCK_KEYS | LAMBDA_KEYS):
+            continue
+        head, dash, _ = text.rpartition("-")
+        setattr(owner, source, head + dash + value)
+        if _reloaded(trial, path) == value:
+            target, name = _owner(config, path)
+            setattr(target, name, value)
+            setattr(target, source, head + dash + value)
+            return True
+        setattr(owner, source, text)
+    return False
+
+
+def _owner(config: PreTrainedConfig, path: str) -> tuple[PreTrainedConfig, str]:
+    *parents, name = path.split(".")
+    for parent in parents:
+        config = getattr(config, parent)
+    return config, name
+
+
+def _reloaded(config: PreTrainedConfig, path: str) -> object:
+    try:
+        return get_attribute(type(config).from_dict(config.to_dict()), path)
+    except Exception:  # a config may refuse the value while it is built: then it does not survive
+        return None
+
+
+def _probed(model: PreTrainedModel, path: str) -> list[str]:
+    config = copy.deepcopy(model.config)
+    owner, name = _owner(config, path)
+    setattr(owner, name, _PROBE_KEY)
+    with _probe_registered(), torch.device("meta"):
+        rebuilt = type(model)(config)
+    return [name for name, module in named_modules(rebuilt) if isinstance(module, _Probe)]
+
+
+@contextmanager
+def _probe_registered() -> Iterator[None]:
+    ACT2FN[_PROBE_KEY] = ACT2CLS[_PROBE_KEY] = _Probe
+    try:
+        yield
+    finally:
+        del ACT2FN[_PROBE_KEY], ACT2CLS[_PROBE_KEY]

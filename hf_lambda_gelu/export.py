@@ -1,0 +1,260 @@
+"""Saves a ReLU-ized model as a folder that stock transformers loads, and proves it in a process without this package."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .activation import hardness_sites
+from .card import CardDetails, render_card
+from .discovery import LAMBDA_KEYS, activation_attributes
+from .plots import plot_hardness
+from .substitution import SubstitutionReport, main_output
+
+REPORT_NAME = "lambda_gelu.json"
+PLOT_NAME = "hardness_profile.png"
+
+
+class VerificationError(RuntimeError):
+    """The saved folder does not reproduce the model in stock transformers; the message says what differed."""
+
+
+def save_relu_pretrained(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    *,
+    processor: Any = None,
+    details: CardDetails | None = None,
+    model_name: str | None = None,
+    learned: dict[str, float] | None = None,
+    history: list[dict[str, Any]] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write weights (safetensors), a stock config, the processor, a model card and the λ profile; whole or not at all.
+
+    Args:
+        model: a model after `relu_ize`.
+        folder: the folder to make. An existing one that is not empty is refused unless `overwrite`, which replaces it.
+        processor: tokenizer, image processor or feature extractor to save beside the weights; a list for several.
+        details: what the card should say, see `CardDetails`.
+        model_name: the name in the card, e.g. the Hub id; by default the folder's.
+        learned: λ per site as learned, before the ramp (`trainer.learned_hardness`): plotted and kept in `lambda_gelu.json`.
+        history: `trainer.state.log_history`, for the plot of λ over training.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: λ-GELU left in model or config, tensors that are not finite, an existing or unwritable folder.
+            Nothing is written.
+    """
+    folder = Path(folder)
+    check_relu(model)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise ValueError(f"{str(folder)!r} exists and is not empty: choose another folder, or pass overwrite=True")
+    details = details or CardDetails()
+    report: SubstitutionReport | None = getattr(model, "_relu_report", None)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(f"cannot write into {str(folder.parent)!r}: {error}. Choose another folder") from error
+    try:
+        model.save_pretrained(temporary)
+        for item in processor if isinstance(processor, (list, tuple)) else [processor]:
+            if item is not None:
+                item.save_pretrained(temporary)
+        versions = package_versions()
+        profile = learned or (report.profile if report else None)
+        plot = PLOT_NAME if profile and _plotted(profile, temporary / PLOT_NAME, history or [], bool(learned)) else None
+        record = {
+            "substitution": report.to_dict() if report else None,
+            "learned_hardness": learned,
+            "versions": versions,
+        }
+        (temporary / REPORT_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        card = render_card(
+            model_name or folder.name, type(model).__name__, details, report, pipeline_tag(model), versions, plot
+        )
+        card.save(temporary / "README.md")
+        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp makes folders that only the owner can read
+        _put_in_place(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def check_relu(model: PreTrainedModel) -> None:
+    """Raises ValueError unless `model` is free of λ-GELU, in modules and config, and every tensor is finite."""
+    left = hardness_sites(model)
+    if left:
+        raise ValueError(
+            f"the model still has {len(left)} λ-GELU modules, from {next(iter(left))} on: call relu_ize(model) first"
+        )
+    keys = [f"config.{path} = {value!r}" for path, value in activation_attributes(model.config) if value in LAMBDA_KEYS]
+    if keys:
+        raise ValueError(f"{', '.join(keys)}: stock transformers does not know this key. Call relu_ize(model) first")
+    broken = [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    ]
+    if broken:
+        raise ValueError(f"{len(broken)} tensors hold NaN or infinity, e.g. {broken[0]}: the training diverged; not saved")
+
+
+_RELOAD = """
+import sys
+sys.modules["hf_lambda_gelu"] = None  # any import of it fails
+import torch, transformers
+from safetensors.torch import load_file, save_file
+folder, inputs, outputs, name, attention, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+extra = {"attn_implementation": attention} if attention else {}
+model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, **extra)
+wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(map(str, info["mismatched_keys"]))
+if wrong:
+    sys.exit("keys that do not fit: " + ", ".join(wrong[:5]))
+with torch.no_grad():
+    output = model.eval()(**load_file(inputs))
+save_file({k: v.contiguous() for k, v in output.items() if isinstance(v, torch.Tensor)}, outputs)
+"""
+
+
+@torch.no_grad()
+def verify_relu_pretrained(
+    model: PreTrainedModel, folder: str | os.PathLike[str], inputs: dict[str, Tensor] | None = None
+) -> float:
+    """Load `folder` by stock transformers in a new process that cannot import this package, and compare the outputs.
+
+    Args:
+        model: the model in memory that the folder must reproduce, on the CPU (a copy is made of one that is elsewhere).
+        folder: what `save_relu_pretrained` wrote.
+        inputs: a batch for the model's forward; by default a small one made to fit it.
+
+    Returns:
+        max |difference| over the main output: 0.0 on the same machine.
+
+    Raises:
+        VerificationError: it does not load, keys do not fit, or outputs differ by more than 1e-6 of their scale.
+    """
+    if model.device.type != "cpu":
+        model = copy.deepcopy(model).cpu()
+    inputs = {k: v.cpu() for k, v in (inputs or example_inputs(model)).items()}
+    was_training = model.training
+    expected = main_output(model.eval()(**inputs))
+    model.train(was_training)
+    with tempfile.TemporaryDirectory() as scratch:
+        source, result = os.path.join(scratch, "inputs.safetensors"), os.path.join(scratch, "outputs.safetensors")
+        save_file({k: v.contiguous() for k, v in inputs.items()}, source)
+        attention = getattr(model.config, "_attn_implementation", None) or ""
+        arguments = [str(folder), source, result, type(model).__name__, attention, str(torch.get_num_threads())]
+        process = subprocess.run(
+            [sys.executable, "-c", _RELOAD, *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        )
+        if process.returncode:
+            raise VerificationError(f"stock transformers does not load {str(folder)!r}: {process.stderr.strip()[-1500:]}")
+        got = main_output(load_file(result))
+    difference = float((got.double() - expected.double()).abs().max())
+    scale = float(expected.double().abs().max())
+    if not difference <= 1e-6 * max(scale, 1e-12):
+        raise VerificationError(
+            f"{str(folder)!r} computes something else in stock transformers: outputs differ by {difference:.3g} at a scale "
+            f"of {scale:.3g}. Was the model edited after relu_ize?"
+        )
+    return difference
+
+
+def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A small deterministic batch for the model's forward, made from its main input name and its config.
+
+    Raises:
+        ValueError: the main input is of a kind that cannot be guessed: pass inputs of your own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    text = getattr(config, "text_config", config)
+    vision = getattr(config, "vision_config", config)
+    names = {model.main_input_name}
+    if text is not config and vision is not config:
+        names |= {"input_ids", "pixel_values"}
+    batch: dict[str, Tensor] = {}
+    if "input_ids" in names:
+        batch["input_ids"] = torch.randint(0, text.vocab_size, (2, 8), generator=generator)
+    if "pixel_values" in names:
+        size = vision.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        batch["pixel_values"] = torch.randn(2, getattr(vision, "num_channels", 3), height, width, generator=generator)
+    if "input_features" in names and hasattr(config, "num_mel_bins"):
+        frames = 2 * getattr(config, "max_source_positions", 50)
+        batch["input_features"] = torch.randn(1, config.num_mel_bins, frames, generator=generator)
+    if "input_values" in names:
+        batch["input_values"] = torch.randn(1, 4000, generator=generator)
+    if not batch:
+        raise ValueError(f"cannot make a batch for {type(model).__name__} ({model.main_input_name}): pass inputs=…")
+    if getattr(config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = torch.randint(0, text.vocab_size, (batch[min(batch)].shape[0], 4), generator=generator)
+    return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
+
+
+def pipeline_tag(model: PreTrainedModel) -> str | None:
+    """The Hub's task name for the model's class, as transformers' own pipelines know it."""
+    from transformers.modelcard import TASK_MAPPING
+    from transformers.pipelines import PIPELINE_REGISTRY  # here, as it imports half of transformers
+
+    name = type(model).__name__
+    for task, mapping in TASK_MAPPING.items():
+        classes = [c for entry in mapping.values() for c in (entry if isinstance(entry, (list, tuple)) else [entry])]
+        if name in classes and task in PIPELINE_REGISTRY.get_supported_tasks():
+            return task
+    return None
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what makes the result."""
+    return {name: version(name) for name in ("hf_lambda_gelu", "transformers", "torch")}
+
+
+def _plotted(profile: dict[str, float], path: Path, history: list[dict[str, Any]], learned: bool) -> bool:
+    try:
+        plot_hardness(profile, path, history, "Learned hardness" if learned else "Hardness before substitution")
+    except ImportError:  # matplotlib is an extra
+        return False
+    return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    aside = temporary.with_name(temporary.name + "-old")
+    folder.rename(aside)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside)

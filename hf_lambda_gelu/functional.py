@@ -1,0 +1,59 @@
+"""`lambda_gelu` as a function, and the plain formula that it is tested against."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .bases import get_base
+from .kernels import LambdaGELUFunction
+
+
+def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tensor:
+    r"""λ-GELU: f(x; λ) = x · gate(λx) = a(λx) / λ, in the form that cannot overflow.
+
+    λ = 1 is the stock activation a, λ → ∞ is ReLU. |f − ReLU| ≤ 0.16997 / λ for the erf base.
+    Source: arXiv 2603.21991 for `base="gelu"` (f = x Φ(λx)); the other bases are derived.
+
+    Args:
+        x: floating point, any shape. Half precision is computed in fp32 and returned in half.
+        hardness: λ ≥ 1, dimensionless; a number, or a tensor that broadcasts to `x` (shape (1,) for one per layer,
+            (features,) for one per neuron). Tensors are not checked for λ ≥ 1, as that would wait for the device.
+        base: "gelu" (erf), "gelu_tanh" (`gelu_new`, `gelu_pytorch_tanh`), "quick_gelu" or "silu" (λ is Swish's β).
+
+    Returns:
+        Same shape and dtype as `x`; differentiable in x and λ, twice.
+
+    Raises:
+        ValueError: unknown base, or a number λ that is below 1 or not finite.
+        TypeError: `x` is not a floating point tensor.
+    """
+    member = get_base(base)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"lambda_gelu expects a floating point tensor, got {got}: convert it with .float() first")
+    if not isinstance(hardness, Tensor):
+        hardness = torch.tensor(check_hardness(hardness), dtype=torch.float64, device=x.device)
+    return LambdaGELUFunction.apply(x, hardness, member)
+
+
+def lambda_gelu_reference(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tensor:
+    """The same function as plain autograd operations: slower, four times the saved memory, and obviously right."""
+    return x * get_base(base).gate(x * hardness)
+
+
+def check_hardness(value: float) -> float:
+    """`value` as a float.
+
+    Raises:
+        ValueError: it is below 1, NaN or infinite.
+    """
+    value = float(value)
+    if not (1.0 <= value < math.inf):
+        raise ValueError(
+            f"hardness must be a finite number >= 1 (1 is the smooth activation itself), got {value}; "
+            "for ReLU itself, use relu_ize"
+        )
+    return value

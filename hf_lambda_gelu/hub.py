@@ -1,0 +1,106 @@
+"""`push_relu_to_hub`: save, prove, upload in one commit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .card import CardDetails
+from .export import save_relu_pretrained, verify_relu_pretrained
+
+
+class PushError(RuntimeError):
+    """The upload failed. The folder is kept; the message says where it lies and how to go on."""
+
+
+def push_relu_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    processor: Any = None,
+    details: CardDetails | None = None,
+    learned: dict[str, float] | None = None,
+    history: list[dict[str, Any]] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    inputs: dict[str, Tensor] | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload ReLU-ized model",
+    token: str | None = None,
+    api: HfApi | None = None,
+) -> CommitInfo:
+    """Publish a ReLU-ized model. Before anything leaves the machine, the saved folder is loaded by stock transformers in a
+    process without this package and its outputs are compared with the model's.
+
+    Args:
+        model: a model after `relu_ize`.
+        repo_id: "name" or "owner/name".
+        processor, details, learned, history: as for `save_relu_pretrained`.
+        folder: where to keep the saved model; by default a temporary folder, removed after the upload succeeded.
+        inputs: a batch for the comparison; by default a small one made to fit the model.
+        private: create the repository as private; an existing one keeps its visibility.
+        revision: branch to commit to.
+        create_pr: open a pull request with the commit.
+        token: as everywhere in huggingface_hub; by default the one that was saved by `hf auth login`. Never stored or shown.
+        api: an `HfApi` of one's own, for another endpoint.
+
+    Returns:
+        huggingface_hub's `CommitInfo`.
+
+    Raises:
+        ValueError: bad repo id, or a model that is not a finite ReLU network.
+        VerificationError: stock transformers computes something else. Nothing is uploaded.
+        PushError: the upload failed; the folder is kept.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"bad repo_id {repo_id!r}: expected 'name' or 'owner/name'. {error}") from error
+    api = api or HfApi(token=token)
+    scratch = None
+    if folder is None:
+        scratch = Path(tempfile.mkdtemp(prefix="relu-model-"))
+        folder = scratch / repo_id.rpartition("/")[2]
+    try:
+        saved = save_relu_pretrained(
+            model,
+            folder,
+            processor=processor,
+            details=details,
+            model_name=repo_id,
+            learned=learned,
+            history=history,
+        )
+        verify_relu_pretrained(model, saved, inputs)
+    except BaseException:
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True, token=token)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=saved,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            token=token,
+        )
+    except Exception as error:  # refused, cut off, out of quota …: whatever it is, the work is in the folder
+        raise PushError(
+            f"the upload to {repo_id} failed: {error}. The model is saved and verified in {str(saved)!r}; to go on: "
+            f"hf upload {repo_id} {saved} ."
+        ) from error
+    if scratch:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return commit

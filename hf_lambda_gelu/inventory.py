@@ -1,0 +1,120 @@
+"""Lists the smooth activations of a model that no conversion reaches, each with the reason.
+
+Two kinds: modules that the modelling code hard-codes, and functional calls. `F.gelu(x)` in RoBERTa's LM head,
+`nn.functional.gelu` in Whisper's convolution stem, `ACT2FN[…]` looked up inside forward in DeBERTa's pooler: none of them is
+a module. They are found by reading the syntax tree of the classes that the model is made of.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+
+from torch import nn
+
+from .discovery import base_of, is_activation, named_modules
+
+_FUNCTIONS = {"gelu", "gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "silu", "swish"}
+
+
+@dataclass(frozen=True)
+class Unconverted:
+    """An activation of the family that stays smooth, and why."""
+
+    name: str
+    what: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}: {self.reason}"
+
+
+def smooth_activations(
+    model: nn.Module, claimed: Collection[str] = (), attributes: Collection[str] = ()
+) -> list[Unconverted]:
+    """The GELUs and SiLUs of `model` outside the modules `claimed`.
+
+    `attributes` are the config paths that were or will be rewritten: an in-forward lookup that reads one of them follows it.
+    """
+    left = [
+        Unconverted(
+            name, type(module).__name__, "hard-coded: no config attribute tells a stock reload to build it otherwise"
+        )
+        for name, module in named_modules(model)
+        if name not in claimed and base_of(module) is not None
+    ]
+    leaves = [path.rpartition(".")[2] for path in attributes]
+    for name, calls in functional_calls(model).items():
+        for call in calls:
+            reason = "a function call in the modelling code, out of reach of a module swap"
+            if call.startswith(("ACT2FN[", "ACT2CLS[", "get_activation(")):
+                reason = "looked up inside forward, a fresh activation at each call, so it cannot learn: "
+                follows = any(f".{leaf}" in call for leaf in leaves)
+                reason += "it turns into ReLU with relu_ize, unprepared" if follows else "it stays as its attribute says"
+            left.append(Unconverted(name, call, reason))
+    return left
+
+
+def functional_calls(model: nn.Module) -> dict[str, list[str]]:
+    """{module name: [source of the call, …]} for GELU and SiLU calls and in-forward lookups, in network order.
+
+    One entry per class: the first module of it stands for all, with the count appended.
+    """
+    names: dict[type, list[str]] = {}
+    for name, module in model.named_modules():
+        if not is_activation(module):
+            names.setdefault(type(module), []).append(name)
+    found: dict[str, list[str]] = {}
+    for cls, places in names.items():
+        calls = calls_in_class(cls)
+        if calls:
+            label = places[0] or cls.__name__
+            found[label if len(places) == 1 else f"{label} (and {len(places) - 1} more {cls.__name__})"] = list(calls)
+    return found
+
+
+@cache
+def calls_in_class(cls: type) -> tuple[str, ...]:
+    """The calls in the methods that `cls` itself or its model-code ancestors define, construction aside."""
+    calls: dict[str, None] = {}
+    for owner in cls.__mro__:
+        if owner is object or owner.__module__.startswith("torch.") or _is_library_plumbing(owner):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        except (OSError, TypeError, SyntaxError):  # defined interactively, or in C: nothing to read
+            continue
+        for method in ast.walk(tree):
+            if isinstance(method, ast.FunctionDef) and method.name not in ("__init__", "_init_weights"):
+                calls.update((ast.unparse(node), None) for node in ast.walk(method) if _is_activation_call(node))
+    return tuple(calls)
+
+
+def _is_activation_call(node: ast.AST) -> bool:
+    if isinstance(node, ast.Subscript):
+        return _leaf(node.value) in ("ACT2FN", "ACT2CLS")
+    if isinstance(node, ast.Call):
+        leaf = _leaf(node.func)
+        # `self.gelu(x)` is a call of a module, which the module swap sees
+        own = isinstance(node.func, ast.Attribute) and _root(node.func) == "self"
+        return leaf == "get_activation" or (leaf in _FUNCTIONS and not own)
+    return False
+
+
+def _leaf(node: ast.AST) -> str | None:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
+
+
+def _root(node: ast.AST) -> str | None:
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def _is_library_plumbing(cls: type) -> bool:
+    # PreTrainedModel, GenerationMixin …: thousands of lines without an activation
+    return cls.__module__.startswith("transformers.") and not cls.__module__.startswith("transformers.models.")

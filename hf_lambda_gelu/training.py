@@ -1,0 +1,201 @@
+"""`LambdaGELUTrainer`: transformers' Trainer, with λ learned, hardened and watched."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from .activation import hardness_profile, hardness_sites
+from .arguments import LambdaGELUTrainingArguments
+from .hardening import HardeningSchedule, target_hardness
+from .optim import attach_hardness_update
+from .substitution import gates_as_relu
+
+logger = logging.get_logger(__name__)
+
+
+class HardeningCallback(TrainerCallback, ExportableState):
+    """Sets λ by the schedule once learning is over.
+
+    Its only state is λ per site at the switch, which `trainer_state.json` carries: with it, λ is a function of the step.
+    """
+
+    def __init__(self) -> None:
+        self.at_switch: dict[str, float] | None = None
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"at_switch": self.at_switch}}
+
+    def on_train_begin(
+        self, args: LambdaGELUTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # read from the state directly: the Trainer restores callbacks only with restore_callback_states_from_checkpoint
+        stored = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        self.at_switch = stored["attributes"]["at_switch"] if stored else None
+        sites = hardness_sites(kwargs["model"])
+        if self.at_switch is not None and set(self.at_switch) != set(sites):
+            raise ValueError(
+                f"the checkpoint was hardening {sorted(self.at_switch)}, the model has λ-GELU at {sorted(sites)}: resume "
+                "with the model that was converted for this run"
+            )
+        self._apply(args, state, kwargs["model"])
+
+    def on_step_end(
+        self, args: LambdaGELUTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._apply(args, state, kwargs["model"])
+
+    def _apply(self, args: LambdaGELUTrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        schedule = HardeningSchedule(state.max_steps, args.hardness_switch_point, args.hardness_hold, args.hardness_ramp)
+        if schedule.learning(state.global_step):
+            return
+        if self.at_switch is None:
+            self.at_switch = hardness_profile(model)
+        for name, site in hardness_sites(model).items():
+            target = target_hardness(args.hardness_tolerance, site.base)
+            site.set_hardness(schedule.hardness(state.global_step, self.at_switch[name], target))
+
+
+class LambdaGELUTrainer(Trainer):
+    """Trainer for a model that `convert` has prepared.
+
+    - λ is stepped in λ itself by the run's own optimizer (`attach_hardness_update`), in a parameter group of its own with
+      `hardness_learning_rate` and no weight decay;
+    - from `hardness_switch_point` on it follows the ramp to the target of `hardness_tolerance`, where it is held;
+    - λ of every layer is in the logs, as `hardness/<module>`;
+    - evaluation also reports the metrics with the gates as ReLU, as `eval_relu_*`.
+
+    Everything else is transformers' Trainer. `args` must be `LambdaGELUTrainingArguments`.
+
+    Raises:
+        ValueError: the model has no λ-GELU, the arguments are of another class, the output folder cannot be written, or a
+            checkpoint to resume from belongs to a model converted otherwise: each before training starts.
+    """
+
+    args: LambdaGELUTrainingArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: LambdaGELUTrainingArguments | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = LambdaGELUTrainingArguments(output_dir="tmp_trainer")
+        if not isinstance(args, LambdaGELUTrainingArguments):
+            raise ValueError(
+                f"LambdaGELUTrainer expects LambdaGELUTrainingArguments, got {type(args).__name__}: they hold the hardness "
+                "schedule beside all fields of TrainingArguments"
+            )
+        check_writable(args.output_dir)
+        super().__init__(model, args, **kwargs)
+        if not hardness_sites(self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} has no λ-GELU: call hf_lambda_gelu.convert(model) before building the trainer"
+            )
+        self._hardness_handles: list[Any] = []
+        self._hardening = HardeningCallback()
+        self.add_callback(self._hardening)
+        best = args.metric_for_best_model or ""
+        if args.load_best_model_at_end and "relu_" not in best:
+            logger.warning(
+                f"load_best_model_at_end with metric_for_best_model={best!r} may bring back a checkpoint from before the "
+                f"gates were hard: choose by the ReLU metrics, e.g. 'eval_relu_{best.removeprefix('eval_')}'"
+            )
+
+    @property
+    def learned_hardness(self) -> dict[str, float]:
+        """{module name: λ} as learned, at the switch to the ramp; the present profile before that."""
+        return self._hardening.at_switch or hardness_profile(self.model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        sites = hardness_sites(self.model if model is None else model)
+        raws = [site.raw_hardness for site in sites.values() if site.raw_hardness.requires_grad]
+        if self.optimizer is None:
+            for (
+                raw
+            ) in raws:  # hidden from the Trainer's own groups, where λ would be given the model's rate and weight decay
+                raw.requires_grad_(False)
+            try:
+                super().create_optimizer(model)
+            finally:
+                for raw in raws:
+                    raw.requires_grad_(True)
+            if raws:
+                self.optimizer.add_param_group({"params": raws, "lr": self.args.hardness_learning_rate, "weight_decay": 0.0})
+        if not self._hardness_handles:
+            trained = [site for site in sites.values() if site.raw_hardness.requires_grad]
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
+            self._hardness_handles = attach_hardness_update(optimizer, trained)
+        return self.optimizer
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        def loop(prefix: str) -> EvalLoopOutput:
+            return super(LambdaGELUTrainer, self).evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, prefix
+            )
+
+        output = loop(metric_key_prefix)
+        if self.args.eval_relu:
+            # in the same loop, so that one log line, one callback event and the choice of the best checkpoint see both
+            with gates_as_relu(self.model):
+                relu = loop(f"{metric_key_prefix}_relu").metrics
+            output.metrics.update({name: value for name, value in relu.items() if "preparation_time" not in name})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update({f"hardness/{name}": value for name, value in hardness_profile(self.model).items()})
+        super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Trainer loads non-strictly: without this, λ would silently start over
+        saved = _checkpoint_keys(Path(resume_from_checkpoint))
+        if saved is not None:
+            wanted = {f"{name}.raw_hardness" for name in hardness_sites(self.model if model is None else model)}
+            found = {key for key in saved if key.endswith("raw_hardness")}
+            if found != wanted:
+                raise ValueError(
+                    f"cannot resume from {resume_from_checkpoint}: it holds λ for {len(found)} sites, the model has "
+                    f"{len(wanted)}; only in the checkpoint: {sorted(found - wanted)}, only in the model: "
+                    f"{sorted(wanted - found)}. Convert the model as the interrupted run did, or start a new run"
+                )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Create `folder` if need be; ValueError, saying why, if nothing can be written into it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe = Path(folder) / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write into the output folder {str(folder)!r}: {error}. Choose another folder") from error
+
+
+def _checkpoint_keys(folder: Path) -> set[str] | None:
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        with safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
+            return set(file.keys())
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return set(json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())["weight_map"])
+    return None  # adapters and FSDP shards: PEFT and accelerate check those

@@ -1,0 +1,218 @@
+"""What finetune_text.py and finetune_image.py share: arguments, metrics, and the way from training to a ReLU checkpoint."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import EvalPrediction, PreTrainedModel, Trainer, set_seed
+
+import hf_lambda_gelu as hlg
+from hf_lambda_gelu.export import package_versions
+
+RESULTS_NAME = "results.json"
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and which activation it is fine-tuned with."""
+
+    model_name_or_path: str = field(metadata={"help": "Hub name or local folder of the pretrained model."})
+    activation: Literal["lambda_gelu", "stock", "relu"] = field(
+        default="lambda_gelu",
+        metadata={
+            "help": "lambda_gelu: learn the hardness, harden, substitute ReLU. stock: fine-tune the model's own activation, "
+            "and report what an unprepared ReLU swap does to it. relu: swap ReLU in first, then fine-tune. The last two are "
+            "the baselines of the first."
+        },
+    )
+    init_hardness: float = field(default=1.0, metadata={"help": "λ to start from; 1 keeps the pretrained function."})
+    temperature: float = field(default=0.1, metadata={"help": "t of the reparameterization λ = 1 + softplus(s / t)."})
+
+
+@dataclass
+class DataArguments:
+    """Which data, in the way of transformers' own examples."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub name of a dataset, or a local folder of csv, json, parquet or image files."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    train_file: str | None = field(default=None, metadata={"help": "Local csv, json or parquet file to train on."})
+    validation_file: str | None = field(default=None, metadata={"help": "Local csv, json or parquet file to evaluate on."})
+    train_split: str = field(default="train", metadata={"help": "Name of the split to train on."})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Name of the split to evaluate on; by default validation, else test."}
+    )
+    label_column: str = field(default="label", metadata={"help": "Column of the class label, of strings or integers."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on the first so many rows, after a shuffle."}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows."})
+    metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "A metric of the evaluate library, by Hub name or path of a metric script, in place of accuracy and "
+            "macro F1 by scikit-learn. Hub names need a network."
+        },
+    )
+
+
+def load_splits(data: DataArguments, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The training and evaluation splits, cut to size, with a ClassLabel label column."""
+    if data.train_file:
+        files = {"train": data.train_file} | ({"validation": data.validation_file} if data.validation_file else {})
+        kind = Path(data.train_file).suffix.removeprefix(".").replace("jsonl", "json")
+        raw = datasets.load_dataset(kind, data_files=files)
+    elif data.dataset_name:
+        raw = datasets.load_dataset(data.dataset_name, data.dataset_config_name)
+    else:
+        raise ValueError("no data: give --dataset_name, or --train_file and --validation_file")
+    names = [data.validation_split] if data.validation_split else ["validation", "test"]
+    validation = next((name for name in names if name in raw), None)
+    if data.train_split not in raw or validation is None:
+        raise ValueError(
+            f"expected a split {data.train_split!r} and one of {names}, found {list(raw)}: "
+            "name them with --train_split and --validation_split"
+        )
+    train, evaluation = raw[data.train_split], raw[validation]
+    if data.label_column not in train.column_names:
+        raise ValueError(f"no column {data.label_column!r} in {train.column_names}: name it with --label_column")
+    if not isinstance(train.features[data.label_column], datasets.ClassLabel):
+        labels = datasets.ClassLabel(names=sorted({str(v) for v in train.unique(data.label_column)}))
+
+        def encoded(split: datasets.Dataset) -> datasets.Dataset:
+            values = [labels.str2int(str(value)) for value in split[data.label_column]]
+            return split.remove_columns(data.label_column).add_column(data.label_column, values, feature=labels)
+
+        train, evaluation = encoded(train), encoded(evaluation)
+    if data.max_train_samples is not None:
+        train = train.shuffle(seed=seed).select(range(min(data.max_train_samples, len(train))))
+    if data.max_eval_samples is not None:
+        evaluation = evaluation.select(range(min(data.max_eval_samples, len(evaluation))))
+    return train, evaluation
+
+
+def classification_metrics(name: str | None) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Accuracy and macro F1, or the evaluate metric `name`."""
+    if name is not None:
+        import evaluate
+
+        metric = evaluate.load(name)
+        return lambda p: metric.compute(predictions=np.argmax(p.predictions, axis=-1), references=p.label_ids)
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        classes = np.argmax(prediction.predictions, axis=-1)
+        return {
+            "accuracy": float(accuracy_score(prediction.label_ids, classes)),
+            "f1_macro": float(f1_score(prediction.label_ids, classes, average="macro")),
+        }
+
+    return compute
+
+
+def prepare(model: PreTrainedModel, arguments: ModelArguments) -> None:
+    """Give the model the activation that the run is about."""
+    if arguments.activation == "lambda_gelu":
+        print(hlg.convert(model, arguments.init_hardness, arguments.temperature))
+    elif arguments.activation == "relu":
+        swap_in_relu(model)
+
+
+def swap_in_relu(model: PreTrainedModel) -> None:
+    """The naive swap: ReLU in the place of every activation that `convert` reaches."""
+    hlg.convert(model)
+    hlg.relu_ize(model, force=True)
+
+
+def run(
+    trainer_factory: Callable[[type[Trainer]], Trainer],
+    model_arguments: ModelArguments,
+    data: DataArguments,
+    processor: Any,
+) -> dict[str, Any]:
+    """Train, evaluate, and for λ-GELU substitute, save and verify; returns and writes the results."""
+    start = time.time()
+    learning = model_arguments.activation == "lambda_gelu"
+    trainer = trainer_factory(hlg.LambdaGELUTrainer if learning else Trainer)
+    # The model's loss is a mean over the batch and knows nothing of num_items_in_batch; Trainer believes otherwise and would
+    # scale it by the number of processes.
+    trainer.model_accepts_loss_kwargs = False
+    arguments, model = trainer.args, trainer.model
+    output = Path(arguments.output_dir)
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+
+    results: dict[str, Any] = {"activation": model_arguments.activation, "metrics": {"after training": _evaluate(trainer)}}
+    metrics = results["metrics"]
+    if learning:
+        results["learned_hardness"] = trainer.learned_hardness
+        report = hlg.relu_ize(model, tolerance=arguments.hardness_tolerance)
+        arguments.eval_relu = False  # there is nothing left to switch
+        metrics["after substitution"] = _evaluate(trainer)
+        if trainer.is_world_process_zero():
+            print(report)
+            details = hlg.CardDetails(
+                base_model=None if Path(model_arguments.model_name_or_path).exists() else model_arguments.model_name_or_path,
+                dataset=None if data.dataset_name is None or Path(data.dataset_name).exists() else data.dataset_name,
+                results={f"λ-GELU, {stage}": _headline(values) for stage, values in metrics.items()},
+                final="λ-GELU, after substitution",
+                command=shlex.join(["python", "scripts/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+                arguments={
+                    name: value
+                    for name, value in vars(arguments).items()
+                    if name.startswith("hardness_")
+                    or name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
+                },
+            )
+            folder = hlg.save_relu_pretrained(
+                model,
+                output / "relu",
+                processor=processor,
+                details=details,
+                learned=trainer.learned_hardness,
+                history=trainer.state.log_history,
+                overwrite=True,
+            )
+            results["stock_difference"] = hlg.verify_relu_pretrained(model, folder)
+            hlg.plot_hardness(trainer.learned_hardness, output / "hardness.png", trainer.state.log_history)
+            print(f"saved in {folder}; stock transformers reproduces it to {results['stock_difference']:g}")
+    elif model_arguments.activation == "stock":
+        swap_in_relu(model)
+        metrics["ReLU swapped in, unprepared"] = _evaluate(trainer)
+    results |= {
+        "steps": trainer.state.global_step,
+        "seconds": round(time.time() - start, 1),
+        "seed": arguments.seed,
+        "versions": {"python": platform.python_version(), **package_versions()},
+    }
+    if trainer.is_world_process_zero():
+        (output / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def seed_everything(seed: int) -> None:
+    """The same head, data order and dropout for every activation that is compared."""
+    set_seed(seed)
+
+
+def _evaluate(trainer: Trainer) -> dict[str, float]:
+    timing = ("_runtime", "_per_second", "_preparation_time")
+    return {
+        name.removeprefix("eval_"): value
+        for name, value in trainer.evaluate().items()
+        if not name.endswith(timing) and name != "epoch"
+    }
+
+
+def _headline(values: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if not name.startswith("relu_")}

@@ -1,0 +1,34 @@
+"""Offline, two threads, real models from the cache that `make assets` fills."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from assets import available
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def asset() -> Callable[[str], Path]:
+    """`asset("minilm")` is the folder of a real model or data set; where it was not fetched, the test is skipped."""
+
+    def find(name: str) -> Path:
+        folder = available(name)
+        if folder is None:
+            message = f"{name} is not in the cache: run `make assets`"
+            if os.environ.get("CI"):
+                pytest.fail(message)
+            pytest.skip(message)
+        return folder
+
+    return find

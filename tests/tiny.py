@@ -1,0 +1,184 @@
+"""Tiny random models of many architectures, and inputs for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForCTC,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+    DeiTForImageClassification,
+    PreTrainedModel,
+)
+
+_TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 37,
+    "max_position_embeddings": 64,
+}
+_VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 37,
+    "image_size": 32,
+    "patch_size": 8,
+}
+_STAGES = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+_GATED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}
+_T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
+
+# name → (model type, auto class, config values)
+MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "bert": ("bert", AutoModelForMaskedLM, _TEXT),
+    "bert-classifier": ("bert", AutoModelForSequenceClassification, _TEXT),
+    "roberta": ("roberta", AutoModelForMaskedLM, _TEXT),
+    "distilbert": (
+        "distilbert",
+        AutoModelForMaskedLM,
+        {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 37, "max_position_embeddings": 64},
+    ),
+    "albert": ("albert", AutoModelForMaskedLM, {**_TEXT, "embedding_size": 16, "num_hidden_layers": 3}),
+    "electra": ("electra", AutoModelForPreTraining, {**_TEXT, "embedding_size": 16}),
+    "mpnet": ("mpnet", AutoModelForMaskedLM, _TEXT),
+    "deberta-v2": (
+        "deberta-v2",
+        AutoModelForSequenceClassification,
+        {**_TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    ),
+    "modernbert": (
+        "modernbert",
+        AutoModelForMaskedLM,
+        {**_TEXT, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "vit": ("vit", AutoModelForImageClassification, _VISION),
+    "deit": ("deit", DeiTForImageClassification, _VISION),
+    "beit": ("beit", AutoModelForImageClassification, _VISION),
+    "dinov2": ("dinov2", AutoModelForImageClassification, {**_VISION, "mlp_ratio": 2}),
+    "swin": ("swin", AutoModelForImageClassification, _STAGES),
+    "convnext": (
+        "convnext",
+        AutoModelForImageClassification,
+        {"image_size": 32, "num_stages": 2, "hidden_sizes": [16, 32], "depths": [1, 1]},
+    ),
+    "clip": (
+        "clip",
+        AutoModel,
+        {"text_config": {**_TEXT, "eos_token_id": 2}, "vision_config": _VISION, "projection_dim": 16},
+    ),
+    "siglip": ("siglip", AutoModel, {"text_config": _TEXT, "vision_config": _VISION}),
+    "gpt2": (
+        "gpt2",
+        AutoModelForCausalLM,
+        {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    ),
+    "whisper": (
+        "whisper",
+        AutoModelForSpeechSeq2Seq,
+        {
+            "vocab_size": 99,
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 37,
+            "decoder_ffn_dim": 37,
+            "num_mel_bins": 8,
+            "max_source_positions": 16,
+            "pad_token_id": 0,
+            "decoder_start_token_id": 1,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "wav2vec2": (
+        "wav2vec2",
+        AutoModelForCTC,
+        {
+            **{k: v for k, v in _TEXT.items() if k != "max_position_embeddings"},
+            "conv_dim": [16, 16],
+            "conv_stride": [5, 2],
+            "conv_kernel": [10, 3],
+            "num_conv_pos_embeddings": 8,
+            "num_conv_pos_embedding_groups": 2,
+        },
+    ),
+    "t5": ("t5", AutoModelForSeq2SeqLM, {**_T5, "feed_forward_proj": "gated-gelu"}),
+    "t5-gelu": ("t5", AutoModelForSeq2SeqLM, {**_T5, "feed_forward_proj": "gelu"}),
+    "gemma": ("gemma", AutoModelForCausalLM, _GATED),
+    "gemma2": ("gemma2", AutoModelForCausalLM, _GATED),
+    "llama": ("llama", AutoModelForCausalLM, _GATED),
+}
+
+
+def build(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """The tiny model in eval mode, with weights large enough for the activations to matter."""
+    model_type, auto, values = MODELS[name]
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **values, **overrides)
+    model = (auto.from_config(config) if hasattr(auto, "from_config") else auto(config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # biases and layer scales too: a layer scale of 1e-6 would hide what the activation does
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (0.0 if parameter.dim() > 1 else parameter))
+    return model
+
+
+def inputs(model: PreTrainedModel, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs that the model's forward takes, by its own main input names."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    names = {model.main_input_name}
+    if hasattr(config, "text_config") and hasattr(config, "vision_config"):
+        names |= {"input_ids", "pixel_values"}
+    made: dict[str, Callable[[], Tensor]] = {
+        "input_ids": lambda: torch.randint(3, 99, (2, 11), generator=generator),
+        "pixel_values": lambda: torch.randn(2, 3, 32, 32, generator=generator),
+        "input_features": lambda: torch.randn(2, 8, 32, generator=generator),
+        "input_values": lambda: torch.randn(2, 400, generator=generator),
+    }
+    batch = {name: made[name]() for name in sorted(names)}
+    if config.is_encoder_decoder:
+        batch["decoder_input_ids"] = torch.randint(3, 99, (2, 7), generator=generator)
+    return batch
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Every floating point tensor of the output, flattened out of nested outputs."""
+    found: list[Tensor] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, Tensor):
+            if value.is_floating_point():
+                found.append(value)
+        elif isinstance(value, dict):
+            for item in value.values():
+                collect(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                collect(item)
+
+    collect({k: v for k, v in model(**batch).items() if k != "past_key_values"})
+    return found
+
+
+def relative_difference(first: list[Tensor], second: list[Tensor]) -> float:
+    """max over tensors of max|a − b| / max|a|."""
+    assert len(first) == len(second) > 0
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in zip(first, second, strict=True))
