@@ -84,9 +84,28 @@ def render_card(
         model_name=model_name,
         architecture=architecture,
         details=details,
-        columns=list(dict.fromkeys(metric for row in details.results.values() for metric in row)),
+        results_table=_results_table(details),
         report=report,
+        sites_table=_sites_table(report) if report else "",
         versions=versions,
         plot=plot,
         paper=PAPER,
     )
+
+
+def _results_table(details: CardDetails) -> str:
+    columns = list(dict.fromkeys(metric for row in details.results.values() for metric in row))
+    rows = [
+        [f"**{name}**" if name == details.final else name, *(f"{row[c]:.4f}" if c in row else "–" for c in columns)]
+        for name, row in details.results.items()
+    ]
+    return _table(["", *columns], rows) if rows else ""
+
+
+def _sites_table(report: SubstitutionReport) -> str:
+    rows = [[f"`{site.name}`", site.base, f"{site.hardness:.4g}", f"{site.sup_error:.2g}"] for site in report.sites]
+    return _table(["site", "gate", "λ", "bound"], rows)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])

@@ -8,14 +8,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from .card import CardDetails
-from .export import save_relu_pretrained, verify_relu_pretrained
+from .export import check_relu, save_relu_pretrained, verify_relu_pretrained
 
 
 class PushError(RuntimeError):
@@ -23,7 +24,7 @@ class PushError(RuntimeError):
 
 
 def push_relu_to_hub(
-    model: PreTrainedModel,
+    model: PreTrainedModel | str | os.PathLike[str],
     repo_id: str,
     *,
     processor: Any = None,
@@ -43,9 +44,9 @@ def push_relu_to_hub(
     process without this package and its outputs are compared with the model's.
 
     Args:
-        model: a model after `relu_ize`.
+        model: a model after `relu_ize`, or the folder of one that `save_relu_pretrained` wrote, which is uploaded as it is.
         repo_id: "name" or "owner/name".
-        processor, details, learned, history: as for `save_relu_pretrained`.
+        processor, details, learned, history: as for `save_relu_pretrained`; not for a folder, which has them.
         folder: where to keep the saved model; by default a temporary folder, removed after the upload succeeded.
         inputs: a batch for the comparison; by default a small one made to fit the model.
         private: create the repository as private; an existing one keeps its visibility.
@@ -68,24 +69,31 @@ def push_relu_to_hub(
         raise ValueError(f"bad repo_id {repo_id!r}: expected 'name' or 'owner/name'. {error}") from error
     api = api or HfApi(token=token)
     scratch = None
-    if folder is None:
-        scratch = Path(tempfile.mkdtemp(prefix="relu-model-"))
-        folder = scratch / repo_id.rpartition("/")[2]
-    try:
-        saved = save_relu_pretrained(
-            model,
-            folder,
-            processor=processor,
-            details=details,
-            model_name=repo_id,
-            learned=learned,
-            history=history,
-        )
+    if not isinstance(model, PreTrainedModel):
+        if processor or details or learned or history or folder:
+            raise ValueError("a saved folder is uploaded as it is: change its card and files there, and pass it alone")
+        saved, model = Path(model), load_saved(model)
+        check_relu(model)
         verify_relu_pretrained(model, saved, inputs)
-    except BaseException:
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    else:
+        if folder is None:
+            scratch = Path(tempfile.mkdtemp(prefix="relu-model-"))
+            folder = scratch / repo_id.rpartition("/")[2]
+        try:
+            saved = save_relu_pretrained(
+                model,
+                folder,
+                processor=processor,
+                details=details,
+                model_name=repo_id,
+                learned=learned,
+                history=history,
+            )
+            verify_relu_pretrained(model, saved, inputs)
+        except BaseException:
+            if scratch:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise
     try:
         api.create_repo(repo_id, private=private, exist_ok=True, token=token)
         commit = api.upload_folder(
@@ -104,3 +112,17 @@ def push_relu_to_hub(
     if scratch:
         shutil.rmtree(scratch, ignore_errors=True)
     return commit
+
+
+def load_saved(folder: str | os.PathLike[str]) -> PreTrainedModel:
+    """The model of a checkpoint folder, by the class that its config names.
+
+    Raises:
+        ValueError: not a checkpoint folder, or of a class that the installed transformers lacks.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{str(folder)!r} holds no config.json: expected the folder of a saved checkpoint")
+    name = (AutoConfig.from_pretrained(folder).architectures or ["none"])[0]
+    if not hasattr(transformers, name):
+        raise ValueError(f"config.json names the class {name!r}, which transformers {transformers.__version__} lacks")
+    return getattr(transformers, name).from_pretrained(folder)

@@ -156,7 +156,10 @@ def run(
     metrics = results["metrics"]
     if learning:
         results["learned_hardness"] = trainer.learned_hardness
-        report = hlg.relu_ize(model, tolerance=arguments.hardness_tolerance)
+        trainer.save_model()  # the λ checkpoint: nothing is lost if the gates turn out too soft to be replaced
+        # a best checkpoint chosen by its ReLU metrics may have soft gates, and is good as a ReLU network all the same
+        force = arguments.load_best_model_at_end and "relu_" in (arguments.metric_for_best_model or "")
+        report = hlg.relu_ize(model, force, tolerance=arguments.hardness_tolerance)
         arguments.eval_relu = False  # there is nothing left to switch
         metrics["after substitution"] = _evaluate(trainer)
         if trainer.is_world_process_zero():
@@ -166,7 +169,7 @@ def run(
                 dataset=None if data.dataset_name is None or Path(data.dataset_name).exists() else data.dataset_name,
                 results={f"λ-GELU, {stage}": _headline(values) for stage, values in metrics.items()},
                 final="λ-GELU, after substitution",
-                command=shlex.join(["python", "scripts/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+                command=command_line(),
                 arguments={
                     name: value
                     for name, value in vars(arguments).items()
@@ -200,6 +203,12 @@ def run(
     return results
 
 
+def command_line() -> str:
+    """The command that is running; absolute paths are cut to their last part: a card is no place for a machine's folders."""
+    parts = [Path(part).name if Path(part).is_absolute() else part for part in sys.argv]
+    return shlex.join(["python", f"scripts/{parts[0]}", *parts[1:]])
+
+
 def seed_everything(seed: int) -> None:
     """The same head, data order and dropout for every activation that is compared."""
     set_seed(seed)
@@ -215,4 +224,4 @@ def _evaluate(trainer: Trainer) -> dict[str, float]:
 
 
 def _headline(values: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if not name.startswith("relu_")}
+    return {name: value for name, value in values.items() if name != "loss" and not name.startswith("relu_")}

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on 127.0.0.1: standard library only, everything in memory, faults on demand.
+"""A stand-in for the Hugging Face Hub on 127.0.0.1: standard library and PyYAML, everything in memory, faults on demand.
 
 It speaks what `huggingface_hub` 2.x and `transformers` 5.x use to publish a model and to load it again: model
 repositories, plain LFS, no Xet. The client reads HF_ENDPOINT when it is imported, so it runs in a subprocess with
@@ -26,6 +26,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 LFS_PATTERNS = ("*.bin", "*.safetensors", "*.pt", "*.pth", "*.onnx", "*.h5", "*tfevents*", "*.zip")
 ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS).encode()
@@ -429,8 +431,8 @@ def check_card(content: str) -> tuple[list[str], list[str]]:
     if not match or not match[1].strip():
         return [], ["empty or missing yaml metadata in repo card"]
     try:
-        card = read_yaml(match[1])
-    except ValueError as error:
+        card = yaml.safe_load(match[1])
+    except yaml.YAMLError as error:
         return [f"YAML: {error}"], []
     if not isinstance(card, dict):
         return ["the metadata must be a mapping"], []
@@ -452,67 +454,3 @@ def _misfits(value: Any, shape: Any, name: str) -> list[str]:
     elif isinstance(shape, dict):
         parts = [(value.get(key), shape[key], f"{name}.{key}") for key in shape]
     return [text for part in parts for text in _misfits(*part)]
-
-
-def read_yaml(text: str) -> Any:
-    """Read the YAML that cards are written in, for its structure: quoted strings keep their escapes.
-
-    Block mappings and lists, scalars over several lines and flat [a, b]; anchors, tags and {a: b} are refused.
-    """
-    lines = [line.rstrip() for line in text.split("\n") if line.strip() and not line.lstrip().startswith("#")]
-    if any("\t" in line[: len(line) - len(line.lstrip())] for line in lines):
-        raise ValueError("tabs cannot indent")
-    value = _node(lines, -1)
-    if lines:
-        raise ValueError(f"bad indentation or structure at {lines[0].strip()!r}")
-    return value
-
-
-def _indent(lines: list[str]) -> int:
-    """How far the first line is indented; -1 after the last one."""
-    return len(lines[0]) - len(lines[0].lstrip(" ")) if lines else -1
-
-
-def _node(lines: list[str], outer: int) -> Any:
-    """Take the node that is indented by more than `outer` off the front of `lines`."""
-    indent = _indent(lines)
-    if indent <= outer:
-        return None
-    if lines[0].lstrip()[:2] in ("-", "- "):
-        items = []
-        while _indent(lines) == indent and lines[0].lstrip()[:2] in ("-", "- "):
-            lines[0] = lines[0].replace("-", " ", 1)
-            if not lines[0].strip():
-                lines.pop(0)
-            items.append(_node(lines, indent))
-        return items
-    mapping: dict[str, Any] = {}
-    while _indent(lines) == indent:
-        line = lines.pop(0).strip()
-        key = re.match(r"""("[^"]*"|'[^']*'|(?!- )[^\s"'\[{#&*!|>@`%].*?)\s*:(?:\s+(.*)|$)""", line)
-        if not key and not mapping:
-            return _scalar(line, lines, outer)
-        if not key or key[1] in mapping:
-            raise ValueError(f"a new key is needed at {line!r}")
-        if key[2] and not key[2].startswith("#"):
-            mapping[key[1]] = _scalar(key[2], lines, indent)
-        else:
-            listed = _indent(lines) == indent and lines[0].lstrip()[:2] in ("-", "- ")
-            mapping[key[1]] = _node(lines, indent - listed)
-    return mapping
-
-
-def _scalar(text: str, lines: list[str], outer: int) -> Any:
-    """The value of a scalar that begins with `text` and goes on in lines indented by more than `outer`."""
-    while _indent(lines) > outer:
-        text += " " + lines.pop(0).strip()
-    if text[0] in "|>" or re.fullmatch(r"""("(\\.|[^"\\])*"|'(''|[^'])*')(\s+#.*)?""", text):
-        return text
-    text = re.sub(r"\s+#.*", "", text)
-    if text[0] == "[" and text[-1] == "]":
-        return [_scalar(item.strip(), [], 0) for item in text[1:-1].split(",") if item.strip()]
-    if text[0] in "\"'[]{}&*!%@`" or re.search(r":(\s|$)", text):
-        raise ValueError(f"cannot read {text!r}")
-    if re.fullmatch(r"[-+]?(\d[\d_]*)?\.?\d+(e[-+]?\d+)?|true|false|null|~", text, re.IGNORECASE):
-        return None if text.lower() in ("null", "~") else 0
-    return text

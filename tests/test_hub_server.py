@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
-from hub_server import HubServer, check_card, read_yaml
+from hub_server import HubServer, check_card
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 
 CARD = "---\nlicense: mit\nlibrary_name: transformers\ntags:\n- gelu\n---\n# A model\n"
@@ -224,38 +223,6 @@ def test_in_process(hub: HubServer, folder: Path, tmp_path: Path, monkeypatch: p
     assert Path(file).read_bytes() == hub.repos[repo_id].files["model.safetensors"]
     assert {item.path for item in api.list_repo_tree(repo_id)} == {".gitattributes", *os.listdir(folder)}
     assert [item.path for item in api.list_repo_tree(repo_id, "sub")] == ["sub/config.json"]
-
-
-def structure(value: object) -> object:
-    """A YAML value with its scalars' kinds in place of the scalars."""
-    if isinstance(value, dict):
-        return {key: structure(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [structure(item) for item in value]
-    return "text" if isinstance(value, str) else None if value is None else "other"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        ModelCardData(license="mit", tags=["a"], model_name="m", eval_results=[RESULT, RESULT]).to_yaml(),
-        ModelCardData(language=["en", "no"], tags=[], license_name="x y", other={"a": None, "b": [1, True]}).to_yaml(),
-        "# a\nlicense: mit  # b\ntags: [a, 'b c']\nlist:\n  - x: 1\n    y:\n    - z\n\n  -\n    - q\nurl: https://a.b/#c\n",
-        "text: |\n  a: b\n\n   c\nfolded: >-\n  a\nplain: a\n  b c\nquoted: 'it''s: x'\nempty:\nlast: \"a \\\" b\"\n",
-    ],
-)
-def test_yaml_reader(text: str) -> None:
-    """The reader sees the structure that PyYAML sees."""
-    assert structure(read_yaml(text)) == structure(yaml.safe_load(text))
-
-
-@pytest.mark.parametrize(
-    "text", ["a: b: c", "a: [b", "a: 'b", "a: b\n c: d", "a: b\na: c", "a\nb: c", "a: b\n- c", "\ta: b"]
-)
-def test_yaml_reader_refuses(text: str) -> None:
-    """What is no YAML is no metadata."""
-    with pytest.raises(ValueError, match=r"cannot read|key is needed|structure|tabs"):
-        read_yaml(text)
 
 
 def test_check_card() -> None:

@@ -1,0 +1,184 @@
+"""Publishing: the real Hub client against the local stand-in server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hub_server import HubServer
+from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+import hf_lambda_gelu as hlg
+
+TOKEN = "hf_test"
+DETAILS = hlg.CardDetails(
+    base_model="someone/bert-tiny",
+    dataset="someone/reviews",
+    license="apache-2.0",
+    results={"GELU": {"accuracy": 0.84}, "ReLU": {"accuracy": 0.83, "loss": 0.4}},
+    final="ReLU",
+    command="python scripts/finetune_text.py --seed 0",
+)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A server with nothing on it; the client in this process may go online, to loopback."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with HubServer(token=TOKEN) as server:
+        # cards are validated against the endpoint that was read at import
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        yield server
+
+
+def relu_model() -> PreTrainedModel:
+    """A tiny classifier after substitution."""
+    model = tiny.build("bert-classifier")
+    hlg.convert(model)
+    hlg.relu_ize(model, force=True)
+    return model
+
+
+def run_stock(hub: HubServer, home: Path, code: str, *arguments: str) -> str:
+    """Run code in a process that cannot import the package, with the server as its Hub."""
+    program = "import sys; sys.modules['hf_lambda_gelu'] = None\n" + textwrap.dedent(code)
+    process = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=hub.env(home), check=False
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout.strip()
+
+
+def test_push_and_load_without_the_package(hub: HubServer, tmp_path: Path) -> None:
+    """What a stranger loads from the Hub by stock transformers computes what the model in memory computes."""
+    model = relu_model()
+    batch = tiny.inputs(model)
+    expected = tiny.outputs(model, batch)[0]
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    commit = hlg.push_relu_to_hub(model, "tester/relu-bert", details=DETAILS, private=True, api=api)
+    repo = hub.repos["tester/relu-bert"]
+    assert repo.private
+    assert len(repo.commits) == 1, "one commit"
+    assert commit.oid == repo.resolve("main")
+    assert {"config.json", "model.safetensors", "README.md", "lambda_gelu.json"} <= set(repo.files)
+    assert b"raw_hardness" not in repo.files["model.safetensors"]
+    assert TOKEN.encode() not in b"".join(repo.files.values())
+
+    save_file(batch, tmp_path / "batch.safetensors")
+    run_stock(
+        hub,
+        tmp_path / "home",
+        """
+        import torch
+        from safetensors.torch import load_file, save_file
+        from transformers import AutoModelForSequenceClassification
+        torch.set_num_threads(2)
+        model = AutoModelForSequenceClassification.from_pretrained("tester/relu-bert")
+        assert model.config.hidden_act == "relu", model.config.hidden_act
+        with torch.no_grad():
+            save_file({"logits": model(**load_file(sys.argv[1])).logits}, sys.argv[2])
+        """,
+        str(tmp_path / "batch.safetensors"),
+        str(tmp_path / "logits.safetensors"),
+    )
+    assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
+
+
+def test_card_on_the_hub(hub: HubServer) -> None:
+    """The card's metadata, as huggingface_hub's own reader sees it."""
+    hlg.push_relu_to_hub(relu_model(), "tester/m", details=DETAILS, api=HfApi(endpoint=hub.url, token=TOKEN))
+    card = ModelCard(hub.repos["tester/m"].files["README.md"].decode())
+    data = card.data.to_dict()
+    assert data["license"] == "apache-2.0"
+    assert data["base_model"] == "someone/bert-tiny"
+    assert data["datasets"] == ["someone/reviews"]
+    assert data["pipeline_tag"] == "text-classification"
+    assert data["library_name"] == "transformers"
+    assert {"relu", "lambda-gelu", "arxiv:2603.21991"} <= set(data["tags"])
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {"accuracy": 0.83, "loss": 0.4}
+    assert "| **ReLU** | 0.8300 | 0.4000 |" in card.text
+    assert "| GELU | 0.8400 | – |" in card.text
+    assert DETAILS.command in card.text
+
+
+def test_nothing_is_uploaded_when_the_folder_is_not_the_model(hub: HubServer, tmp_path: Path) -> None:
+    """A folder whose weights differ from what its config and the reload say is caught before the first request."""
+    folder = hlg.save_relu_pretrained(relu_model(), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(hlg.VerificationError, match="do not fit"):
+        hlg.push_relu_to_hub(folder, "tester/m", api=HfApi(endpoint=hub.url, token=TOKEN))
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "soft", "error", "message"),
+    [
+        ("a/b/c", False, ValueError, "expected 'name' or 'owner/name'"),
+        ("tester/m", True, ValueError, "call relu_ize"),
+    ],
+)
+def test_bad_input_before_any_request(
+    hub: HubServer, repo_id: str, soft: bool, error: type[Exception], message: str
+) -> None:
+    """A bad name and a smooth model are refused before the first request."""
+    model = relu_model()
+    if soft:
+        model = tiny.build("bert-classifier")
+        hlg.convert(model)
+    with pytest.raises(error, match=message):
+        hlg.push_relu_to_hub(model, repo_id, api=HfApi(endpoint=hub.url, token=TOKEN))
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(("route", "status"), [("repos/create", 403), ("commit", 500), ("commit", 0)])
+def test_failed_upload_keeps_the_folder(hub: HubServer, tmp_path: Path, route: str, status: int) -> None:
+    """Refused, failed or cut off: the saved model stays, and pushing the folder again succeeds."""
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    hub.fail_next("POST", route, status, applied=False)
+    with pytest.raises(hlg.PushError, match="hf upload tester/m") as caught:
+        hlg.push_relu_to_hub(relu_model(), "tester/m", folder=tmp_path / "kept", api=api)
+    assert TOKEN not in str(caught.value)
+    assert (tmp_path / "kept" / "model.safetensors").is_file()
+    hlg.push_relu_to_hub(tmp_path / "kept", "tester/m", api=api)
+    assert "model.safetensors" in hub.repos["tester/m"].files
+
+
+def test_wrong_token(hub: HubServer, tmp_path: Path) -> None:
+    """A refused token is an error that names the folder and does not show the token."""
+    with pytest.raises(hlg.PushError, match="kept") as caught:
+        hlg.push_relu_to_hub(
+            relu_model(), "tester/m", folder=tmp_path / "kept", api=HfApi(endpoint=hub.url, token="hf_wrong")
+        )
+    assert "hf_wrong" not in str(caught.value)
+    assert "tester/m" not in hub.repos
+
+
+def test_script_pushes_a_hardened_checkpoint(hub: HubServer, tmp_path: Path) -> None:
+    """scripts/push_to_hub.py from a λ checkpoint folder; what it published is a stock ReLU model."""
+    model = tiny.build("bert-classifier")
+    hlg.convert(model, init_hardness=160.0)
+    model.save_pretrained(tmp_path / "hard")
+    script = Path(__file__).parent.parent / "scripts" / "push_to_hub.py"
+    process = subprocess.run(
+        [sys.executable, str(script), "--folder", str(tmp_path / "hard"), "--repo_id", "tester/m", "--license", "mit"],
+        capture_output=True,
+        text=True,
+        env=hub.env(tmp_path / "home"),
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "2 activations are ReLU now" in process.stdout
+    files = hub.repos["tester/m"].files
+    assert json.loads(files["config.json"])["hidden_act"] == "relu"
+    assert ModelCard(files["README.md"].decode()).data.license == "mit"
+    assert json.loads(files["lambda_gelu.json"])["substitution"]["sites"][0]["hardness"] == pytest.approx(160.0, rel=1e-5)
