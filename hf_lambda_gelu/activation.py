@@ -14,8 +14,8 @@ from transformers import initialization as init
 from .bases import get_base
 from .functional import check_hardness, lambda_gelu
 
-# λ = 1 lies at s = −∞. The smallest excess that is stored, 2⁻²⁴, gives λ = 1 exactly in fp32 with a finite s.
-MIN_EXCESS = 2.0**-24
+# λ = 1 lies at s = −∞. The smallest excess that is stored, 2⁻²⁵, gives λ = 1 exactly in fp32 with a finite s.
+MIN_EXCESS = 2.0**-25
 
 
 class LambdaGELU(nn.Module):
@@ -46,6 +46,7 @@ class LambdaGELU(nn.Module):
         self.temperature = float(temperature)
         self.init_hardness = check_hardness(init_hardness)
         self.as_relu = False  # set by `gates_as_relu` for the time of an evaluation
+        self.holds_excess = False  # set by `attach_hardness_update` for the time of a step
         self.raw_hardness = nn.Parameter(torch.empty(1, dtype=torch.float32))
         self.reset_parameters()
 
@@ -56,7 +57,8 @@ class LambdaGELU(nn.Module):
     @property
     def hardness(self) -> Tensor:
         """λ, shape (1,), differentiable in s."""
-        # threshold: beyond s/t = 20 softplus is the identity to fp32's last bit
+        if self.holds_excess:
+            return 1.0 + self.raw_hardness
         return 1.0 + F.softplus(self.raw_hardness / self.temperature)
 
     @torch.no_grad()
@@ -97,10 +99,14 @@ class LambdaGELU(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LambdaGELU:
         # .half() and .to(bfloat16) move λ but do not round it
-        kept = self.raw_hardness.data
+        kept, grad = self.raw_hardness.data, self.raw_hardness.grad
+        grad = None if grad is None else grad.detach()  # an alias, as the cast replaces the data of the gradient itself
         super()._apply(fn, recurse)
-        if self.raw_hardness.dtype in (torch.float16, torch.bfloat16):
-            self.raw_hardness.data = kept.to(self.raw_hardness.device)
+        raw = self.raw_hardness
+        if raw.dtype in (torch.float16, torch.bfloat16):
+            raw.grad = None  # a gradient has its parameter's dtype, at every moment
+            raw.data = kept.to(raw.device)
+            raw.grad = None if grad is None else grad.to(raw.device)
         return self
 
 

@@ -22,7 +22,7 @@ _QUICK_SCALE = 1.702
 
 # Beyond this |λx| every gate is 0 or 1 to the last bit of float64, so the clamp changes no value; it keeps products such
 # as u · slope(u) from being inf · 0.
-SATURATION = 200.0
+SATURATION = 1000.0
 
 
 @dataclass(frozen=True)

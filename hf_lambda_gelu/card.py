@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -78,19 +79,24 @@ def render_card(
         ]
         or None,
     )
-    return ModelCard.from_template(
+    card = ModelCard.from_template(
         data,
         template_str=(files(__package__) / "templates" / "card.md").read_text(encoding="utf-8"),
         model_name=model_name,
         architecture=architecture,
         details=details,
         results_table=_results_table(details),
+        formula="x Φ(λx)"
+        if not report or {s.base for s in report.sites} == {"gelu"}
+        else "a(λx)/λ with a its own activation",
         report=report,
         sites_table=_sites_table(report) if report else "",
         versions=versions,
         plot=plot,
         paper=PAPER,
     )
+    card.content = re.sub(r"\n{3,}", "\n\n", card.content)  # parts that were left out leave gaps
+    return card
 
 
 def _results_table(details: CardDetails) -> str:

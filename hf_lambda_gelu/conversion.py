@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .activation import LambdaGELU, hardness_profile
+from .activation import LambdaGELU, hardness_sites
 from .bases import BASES
 from .discovery import (
     LAMBDA_KEYS,
@@ -19,9 +19,9 @@ from .discovery import (
     governed_modules,
     is_activation,
     named_modules,
+    own_config,
     set_attribute,
 )
-from .functional import check_hardness
 from .inventory import Unconverted, smooth_activations
 
 
@@ -83,10 +83,10 @@ def convert(model: PreTrainedModel, init_hardness: float = 1.0, temperature: flo
             f"convert expects a transformers PreTrainedModel, got {type(model).__name__}: its config is what a converted "
             "checkpoint is rebuilt from. For a wrapped model pass the model inside"
         )
-    check_hardness(init_hardness)
-    if hardness_profile(model):
+    LambdaGELU(init_hardness, temperature)  # refuses bad values before anything is changed
+    if hardness_sites(model):
         raise ConversionError(
-            f"the model is converted already: it has {len(hardness_profile(model))} λ-GELU modules; "
+            f"the model is converted already: it has {len(hardness_sites(model))} λ-GELU modules; "
             "change their hardness with set_hardness, or load the original checkpoint again"
         )
     modules = dict(named_modules(model))
@@ -95,7 +95,12 @@ def convert(model: PreTrainedModel, init_hardness: float = 1.0, temperature: flo
 
     report = ConversionReport(hardness=float(init_hardness))
     claimed: set[str] = set()
+    if any(attribute.modules and attribute.value in STOCK_KEYS for attribute in governed):
+        own_config(model)
     for attribute in governed:
+        if attribute.failure:
+            reason = f"the model cannot be rebuilt with another activation there ({attribute.failure})"
+            report.unconverted.append(Unconverted(f"config.{attribute.path}", attribute.value, reason))
         if not attribute.modules or attribute.value in LAMBDA_KEYS:
             continue
         base = STOCK_KEYS[attribute.value]

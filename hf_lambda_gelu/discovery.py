@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,11 +63,13 @@ class Governed:
         path: the attribute as a dotted path from the model's config, e.g. "text_config.hidden_act".
         value: its value, a key of transformers' activation table.
         modules: names of the modules that are built from it, in network order; a shared instance under all its names.
+        failure: why that could not be found out: the model class takes no other activation there.
     """
 
     path: str
     value: str
     modules: tuple[str, ...]
+    failure: str = ""
 
 
 def base_of(module: nn.Module) -> str | None:
@@ -110,34 +113,53 @@ def get_attribute(config: PreTrainedConfig, path: str) -> object:
 
 def governed_modules(model: PreTrainedModel) -> list[Governed]:
     """What each activation attribute of `model.config` governs; attributes that govern no module have none."""
-    return [Governed(path, value, tuple(_probed(model, path))) for path, value in activation_attributes(model.config)]
+    return [_governed(model, path, value) for path, value in activation_attributes(model.config)]
+
+
+def own_config(model: PreTrainedModel) -> None:
+    """Give `model` and its parts a config of their own: `Model(config)` keeps the caller's, which another model may hold."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                if id(value) not in copies:
+                    copy.deepcopy(value, copies)
+                setattr(module, name, copies[id(value)])
 
 
 def set_attribute(config: PreTrainedConfig, path: str, value: str) -> bool:
     """Set the attribute so that it survives saving and loading; False, with nothing changed, if it cannot.
 
-    T5's `dense_act_fn` is derived from `feed_forward_proj` ("gated-gelu") when a config is built: a reload would undo the
-    change. The attribute of the same config from which it is derived is then set too.
+    T5's `dense_act_fn` is derived from `feed_forward_proj` ("gated-gelu") when a config is built. Attributes of the same
+    config from which this one is derived are set along with it.
     """
     trial = copy.deepcopy(config)
     owner, name = _owner(trial, path)
-    setattr(owner, name, value)
-    if _reloaded(trial, path) == value:
-        target, name = _owner(config, path)
-        setattr(target, name, value)
-        return True
-    for source, text in list(vars(owner).items()):
-        if not isinstance(text, str) or source == name or ("-" not in text and text not in STOCK_KEYS | LAMBDA_KEYS):
-            continue
-        head, dash, _ = text.rpartition("-")
-        setattr(owner, source, head + dash + value)
-        if _reloaded(trial, path) == value:
-            target, name = _owner(config, path)
-            setattr(target, name, value)
-            setattr(target, source, head + dash + value)
-            return True
-        setattr(owner, source, text)
-    return False
+    changes = {name: value}
+    for source, text in vars(owner).items():
+        if isinstance(text, str) and source != name and _derives(type(owner), source, text, name):
+            head, dash, _ = text.rpartition("-")
+            changes[source] = head + dash + value
+    for attribute, new in changes.items():
+        setattr(owner, attribute, new)
+    if _reloaded(trial, path) != value:
+        return False
+    target, _ = _owner(config, path)
+    for attribute, new in changes.items():
+        setattr(target, attribute, new)
+    return True
+
+
+def _derives(cls: type[PreTrainedConfig], source: str, text: str, name: str) -> bool:
+    """Whether building a config with `source` = "…-tanh" in place of "…-gelu" makes `name` tanh."""
+    head, dash, last = text.rpartition("-")
+    if last not in STOCK_KEYS and last not in LAMBDA_KEYS:
+        return False
+    try:
+        return getattr(cls(**{source: f"{head}{dash}tanh"}), name, None) == "tanh"
+    except Exception:  # the class refuses the value
+        return False
 
 
 def _owner(config: PreTrainedConfig, path: str) -> tuple[PreTrainedConfig, str]:
@@ -152,6 +174,13 @@ def _reloaded(config: PreTrainedConfig, path: str) -> object:
         return get_attribute(type(config).from_dict(config.to_dict()), path)
     except Exception:  # a config may refuse the value while it is built: then it does not survive
         return None
+
+
+def _governed(model: PreTrainedModel, path: str, value: str) -> Governed:
+    try:
+        return Governed(path, value, tuple(_probed(model, path)))
+    except Exception as error:  # modelling code of its own kind (openai-gpt has its own table): not ours to crash on
+        return Governed(path, value, (), f"{type(error).__name__}: {error}")
 
 
 def _probed(model: PreTrainedModel, path: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -20,9 +21,9 @@ from transformers import PreTrainedModel
 
 from .activation import hardness_sites
 from .card import CardDetails, render_card
-from .discovery import LAMBDA_KEYS, activation_attributes
+from .discovery import LAMBDA_KEYS, activation_attributes, governed_modules
 from .plots import plot_hardness
-from .substitution import SubstitutionReport, main_output
+from .substitution import SubstitutionReport, evaluating, main_output
 
 REPORT_NAME = "lambda_gelu.json"
 PLOT_NAME = "hardness_profile.png"
@@ -58,12 +59,15 @@ def save_relu_pretrained(
         The folder.
 
     Raises:
-        ValueError: λ-GELU left in model or config, tensors that are not finite, an existing or unwritable folder.
+        ValueError: smooth gates left in model or config, tensors that are not finite, an existing or unwritable folder.
             Nothing is written.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
     check_relu(model)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+    if folder == Path.cwd() or (folder.exists() and not folder.is_dir()):
+        kind = "the current folder" if folder.is_dir() else "a file"
+        raise ValueError(f"{str(folder)!r} is {kind}: give the name of a folder to make")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"{str(folder)!r} exists and is not empty: choose another folder, or pass overwrite=True")
     details = details or CardDetails()
     report: SubstitutionReport | None = getattr(model, "_relu_report", None)
@@ -99,7 +103,7 @@ def save_relu_pretrained(
 
 
 def check_relu(model: PreTrainedModel) -> None:
-    """Raises ValueError unless `model` is free of λ-GELU, in modules and config, and every tensor is finite."""
+    """Raises ValueError unless the gates of `model` that its config governs are ReLU, and every tensor is finite."""
     left = hardness_sites(model)
     if left:
         raise ValueError(
@@ -108,6 +112,9 @@ def check_relu(model: PreTrainedModel) -> None:
     keys = [f"config.{path} = {value!r}" for path, value in activation_attributes(model.config) if value in LAMBDA_KEYS]
     if keys:
         raise ValueError(f"{', '.join(keys)}: stock transformers does not know this key. Call relu_ize(model) first")
+    smooth = [f"config.{a.path} = {a.value!r}" for a in governed_modules(model) if a.modules]
+    if smooth:
+        raise ValueError(f"{', '.join(smooth)}: the model is smooth. Call convert(model), train, and relu_ize(model) first")
     broken = [
         name
         for name, tensor in model.state_dict().items()
@@ -120,9 +127,10 @@ def check_relu(model: PreTrainedModel) -> None:
 _RELOAD = """
 import sys
 sys.modules["hf_lambda_gelu"] = None  # any import of it fails
-import torch, transformers
+import hashlib, json, torch, transformers
 from safetensors.torch import load_file, save_file
 folder, inputs, outputs, name, attention, threads = sys.argv[1:]
+transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(int(threads))
 extra = {"attn_implementation": attention} if attention else {}
 model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, **extra)
@@ -132,6 +140,9 @@ if wrong:
 with torch.no_grad():
     output = model.eval()(**load_file(inputs))
 save_file({k: v.contiguous() for k, v in output.items() if isinstance(v, torch.Tensor)}, outputs)
+def digest(tensor):
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+print(json.dumps({name: digest(tensor) for name, tensor in model.state_dict().items()}))
 """
 
 
@@ -155,9 +166,8 @@ def verify_relu_pretrained(
     if model.device.type != "cpu":
         model = copy.deepcopy(model).cpu()
     inputs = {k: v.cpu() for k, v in (inputs or example_inputs(model)).items()}
-    was_training = model.training
-    expected = main_output(model.eval()(**inputs))
-    model.train(was_training)
+    with evaluating(model):
+        expected = main_output(model(**inputs))
     with tempfile.TemporaryDirectory() as scratch:
         source, result = os.path.join(scratch, "inputs.safetensors"), os.path.join(scratch, "outputs.safetensors")
         save_file({k: v.contiguous() for k, v in inputs.items()}, source)
@@ -170,7 +180,9 @@ def verify_relu_pretrained(
             env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
         )
         if process.returncode:
-            raise VerificationError(f"stock transformers does not load {str(folder)!r}: {process.stderr.strip()[-1500:]}")
+            lines = process.stderr.strip().splitlines() or ["no message"]
+            raise VerificationError(f"stock transformers does not load {str(folder)!r}: {lines[-1]}")
+        digests = json.loads(process.stdout.splitlines()[-1])
         got = main_output(load_file(result))
     difference = float((got.double() - expected.double()).abs().max())
     scale = float(expected.double().abs().max())
@@ -179,7 +191,15 @@ def verify_relu_pretrained(
             f"{str(folder)!r} computes something else in stock transformers: outputs differ by {difference:.3g} at a scale "
             f"of {scale:.3g}. Was the model edited after relu_ize?"
         )
+    # what the batch does not reach, such as most rows of an embedding, is compared too
+    other = [name for name, tensor in model.state_dict().items() if digests.get(name) != _digest(tensor)]
+    if other:
+        raise VerificationError(f"{str(folder)!r} holds other weights than the model: {len(other)} tensors, e.g. {other[0]}")
     return difference
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:

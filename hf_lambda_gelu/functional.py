@@ -36,6 +36,8 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
         raise TypeError(f"lambda_gelu expects a floating point tensor, got {got}: convert it with .float() first")
     if not isinstance(hardness, Tensor):
         hardness = torch.tensor(check_hardness(hardness), dtype=torch.float64, device=x.device)
+    if hardness.numel() == 1:
+        hardness = hardness.reshape(())  # shape (1,) would broadcast a zero-dim x
     return LambdaGELUFunction.apply(x, hardness, member)
 
 

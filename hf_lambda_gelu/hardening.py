@@ -53,12 +53,14 @@ def ramp(progress: float, start: float, end: float, shape: str = "geometric") ->
     if progress >= 1.0:
         return end
     if shape == "geometric":
-        return start * (end / start) ** progress
-    if shape == "reciprocal":
-        return 1.0 / ((1.0 - progress) / start + progress / end)
-    if shape == "cosine":
-        progress = 0.5 - 0.5 * math.cos(math.pi * progress)
-    return start + (end - start) * progress
+        value = start * (end / start) ** progress
+    elif shape == "reciprocal":
+        value = 1.0 / ((1.0 - progress) / start + progress / end)
+    else:
+        if shape == "cosine":
+            progress = 0.5 - 0.5 * math.cos(math.pi * progress)
+        value = start + (end - start) * progress
+    return min(max(value, min(start, end)), max(start, end))  # rounding may step over an end by a unit
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,11 @@ class HardeningSchedule:
 
     @property
     def switch_step(self) -> int:
-        return math.ceil(self.switch_point * self.max_steps)
+        return math.ceil(_steps(self.switch_point * self.max_steps))
 
     @property
     def hold_step(self) -> int:
-        return max(self.switch_step, math.floor((1.0 - self.hold) * self.max_steps))
+        return max(self.switch_step, math.floor(_steps((1.0 - self.hold) * self.max_steps)))
 
     def learning(self, step: int) -> bool:
         """Whether λ is still learned after `step` updates."""
@@ -100,6 +102,10 @@ class HardeningSchedule:
         span = self.hold_step - self.switch_step
         progress = 1.0 if step >= self.hold_step else (step - self.switch_step) / span
         return ramp(progress, at_switch, max(at_switch, target), self.shape)
+
+
+def _steps(product: float) -> float:
+    return round(product, 6)  # 0.07 · 100 is 7.000000000000001 in floating point, which is 7 steps
 
 
 def check_schedule(switch_point: float, hold: float, shape: str) -> None:

@@ -24,7 +24,7 @@ from .activation import MIN_EXCESS, LambdaGELU
 
 
 def attach_hardness_update(optimizer: torch.optim.Optimizer, modules: Iterable[LambdaGELU]) -> list[RemovableHandle]:
-    """Make `optimizer` step in λ for the hardness parameters of `modules`; all its other parameters are untouched.
+    """Make `optimizer` step in λ for the hardness parameters of `modules`; its other parameters are untouched. Idempotent.
 
     Works with any `torch.optim.Optimizer`, in the Trainer or in a loop of one's own. The learning rate of the parameter's
     group is then η_λ, in units of λ per step; give the group no weight decay.
@@ -51,24 +51,42 @@ def attach_hardness_update(optimizer: torch.optim.Optimizer, modules: Iterable[L
                 "put the hardness parameters into a group of their own with weight_decay=0.0"
             )
 
+    attached = {id(m) for hook in optimizer._optimizer_step_pre_hooks.values() for m in getattr(hook, "modules", ())}
+    modules = [module for module in modules if id(module) not in attached]  # twice is once
+    before, after = _IntoHardness(modules), _IntoRaw(modules)
+    return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+
+class _IntoHardness:
+    """Before a step: the parameter holds λ − 1, which near 1 has 24 more bits than λ, and its gradient is ∂L/∂λ."""
+
+    def __init__(self, modules: list[LambdaGELU]) -> None:
+        self.modules = modules
+
     @torch.no_grad()
-    def into_hardness(*_: object) -> None:
-        for module in modules:
+    def __call__(self, *_: object) -> None:
+        for module in self.modules:
             raw = module.raw_hardness
             scaled = raw / module.temperature
             if raw.grad is not None:
                 # σ ≥ MIN_EXCESS / 2 as λ is kept ≥ 1 + MIN_EXCESS; the clamp serves an s that was loaded from elsewhere
                 raw.grad.mul_(module.temperature / torch.sigmoid(scaled).clamp(min=MIN_EXCESS / 2))
-            # the excess λ − 1, not λ: near 1 it has 24 more bits
             raw.copy_(F.softplus(scaled))
+            module.holds_excess = True  # a closure runs the model within the step
+
+
+class _IntoRaw:
+    """After a step: the parameter holds s again, λ clipped to ≥ 1."""
+
+    def __init__(self, modules: list[LambdaGELU]) -> None:
+        self.modules = modules
 
     @torch.no_grad()
-    def into_raw(*_: object) -> None:
-        for module in modules:
+    def __call__(self, *_: object) -> None:
+        for module in self.modules:
             raw = module.raw_hardness
             raw.copy_(inverse_softplus(raw.clamp(min=MIN_EXCESS)) * module.temperature)
-
-    return [optimizer.register_step_pre_hook(into_hardness), optimizer.register_step_post_hook(into_raw)]
+            module.holds_excess = False
 
 
 def inverse_softplus(y: Tensor) -> Tensor:

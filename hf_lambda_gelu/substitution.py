@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 from .activation import hardness_profile, hardness_sites
 from .conversion import replace_module, update_config_copies
-from .discovery import LAMBDA_KEYS, activation_attributes, set_attribute
+from .discovery import LAMBDA_KEYS, activation_attributes, own_config, set_attribute
 from .hardening import DEFAULT_TOLERANCE, sup_error, target_hardness
 from .inventory import Unconverted, smooth_activations
 
@@ -83,6 +83,18 @@ def gates_as_relu(model: nn.Module) -> Iterator[None]:
             site.as_relu = False
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block, `model` is in eval mode; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def relu_ize(
     model: PreTrainedModel,
     force: bool = False,
@@ -139,6 +151,7 @@ def relu_ize(
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if any(module is site for site in modules.values()):
             replace_module(model, name, ACT2FN["relu"])
+    own_config(model)
     for path, key in list(activation_attributes(model.config)):
         if key in LAMBDA_KEYS and set_attribute(model.config, path, "relu"):
             update_config_copies(model, path, key, "relu")
@@ -161,9 +174,7 @@ def _measure(
     losses: list[tuple[float, float]] = []
     predictions: list[tuple[Tensor, Tensor]] = []
     labels: list[Tensor] = []
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in calibration:
             if not isinstance(batch, Mapping):
                 raise ValueError(f"a calibration batch must be a mapping of the model's inputs, got {type(batch).__name__}")
@@ -182,8 +193,6 @@ def _measure(
                     losses.append((float(smooth["loss"]), float(hard["loss"])))
                 predictions.append((before.cpu(), after.cpu()))
                 labels.append(batch["labels"].cpu())
-    finally:
-        model.train(was_training)
     if not count:
         raise ValueError("the calibration set yielded no batch: a generator that was consumed before, or an empty loader?")
     report.relative_change = (change / norm) ** 0.5 if norm else 0.0

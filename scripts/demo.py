@@ -84,7 +84,7 @@ def main() -> None:
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\n{time.time() - start:.0f} s; table, plot and checkpoint in {output}")
     after = results["lambda_gelu"]["metrics"]["after substitution"]["accuracy"]
-    if abs(stock["accuracy"] - after) > 0.5 / evaluate:
+    if abs(stock["accuracy"] - after) > 2.5 / evaluate:  # batches are padded differently: a tie may fall the other way
         sys.exit(f"stock transformers got {stock['accuracy']:.4f} from {folder}, the run had {after:.4f}")
 
 

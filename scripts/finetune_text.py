@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             raise ValueError(f"no column {column!r} in {train.column_names}: name it with --text_column")
 
     tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path)
+    # set on the tokenizer, so that the saved one cuts texts as the training did
+    tokenizer.model_max_length = min(tokenizer.model_max_length, data.max_seq_length)
     names = train.features[data.label_column].names
     model = AutoModelForSequenceClassification.from_pretrained(
         model_arguments.model_name_or_path, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [rows[c] for c in (data.text_column, data.text_pair_column) if c]
-        return {**tokenizer(*texts, truncation=True, max_length=data.max_seq_length), "labels": rows[data.label_column]}
+        return {**tokenizer(*texts, truncation=True), "labels": rows[data.label_column]}
 
     with arguments.main_process_first(desc="tokenizing"):
         train = train.map(tokenize, batched=True, remove_columns=train.column_names, desc="Tokenizing the training set")

@@ -152,11 +152,12 @@ def run(
     output = Path(arguments.output_dir)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
 
+    trainer.save_model()  # as trained: nothing is lost if the gates turn out too soft to be replaced
+
     results: dict[str, Any] = {"activation": model_arguments.activation, "metrics": {"after training": _evaluate(trainer)}}
     metrics = results["metrics"]
     if learning:
         results["learned_hardness"] = trainer.learned_hardness
-        trainer.save_model()  # the λ checkpoint: nothing is lost if the gates turn out too soft to be replaced
         # a best checkpoint chosen by its ReLU metrics may have soft gates, and is good as a ReLU network all the same
         force = arguments.load_best_model_at_end and "relu_" in (arguments.metric_for_best_model or "")
         report = hlg.relu_ize(model, force, tolerance=arguments.hardness_tolerance)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,11 +127,82 @@ MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 }
 
 
+class Activation(NamedTuple):
+    """What a config attribute says, the λ-GELU base that belongs to it, and how many modules are built from it."""
+
+    value: str
+    base: str
+    sites: int
+
+
+_ERF = {"hidden_act": Activation("gelu", "gelu", 2)}
+_ERF_AND_HEAD = {"hidden_act": Activation("gelu", "gelu", 3)}
+_TANH = Activation("gelu_pytorch_tanh", "gelu_tanh", 2)
+
+# name → config path → activation: read off the modelling code by hand
+ACTIVATIONS: dict[str, dict[str, Activation]] = {
+    "bert": _ERF_AND_HEAD,
+    "bert-classifier": _ERF,
+    "roberta": _ERF,
+    "distilbert": {"activation": Activation("gelu", "gelu", 3)},
+    "albert": {"hidden_act": Activation("gelu_new", "gelu_tanh", 2)},
+    "electra": _ERF_AND_HEAD,
+    "mpnet": _ERF,
+    "deberta-v2": _ERF,
+    "modernbert": {
+        "hidden_activation": Activation("gelu", "gelu", 2),
+        "classifier_activation": Activation("gelu", "gelu", 1),
+    },
+    "vit": _ERF,
+    "deit": _ERF,
+    "beit": _ERF,
+    "dinov2": _ERF,
+    "swin": _ERF,
+    "convnext": _ERF,
+    "clip": {
+        "text_config.hidden_act": Activation("quick_gelu", "quick_gelu", 2),
+        "vision_config.hidden_act": Activation("quick_gelu", "quick_gelu", 2),
+    },
+    "siglip": {"text_config.hidden_act": _TANH, "vision_config.hidden_act": _TANH._replace(sites=3)},
+    "gpt2": {"activation_function": Activation("gelu_new", "gelu_tanh", 2)},
+    "whisper": {"activation_function": Activation("gelu", "gelu", 4)},
+    "wav2vec2": {"hidden_act": Activation("gelu", "gelu", 2), "feat_extract_activation": Activation("gelu", "gelu", 3)},
+    "t5": {"dense_act_fn": Activation("gelu_new", "gelu_tanh", 4)},
+    "t5-gelu": {"dense_act_fn": Activation("gelu", "gelu", 4)},
+    "gemma": {"hidden_act": _TANH},
+    "gemma2": {"hidden_activation": _TANH},
+    "llama": {"hidden_act": Activation("silu", "silu", 2)},
+}
+
+# name → (module, call) of the smooth activations that are no modules, likewise
+LEFT: dict[str, list[tuple[str, str]]] = {
+    "roberta": [("lm_head", "gelu(x)")],
+    "mpnet": [("lm_head", "gelu(x)")],
+    "deberta-v2": [("pooler", "ACT2FN[self.config.pooler_hidden_act]")],
+    "whisper": [
+        ("model.encoder", "nn.functional.gelu(self.conv1(input_features))"),
+        ("model.encoder", "nn.functional.gelu(self.conv2(inputs_embeds))"),
+    ],
+}
+
+
+def relu_overrides(name: str) -> dict[str, Any]:
+    """Overrides for `build` with which stock transformers makes the same network with ReLU."""
+    values = MODELS[name][2]
+    if name.startswith("t5"):
+        return {"feed_forward_proj": values["feed_forward_proj"].replace("gelu", "relu")}
+    overrides: dict[str, Any] = {}
+    for path in ACTIVATIONS[name]:
+        owner, _, attribute = path.rpartition(".")
+        overrides.update({owner: {**values[owner], attribute: "relu"}} if owner else {attribute: "relu"})
+    return overrides
+
+
 def build(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """The tiny model in eval mode, with weights large enough for the activations to matter."""
     model_type, auto, values = MODELS[name]
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **values, **overrides)
+    config = AutoConfig.for_model(model_type, **{**values, **overrides})
     model = (auto.from_config(config) if hasattr(auto, "from_config") else auto(config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -182,3 +254,27 @@ def relative_difference(first: list[Tensor], second: list[Tensor]) -> float:
     """max over tensors of max|a − b| / max|a|."""
     assert len(first) == len(second) > 0
     return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in zip(first, second, strict=True))
+
+
+def set_hardness(model: PreTrainedModel, value: float, step: float = 0.0) -> dict[str, float]:
+    """Set λ of the sites to value, value + step …, by duck typing: stock processes use this file too; {name: λ}."""
+    sites = {name: module for name, module in model.named_modules() if hasattr(module, "set_hardness")}
+    for index, module in enumerate(sites.values()):
+        module.set_hardness(value + index * step)
+    return {name: value + index * step for index, name in enumerate(sites)}
+
+
+def snapshot(model: PreTrainedModel) -> dict[str, Any]:
+    """What a failed operation must leave as it was: configs, module objects, train or eval mode, all weights to the bit."""
+
+    def digest(tensor: Tensor) -> str:
+        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        return "meta" if raw.is_meta else hashlib.sha256(raw.numpy().tobytes()).hexdigest()
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    configs = {id(module.config): module.config for module in modules.values() if hasattr(module, "config")}
+    return {
+        "configs": [config.to_dict() for config in configs.values()],
+        "modules": {name: (type(module).__name__, id(module), module.training) for name, module in modules.items()},
+        "tensors": {name: (tensor.dtype, digest(tensor)) for name, tensor in model.state_dict().items()},
+    }
