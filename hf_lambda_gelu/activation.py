@@ -65,6 +65,7 @@ class LambdaGELU(nn.Module):
     def set_hardness(self, value: float) -> None:
         """Set λ to `value`, a finite number ≥ 1 (ValueError otherwise)."""
         self.raw_hardness.fill_(raw_from_hardness(value, self.temperature))
+        self.holds_excess = False
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x) if self.as_relu else lambda_gelu(x, self.hardness, self.base)
@@ -95,6 +96,8 @@ class LambdaGELU(nn.Module):
         loaded = state_dict.get(prefix + "raw_hardness")
         if isinstance(loaded, Tensor) and not loaded.is_meta and loaded.numel():
             _check_raw(loaded, prefix + "raw_hardness")
+            if loaded.dtype in (torch.float16, torch.bfloat16):  # assign=True would take the dtype over
+                state_dict[prefix + "raw_hardness"] = loaded.float()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LambdaGELU:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -50,6 +51,6 @@ class LambdaGELUTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         check_schedule(self.hardness_switch_point, self.hardness_hold, self.hardness_ramp)
         target_hardness(self.hardness_tolerance)
-        if not self.hardness_learning_rate >= 0.0:
-            raise ValueError(f"hardness_learning_rate must be a number >= 0, got {self.hardness_learning_rate}")
+        if not (0.0 <= self.hardness_learning_rate < math.inf):
+            raise ValueError(f"hardness_learning_rate must be a finite number >= 0, got {self.hardness_learning_rate}")
         super().__post_init__()

@@ -22,6 +22,7 @@ from .discovery import (
     own_config,
     set_attribute,
 )
+from .functional import check_hardness
 from .inventory import Unconverted, smooth_activations
 
 
@@ -60,7 +61,7 @@ class ConversionReport:
         return "\n".join(lines)
 
 
-def convert(model: PreTrainedModel, init_hardness: float = 1.0, temperature: float = 0.1) -> ConversionReport:
+def convert(model: PreTrainedModel, init_hardness: float = 1.0) -> ConversionReport:
     """Replace, in place, the GELU-family activations of `model` by λ-GELU, weights untouched.
 
     A site is converted when a config attribute governs it, so that the config can say `lambda_gelu` now and `relu` after
@@ -70,7 +71,6 @@ def convert(model: PreTrainedModel, init_hardness: float = 1.0, temperature: flo
     Args:
         model: any transformers model, on any device, in any dtype.
         init_hardness: λ to start from, ≥ 1. The paper's 1 + ln 2 ≈ 1.693 changes the function of a pretrained model.
-        temperature: t of the reparameterization λ = 1 + softplus(s / t).
 
     Returns:
         The sites converted, and every GELU or SiLU that was seen and left, with the reason.
@@ -83,7 +83,7 @@ def convert(model: PreTrainedModel, init_hardness: float = 1.0, temperature: flo
             f"convert expects a transformers PreTrainedModel, got {type(model).__name__}: its config is what a converted "
             "checkpoint is rebuilt from. For a wrapped model pass the model inside"
         )
-    LambdaGELU(init_hardness, temperature)  # refuses bad values before anything is changed
+    check_hardness(init_hardness)
     if hardness_sites(model):
         raise ConversionError(
             f"the model is converted already: it has {len(hardness_sites(model))} λ-GELU modules; "
@@ -113,7 +113,8 @@ def convert(model: PreTrainedModel, init_hardness: float = 1.0, temperature: flo
         update_config_copies(model, attribute.path, attribute.value, key)
         report.attributes[attribute.path] = (attribute.value, key)
         for name in attribute.modules:
-            replace_module(model, name, LambdaGELU(init_hardness, temperature, base))
+            replace_module(model, name, LambdaGELU(init_hardness, base=base))
+            model.get_submodule(name)._is_hf_initialized = True  # a later init_weights() leaves it alone
             report.sites.append(Site(name, attribute.value, base, attribute.path))
             claimed.add(name)
     order = {name: index for index, name in enumerate(modules)}

@@ -111,6 +111,12 @@ def get_attribute(config: PreTrainedConfig, path: str) -> object:
     return getattr(owner, name)
 
 
+def put_attribute(config: PreTrainedConfig, path: str, value: str) -> None:
+    """Set the value at a dotted path, for the time being; `set_attribute` is for changes that are to be saved."""
+    owner, name = _owner(config, path)
+    setattr(owner, name, value)
+
+
 def governed_modules(model: PreTrainedModel) -> list[Governed]:
     """What each activation attribute of `model.config` governs; attributes that govern no module have none."""
     return [_governed(model, path, value) for path, value in activation_attributes(model.config)]

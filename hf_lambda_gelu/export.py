@@ -66,7 +66,7 @@ def save_relu_pretrained(
     check_relu(model)
     if folder == Path.cwd() or (folder.exists() and not folder.is_dir()):
         kind = "the current folder" if folder.is_dir() else "a file"
-        raise ValueError(f"{str(folder)!r} is {kind}: give the name of a folder to make")
+        raise ValueError(f"{str(folder)!r} exists and is {kind}: give the name of a folder to make")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"{str(folder)!r} exists and is not empty: choose another folder, or pass overwrite=True")
     details = details or CardDetails()
@@ -194,7 +194,9 @@ def verify_relu_pretrained(
     # what the batch does not reach, such as most rows of an embedding, is compared too
     other = [name for name, tensor in model.state_dict().items() if digests.get(name) != _digest(tensor)]
     if other:
-        raise VerificationError(f"{str(folder)!r} holds other weights than the model: {len(other)} tensors, e.g. {other[0]}")
+        raise VerificationError(
+            f"{str(folder)!r} computes something else in stock transformers: {len(other)} tensors differ, e.g. {other[0]}"
+        )
     return difference
 
 

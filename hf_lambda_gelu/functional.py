@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -50,12 +48,12 @@ def check_hardness(value: float) -> float:
     """`value` as a float.
 
     Raises:
-        ValueError: it is below 1, NaN or infinite.
+        ValueError: it is below 1, above 1e30, or NaN.
     """
     value = float(value)
-    if not (1.0 <= value < math.inf):
+    if not (1.0 <= value <= 1e30):  # far beyond any use, and λx stays a number in fp32 for any moderate x
         raise ValueError(
-            f"hardness must be a finite number >= 1 (1 is the smooth activation itself), got {value}; "
+            f"hardness must be a finite number >= 1 (1 is the smooth activation itself) and <= 1e30, got {value}; "
             "for ReLU itself, use relu_ize"
         )
     return value

@@ -100,7 +100,7 @@ class HardeningSchedule:
     def hardness(self, step: int, at_switch: float, target: float) -> float:
         """λ after `step` ≥ `switch_step` updates, from `at_switch` to `target`; never below `at_switch`."""
         span = self.hold_step - self.switch_step
-        progress = 1.0 if step >= self.hold_step else (step - self.switch_step) / span
+        progress = 1.0 if step >= self.hold_step else max(0, step - self.switch_step) / max(1, span)
         return ramp(progress, at_switch, max(at_switch, target), self.shape)
 
 

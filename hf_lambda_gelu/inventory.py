@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import operator
+import re
 import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from functools import cache
 
 from torch import nn
 
-from .discovery import base_of, is_activation, named_modules
+from .discovery import LAMBDA_KEYS, STOCK_KEYS, base_of, is_activation, named_modules
 
 _FUNCTIONS = {"gelu", "gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "silu", "swish"}
 
@@ -48,33 +50,38 @@ def smooth_activations(
         if name not in claimed and base_of(module) is not None
     ]
     leaves = [path.rpartition(".")[2] for path in attributes]
-    for name, calls in functional_calls(model).items():
+    for cls, places in _classes(model).items():
+        calls = calls_in_class(cls)
+        name = places[0] or cls.__name__
+        label = name if len(places) == 1 else f"{name} (and {len(places) - 1} more {cls.__name__})"
         for call in calls:
             reason = "a function call in the modelling code, out of reach of a module swap"
             if call.startswith(("ACT2FN[", "ACT2CLS[", "get_activation(")):
+                if not _looks_up_smooth(model.get_submodule(places[0]), call):
+                    continue
                 reason = "looked up inside forward, a fresh activation at each call, so it cannot learn: "
                 follows = any(f".{leaf}" in call for leaf in leaves)
                 reason += "it turns into ReLU with relu_ize, unprepared" if follows else "it stays as its attribute says"
-            left.append(Unconverted(name, call, reason))
+            left.append(Unconverted(label, call, reason))
     return left
 
 
-def functional_calls(model: nn.Module) -> dict[str, list[str]]:
-    """{module name: [source of the call, …]} for GELU and SiLU calls and in-forward lookups, in network order.
-
-    One entry per class: the first module of it stands for all, with the count appended.
-    """
+def _classes(model: nn.Module) -> dict[type, list[str]]:
     names: dict[type, list[str]] = {}
     for name, module in model.named_modules():
         if not is_activation(module):
             names.setdefault(type(module), []).append(name)
-    found: dict[str, list[str]] = {}
-    for cls, places in names.items():
-        calls = calls_in_class(cls)
-        if calls:
-            label = places[0] or cls.__name__
-            found[label if len(places) == 1 else f"{label} (and {len(places) - 1} more {cls.__name__})"] = list(calls)
-    return found
+    return names
+
+
+def _looks_up_smooth(module: nn.Module, call: str) -> bool:
+    """Whether `ACT2FN[self.config.hidden_act]` finds a smooth activation; True if that cannot be told."""
+    match = re.search(r"[\[(]self\.([\w.]+)[\])]", call)
+    try:
+        key = operator.attrgetter(match[1])(module) if match else None
+    except AttributeError:
+        key = None
+    return not isinstance(key, str) or key in STOCK_KEYS or key in LAMBDA_KEYS
 
 
 @cache

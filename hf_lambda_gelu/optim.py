@@ -35,7 +35,7 @@ def attach_hardness_update(optimizer: torch.optim.Optimizer, modules: Iterable[L
     Raises:
         ValueError: a hardness parameter is in none of the optimizer's groups, or in one with weight decay.
     """
-    modules = list(modules)
+    modules = list(dict.fromkeys(modules))
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for module in modules:
         group = groups.get(id(module.raw_hardness))
@@ -58,7 +58,7 @@ def attach_hardness_update(optimizer: torch.optim.Optimizer, modules: Iterable[L
 
 
 class _IntoHardness:
-    """Before a step: the parameter holds λ − 1, which near 1 has 24 more bits than λ, and its gradient is ∂L/∂λ."""
+    """Before a step: the parameter holds λ − 1, which near 1 has 25 more bits than λ, and its gradient is ∂L/∂λ."""
 
     def __init__(self, modules: list[LambdaGELU]) -> None:
         self.modules = modules
@@ -66,17 +66,17 @@ class _IntoHardness:
     @torch.no_grad()
     def __call__(self, *_: object) -> None:
         for module in self.modules:
+            if module.holds_excess:  # the last step raised half-way
+                continue
             raw = module.raw_hardness
-            scaled = raw / module.temperature
             if raw.grad is not None:
-                # σ ≥ MIN_EXCESS / 2 as λ is kept ≥ 1 + MIN_EXCESS; the clamp serves an s that was loaded from elsewhere
-                raw.grad.mul_(module.temperature / torch.sigmoid(scaled).clamp(min=MIN_EXCESS / 2))
-            raw.copy_(F.softplus(scaled))
+                raw.grad.div_(_slope(raw, module.temperature))
+            raw.copy_(F.softplus(raw / module.temperature))
             module.holds_excess = True  # a closure runs the model within the step
 
 
 class _IntoRaw:
-    """After a step: the parameter holds s again, λ clipped to ≥ 1."""
+    """After a step: the parameter holds s again, λ clipped to ≥ 1, and its gradient is one with respect to s."""
 
     def __init__(self, modules: list[LambdaGELU]) -> None:
         self.modules = modules
@@ -86,7 +86,14 @@ class _IntoRaw:
         for module in self.modules:
             raw = module.raw_hardness
             raw.copy_(inverse_softplus(raw.clamp(min=MIN_EXCESS)) * module.temperature)
+            if raw.grad is not None:
+                raw.grad.mul_(_slope(raw, module.temperature))
             module.holds_excess = False
+
+
+def _slope(raw: Tensor, temperature: float) -> Tensor:
+    # dλ/ds. σ ≥ MIN_EXCESS / 2 as λ is kept ≥ 1 + MIN_EXCESS; the clamp serves an s that was loaded from elsewhere
+    return torch.sigmoid(raw / temperature).clamp(min=MIN_EXCESS / 2) / temperature
 
 
 def inverse_softplus(y: Tensor) -> Tensor:

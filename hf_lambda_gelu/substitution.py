@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.trainer_pt_utils import nested_concat
 
 from .activation import hardness_profile, hardness_sites
 from .conversion import replace_module, update_config_copies
-from .discovery import LAMBDA_KEYS, activation_attributes, own_config, set_attribute
+from .discovery import LAMBDA_KEYS, activation_attributes, own_config, put_attribute, set_attribute
 from .hardening import DEFAULT_TOLERANCE, sup_error, target_hardness
 from .inventory import Unconverted, smooth_activations
 
@@ -72,15 +73,24 @@ class SubstitutionReport:
 
 @contextlib.contextmanager
 def gates_as_relu(model: nn.Module) -> Iterator[None]:
-    """Within the block, every λ-GELU of `model` computes ReLU; nothing is replaced and λ is kept."""
-    sites = list(hardness_sites(model).values())
+    """Within the block, `model` computes what it will after `relu_ize`; nothing is replaced and λ is kept. Blocks may nest.
+
+    The config says `relu` within the block too, for code that makes a fresh activation from it in forward.
+    """
+    sites = {site: site.as_relu for site in hardness_sites(model).values()}
+    configs = {id(c): c for module in model.modules() if isinstance(c := getattr(module, "config", None), PreTrainedConfig)}
+    lookups = [(c, path, key) for c in configs.values() for path, key in activation_attributes(c) if key in LAMBDA_KEYS]
     for site in sites:
         site.as_relu = True
+    for config, path, _ in lookups:
+        put_attribute(config, path, "relu")
     try:
         yield
     finally:
-        for site in sites:
-            site.as_relu = False
+        for site, before in sites.items():
+            site.as_relu = before
+        for config, path, key in lookups:
+            put_attribute(config, path, key)
 
 
 @contextlib.contextmanager
@@ -172,8 +182,8 @@ def _measure(
     change = norm = 0.0
     count = 0
     losses: list[tuple[float, float]] = []
-    predictions: list[tuple[Tensor, Tensor]] = []
-    labels: list[Tensor] = []
+    logits: tuple[Tensor, Tensor] | None = None
+    labels: Tensor | None = None
     with evaluating(model):
         for batch in calibration:
             if not isinstance(batch, Mapping):
@@ -191,18 +201,18 @@ def _measure(
             if batch.get("labels") is not None:
                 if smooth.get("loss") is not None:
                     losses.append((float(smooth["loss"]), float(hard["loss"])))
-                predictions.append((before.cpu(), after.cpu()))
-                labels.append(batch["labels"].cpu())
+                # of unequal length under dynamic padding: padded with −100, as the Trainer does
+                both, truth = (before.float().cpu(), after.float().cpu()), batch["labels"].cpu()
+                logits = both if logits is None else nested_concat(logits, both)
+                labels = truth if labels is None else nested_concat(labels, truth)
     if not count:
         raise ValueError("the calibration set yielded no batch: a generator that was consumed before, or an empty loader?")
     report.relative_change = (change / norm) ** 0.5 if norm else 0.0
     if losses:
         report.metrics["loss"] = tuple(sum(column) / len(losses) for column in zip(*losses, strict=True))  # type: ignore[assignment]
-    if compute_metrics is not None and labels:
-        truth = torch.cat(labels).numpy()
-        befores, afters = zip(*predictions, strict=True)
-        both = [compute_metrics(EvalPrediction(torch.cat(side).float().numpy(), truth)) for side in (befores, afters)]
-        report.metrics.update({name: (both[0][name], both[1][name]) for name in both[0]})
+    if compute_metrics is not None and logits is not None:
+        first, second = (compute_metrics(EvalPrediction(side.numpy(), labels.numpy())) for side in logits)
+        report.metrics.update({name: (first[name], second[name]) for name in first})
 
 
 def main_output(output: Mapping[str, Any]) -> Tensor:

@@ -104,10 +104,10 @@ class LambdaGELUTrainer(Trainer):
             raise ValueError(
                 f"{type(self.model).__name__} has no λ-GELU: call hf_lambda_gelu.convert(model) before building the trainer"
             )
-        self._hardness_handles: list[Any] = []
-        self._hardening = HardeningCallback()
-        self.add_callback(self._hardening)
+        self.add_callback(HardeningCallback())
         best = args.metric_for_best_model or ""
+        if "relu_" in best and not args.eval_relu:
+            raise ValueError(f"metric_for_best_model={best!r} is not measured with eval_relu=False: set eval_relu=True")
         if args.load_best_model_at_end and "relu_" not in best:
             logger.warning(
                 f"load_best_model_at_end with metric_for_best_model={best!r} may bring back a checkpoint from before the "
@@ -117,7 +117,9 @@ class LambdaGELUTrainer(Trainer):
     @property
     def learned_hardness(self) -> dict[str, float]:
         """{module name: λ} as learned, at the switch to the ramp; the present profile before that."""
-        return self._hardening.at_switch or hardness_profile(self.model)
+        # looked up, as the Trainer replaces callbacks when it restores their states
+        hardening = next(c for c in self.callback_handler.callbacks if isinstance(c, HardeningCallback))
+        return hardening.at_switch or hardness_profile(self.model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         sites = hardness_sites(self.model if model is None else model)
@@ -134,10 +136,8 @@ class LambdaGELUTrainer(Trainer):
                     raw.requires_grad_(True)
             if raws:
                 self.optimizer.add_param_group({"params": raws, "lr": self.args.hardness_learning_rate, "weight_decay": 0.0})
-        if not self._hardness_handles:
-            trained = [site for site in sites.values() if site.raw_hardness.requires_grad]
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
-            self._hardness_handles = attach_hardness_update(optimizer, trained)
+        trained = [site for site in sites.values() if site.raw_hardness.requires_grad]
+        attach_hardness_update(getattr(self.optimizer, "optimizer", self.optimizer), trained)  # inside accelerate's wrapper
         return self.optimizer
 
     def evaluation_loop(

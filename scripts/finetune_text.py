@@ -40,9 +40,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
     seed_everything(arguments.seed)
     train, evaluation = load_splits(data, arguments.data_seed if arguments.data_seed is not None else arguments.seed)
-    for column in filter(None, (data.text_column, data.text_pair_column)):
-        if column not in train.column_names:
-            raise ValueError(f"no column {column!r} in {train.column_names}: name it with --text_column")
+    for option in ("text_column", "text_pair_column"):
+        column = getattr(data, option)
+        if column is not None and column not in train.column_names:
+            raise ValueError(f"no column {column!r} in {train.column_names}: name it with --{option}")
 
     tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path)
     # set on the tokenizer, so that the saved one cuts texts as the training did

@@ -37,7 +37,6 @@ class ModelArguments:
         },
     )
     init_hardness: float = field(default=1.0, metadata={"help": "λ to start from; 1 keeps the pretrained function."})
-    temperature: float = field(default=0.1, metadata={"help": "t of the reparameterization λ = 1 + softplus(s / t)."})
 
 
 @dataclass
@@ -73,6 +72,8 @@ def load_splits(data: DataArguments, seed: int) -> tuple[datasets.Dataset, datas
     if data.train_file:
         files = {"train": data.train_file} | ({"validation": data.validation_file} if data.validation_file else {})
         kind = Path(data.train_file).suffix.removeprefix(".").replace("jsonl", "json")
+        if kind not in ("csv", "json", "parquet"):
+            raise ValueError(f"cannot read {data.train_file!r} by its ending {kind!r}: give a csv, json or parquet file")
         raw = datasets.load_dataset(kind, data_files=files)
     elif data.dataset_name:
         raw = datasets.load_dataset(data.dataset_name, data.dataset_config_name)
@@ -89,7 +90,14 @@ def load_splits(data: DataArguments, seed: int) -> tuple[datasets.Dataset, datas
     if data.label_column not in train.column_names:
         raise ValueError(f"no column {data.label_column!r} in {train.column_names}: name it with --label_column")
     if not isinstance(train.features[data.label_column], datasets.ClassLabel):
-        labels = datasets.ClassLabel(names=sorted({str(v) for v in train.unique(data.label_column)}))
+        values = train.unique(data.label_column)
+        new = sorted(set(evaluation.unique(data.label_column)) - set(values), key=str)
+        if None in values or new:
+            raise ValueError(
+                f"the labels in column {data.label_column!r} do not fit: "
+                + ("rows without a label in the training data" if None in values else f"{new} only in the evaluation data")
+            )
+        labels = datasets.ClassLabel(names=[str(value) for value in sorted(values)])
 
         def encoded(split: datasets.Dataset) -> datasets.Dataset:
             values = [labels.str2int(str(value)) for value in split[data.label_column]]
@@ -124,7 +132,7 @@ def classification_metrics(name: str | None) -> Callable[[EvalPrediction], dict[
 def prepare(model: PreTrainedModel, arguments: ModelArguments) -> None:
     """Give the model the activation that the run is about."""
     if arguments.activation == "lambda_gelu":
-        print(hlg.convert(model, arguments.init_hardness, arguments.temperature))
+        print(hlg.convert(model, arguments.init_hardness))
     elif arguments.activation == "relu":
         swap_in_relu(model)
 

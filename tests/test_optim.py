@@ -311,3 +311,33 @@ def test_attached_twice() -> None:
         optimizer.step()
         reached.append(module.hardness.item())
     assert reached[0] == pytest.approx(reached[1], rel=1e-6)
+
+
+def test_a_step_that_raises() -> None:
+    """The next step goes from where the failed one left λ, as the twin's does; so does a λ that is set by hand."""
+    module = LambdaGELU(5.0)
+    optimizer = SGD([module.raw_hardness], lr=0.1)
+    attach_hardness_update(optimizer, [module, module])
+
+    def fails() -> Tensor:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        optimizer.step(fails)
+    assert module.hardness.item() == pytest.approx(5.0, rel=1e-6)
+    module.raw_hardness.grad = torch.ones(1)
+    optimizer.step()
+    assert module.hardness.item() == pytest.approx(4.9, rel=1e-2)  # from λ itself: −0.1, or once more scaled by t/σ
+    module.set_hardness(3.0)
+    assert module.hardness.item() == pytest.approx(3.0, rel=1e-6)
+
+
+def test_gradient_is_given_back() -> None:
+    """Behind a step that moves nothing, the gradient is the one that backward left, with respect to s."""
+    module = LambdaGELU(2.0)
+    optimizer = SGD([module.raw_hardness], lr=0.0)
+    attach_hardness_update(optimizer, [module])
+    module(torch.randn(8)).sum().backward()
+    before = module.raw_hardness.grad.clone()
+    optimizer.step()
+    torch.testing.assert_close(module.raw_hardness.grad, before)
