@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .inventory import Unconverted
 from .substitution import SubstitutionReport
 
 PAPER = "2603.21991"
@@ -51,6 +52,7 @@ def render_card(
     architecture: str,
     details: CardDetails,
     report: SubstitutionReport | None,
+    left: list[Unconverted],
     pipeline_tag: str | None,
     versions: Mapping[str, str],
     plot: str | None = None,
@@ -90,6 +92,7 @@ def render_card(
         if not report or {s.base for s in report.sites} == {"gelu"}
         else "a(λx)/λ with a its own activation",
         report=report,
+        left=left,
         sites_table=_sites_table(report) if report else "",
         versions=versions,
         plot=plot,

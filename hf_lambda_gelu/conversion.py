@@ -113,10 +113,12 @@ def convert(model: PreTrainedModel, init_hardness: float = 1.0) -> ConversionRep
         update_config_copies(model, attribute.path, attribute.value, key)
         report.attributes[attribute.path] = (attribute.value, key)
         for name in attribute.modules:
+            claimed.add(name)
+            if isinstance(model.get_submodule(name), LambdaGELU):  # a block that several names share has it already
+                continue
             replace_module(model, name, LambdaGELU(init_hardness, base=base))
             model.get_submodule(name)._is_hf_initialized = True  # a later init_weights() leaves it alone
             report.sites.append(Site(name, attribute.value, base, attribute.path))
-            claimed.add(name)
     order = {name: index for index, name in enumerate(modules)}
     report.sites.sort(key=lambda site: order[site.name])
     report.unconverted += smooth_activations(model, claimed, report.attributes)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from .activation import hardness_sites
 from .card import CardDetails, render_card
 from .discovery import LAMBDA_KEYS, activation_attributes, governed_modules
+from .inventory import smooth_activations
 from .plots import plot_hardness
 from .substitution import SubstitutionReport, evaluating, main_output
 
@@ -71,6 +72,10 @@ def save_relu_pretrained(
         raise ValueError(f"{str(folder)!r} exists and is not empty: choose another folder, or pass overwrite=True")
     details = details or CardDetails()
     report: SubstitutionReport | None = getattr(model, "_relu_report", None)
+    left = smooth_activations(model)
+    smooth = [item for item in left if item.what in {type(m).__name__ for m in model.modules()}]
+    if report is None and smooth:
+        raise ValueError(f"the model did not come from relu_ize and has smooth modules, from {smooth[0]} on")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -91,7 +96,7 @@ def save_relu_pretrained(
         }
         (temporary / REPORT_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         card = render_card(
-            model_name or folder.name, type(model).__name__, details, report, pipeline_tag(model), versions, plot
+            model_name or folder.name, type(model).__name__, details, report, left, pipeline_tag(model), versions, plot
         )
         card.save(temporary / "README.md")
         os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp makes folders that only the owner can read
@@ -137,6 +142,8 @@ model, info = getattr(transformers, name).from_pretrained(folder, output_loading
 wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(map(str, info["mismatched_keys"]))
 if wrong:
     sys.exit("keys that do not fit: " + ", ".join(wrong[:5]))
+for parameter in model.parameters():  # mapped memory is aligned otherwise, which can change the last bit of a product
+    parameter.data = parameter.data.clone()
 with torch.no_grad():
     output = model.eval()(**load_file(inputs))
 save_file({k: v.contiguous() for k, v in output.items() if isinstance(v, torch.Tensor)}, outputs)
@@ -189,7 +196,7 @@ def verify_relu_pretrained(
     if not difference <= 1e-6 * max(scale, 1e-12):
         raise VerificationError(
             f"{str(folder)!r} computes something else in stock transformers: outputs differ by {difference:.3g} at a scale "
-            f"of {scale:.3g}. Was the model edited after relu_ize?"
+            f"of {scale:.3g}. Was the model edited after relu_ize, or cast (which rounds buffers that a reload computes)?"
         )
     # what the batch does not reach, such as most rows of an embedding, is compared too
     other = [name for name, tensor in model.state_dict().items() if digests.get(name) != _digest(tensor)]

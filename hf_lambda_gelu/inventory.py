@@ -18,6 +18,7 @@ from functools import cache
 
 from torch import nn
 
+from .activation import LambdaGELU
 from .discovery import LAMBDA_KEYS, STOCK_KEYS, base_of, is_activation, named_modules
 
 _FUNCTIONS = {"gelu", "gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "silu", "swish"}
@@ -42,12 +43,11 @@ def smooth_activations(
 
     `attributes` are the config paths that were or will be rewritten: an in-forward lookup that reads one of them follows it.
     """
+    reason = "hard-coded: no config attribute tells a stock reload to build it otherwise"
     left = [
-        Unconverted(
-            name, type(module).__name__, "hard-coded: no config attribute tells a stock reload to build it otherwise"
-        )
+        Unconverted(name, type(module).__name__, reason)
         for name, module in named_modules(model)
-        if name not in claimed and base_of(module) is not None
+        if name not in claimed and _is_smooth(module)
     ]
     leaves = [path.rpartition(".")[2] for path in attributes]
     for cls, places in _classes(model).items():
@@ -64,6 +64,14 @@ def smooth_activations(
                 reason += "it turns into ReLU with relu_ize, unprepared" if follows else "it stays as its attribute says"
             left.append(Unconverted(label, call, reason))
     return left
+
+
+def _is_smooth(module: nn.Module) -> bool:
+    # BloomGelu and its like are known by their names only
+    named = re.search(r"gelu|silu|swish", type(module).__name__, re.IGNORECASE) is not None
+    return base_of(module) is not None or (
+        named and not isinstance(module, LambdaGELU) and not any(module.children()) and not any(module.parameters())
+    )
 
 
 def _classes(model: nn.Module) -> dict[type, list[str]]:

@@ -43,6 +43,7 @@ def plot_hardness(
     axes[0].bar(range(len(values)), [value - 1.0 for value in values], bottom=1.0, color=colours)
     axes[0].axhline(1.0, color="black", linewidth=0.8)
     axes[0].set(title=title, xlabel="site, in network order", ylabel="λ   (1 = the smooth activation)")
+    axes[0].set_ylim(bottom=1.0, top=max(1.01, 1.0 + 1.05 * (max(values) - 1.0)))
     if max(values) > 20:
         axes[0].set_yscale("log")
     if len(values) <= 24:

@@ -191,6 +191,7 @@ def run(
                 output / "relu",
                 processor=processor,
                 details=details,
+                model_name=f"{Path(model_arguments.model_name_or_path).name}-relu",
                 learned=trainer.learned_hardness,
                 history=trainer.state.log_history,
                 overwrite=True,

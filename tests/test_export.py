@@ -368,7 +368,6 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str, dict[str, Any], str
         pytest.param(
             lambda: XLMModel(XLMConfig(vocab_size=99, emb_dim=32, n_layers=2, n_heads=4, gelu_activation=True)),
             id="xlm",
-            marks=pytest.mark.xfail(strict=True, reason="GELU that no config attribute governs by name goes unnoticed"),
         ),
     ],
 )
@@ -580,7 +579,6 @@ def test_card_layout(variant: str, details: hlg.CardDetails, tmp_path: Path, mon
             "reloaded",
             "take it as it is",
             id="a promise in spite of a GELU in the head",
-            marks=pytest.mark.xfail(strict=True, reason="without a report the card does not look for what is left"),
         ),
     ],
 )
