@@ -36,7 +36,7 @@ TASKS = {
         "data": "fashion_mnist",
         "title": "DINOv2-small (ViT, 22.1M) on Fashion-MNIST at 70 pixels",
         "arguments": {"image_size": 70, "learning_rate": 5e-5},
-        "sizes": {"small": (1600, 1000, 2), "full": (6000, 5000, 3)},
+        "sizes": {"small": (1200, 1000, 2), "full": (6000, 5000, 3)},
     },
 }
 
