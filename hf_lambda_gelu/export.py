@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from .activation import hardness_sites
 from .card import CardDetails, render_card
 from .discovery import LAMBDA_KEYS, activation_attributes, governed_modules
-from .inventory import smooth_activations
+from .inventory import smooth_activations, smooth_modules
 from .plots import plot_hardness
 from .substitution import SubstitutionReport, evaluating, main_output
 
@@ -72,8 +72,7 @@ def save_relu_pretrained(
         raise ValueError(f"{str(folder)!r} exists and is not empty: choose another folder, or pass overwrite=True")
     details = details or CardDetails()
     report: SubstitutionReport | None = getattr(model, "_relu_report", None)
-    left = smooth_activations(model)
-    smooth = [item for item in left if item.what in {type(m).__name__ for m in model.modules()}]
+    smooth = smooth_modules(model)
     if report is None and smooth:
         raise ValueError(f"the model did not come from relu_ize and has smooth modules, from {smooth[0]} on")
     try:
@@ -96,7 +95,14 @@ def save_relu_pretrained(
         }
         (temporary / REPORT_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         card = render_card(
-            model_name or folder.name, type(model).__name__, details, report, left, pipeline_tag(model), versions, plot
+            model_name or folder.name,
+            type(model).__name__,
+            details,
+            report,
+            smooth_activations(model),
+            pipeline_tag(model),
+            versions,
+            plot,
         )
         card.save(temporary / "README.md")
         os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp makes folders that only the owner can read

@@ -43,12 +43,7 @@ def smooth_activations(
 
     `attributes` are the config paths that were or will be rewritten: an in-forward lookup that reads one of them follows it.
     """
-    reason = "hard-coded: no config attribute tells a stock reload to build it otherwise"
-    left = [
-        Unconverted(name, type(module).__name__, reason)
-        for name, module in named_modules(model)
-        if name not in claimed and _is_smooth(module)
-    ]
+    left = smooth_modules(model, claimed)
     leaves = [path.rpartition(".")[2] for path in attributes]
     for cls, places in _classes(model).items():
         calls = calls_in_class(cls)
@@ -64,6 +59,16 @@ def smooth_activations(
                 reason += "it turns into ReLU with relu_ize, unprepared" if follows else "it stays as its attribute says"
             left.append(Unconverted(label, call, reason))
     return left
+
+
+def smooth_modules(model: nn.Module, claimed: Collection[str] = ()) -> list[Unconverted]:
+    """The GELU and SiLU modules of `model` outside those `claimed`."""
+    reason = "hard-coded: no config attribute tells a stock reload to build it otherwise"
+    return [
+        Unconverted(name, type(module).__name__, reason)
+        for name, module in named_modules(model)
+        if name not in claimed and _is_smooth(module)
+    ]
 
 
 def _is_smooth(module: nn.Module) -> bool:

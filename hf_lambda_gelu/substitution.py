@@ -131,6 +131,8 @@ def relu_ize(
         SoftGateError: soft gates and not `force`.
         In every case, and if the model's forward raises on a batch, the model is as it was.
     """
+    if any(site.raw_hardness.is_meta for site in hardness_sites(model).values()):
+        raise ValueError("the model is on the meta device, where λ has no value: load its weights first")
     profile = hardness_profile(model)
     if not profile:
         smooth = smooth_activations(model)
@@ -189,18 +191,22 @@ def _measure(
             if not isinstance(batch, Mapping):
                 raise ValueError(f"a calibration batch must be a mapping of the model's inputs, got {type(batch).__name__}")
             batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items() if k in accepted}
+            batch.pop("return_dict", None)
             if not any(isinstance(value, Tensor) for value in batch.values()):
                 raise ValueError(f"no tensor in a calibration batch is an input of {type(model).__name__}.forward")
-            smooth = model(**batch)
+            smooth = model(**batch, return_dict=True)
             with gates_as_relu(model):
-                hard = model(**batch)
+                hard = model(**batch, return_dict=True)
             before, after = main_output(smooth), main_output(hard)
             change += float((after.double() - before.double()).square().sum())
             norm += float(before.double().square().sum())
             count += 1
             if batch.get("labels") is not None:
                 if smooth.get("loss") is not None:
-                    losses.append((float(smooth["loss"]), float(hard["loss"])))
+                    size = len(batch["labels"])  # the mean over examples, as the Trainer reports it
+                    losses += [(float(smooth["loss"]), float(hard["loss"]))] * size
+                if compute_metrics is None:
+                    continue
                 # of unequal length under dynamic padding: padded with −100, as the Trainer does
                 both, truth = (before.float().cpu(), after.float().cpu()), batch["labels"].cpu()
                 logits = both if logits is None else nested_concat(logits, both)
@@ -210,7 +216,7 @@ def _measure(
     report.relative_change = (change / norm) ** 0.5 if norm else 0.0
     if losses:
         report.metrics["loss"] = tuple(sum(column) / len(losses) for column in zip(*losses, strict=True))  # type: ignore[assignment]
-    if compute_metrics is not None and logits is not None:
+    if logits is not None:
         first, second = (compute_metrics(EvalPrediction(side.numpy(), labels.numpy())) for side in logits)
         report.metrics.update({name: (first[name], second[name]) for name in first})
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from finetuning import DataArguments, ModelArguments, classification_metrics, load_splits, prepare, run, seed_everything
-from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, Trainer
+from finetuning import DataArguments, ModelArguments, classification_metrics, load_splits, prepare, run
+from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, Trainer, set_seed
 
 from hf_lambda_gelu import LambdaGELUTrainingArguments
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = HfArgumentParser((ModelArguments, ImageArguments, LambdaGELUTrainingArguments))
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
     arguments.remove_unused_columns = False  # the image column is what the transform below reads
-    seed_everything(arguments.seed)
+    set_seed(arguments.seed)  # the same head, data order and dropout for every activation that is compared
     train, evaluation = load_splits(data, arguments.data_seed if arguments.data_seed is not None else arguments.seed)
     if data.image_column not in train.column_names:
         raise ValueError(f"no column {data.image_column!r} in {train.column_names}: name it with --image_column")

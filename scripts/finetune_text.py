@@ -14,13 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetuning import DataArguments, ModelArguments, classification_metrics, load_splits, prepare, run, seed_everything
+from finetuning import DataArguments, ModelArguments, classification_metrics, load_splits, prepare, run
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     HfArgumentParser,
     Trainer,
+    set_seed,
 )
 
 from hf_lambda_gelu import LambdaGELUTrainingArguments
@@ -38,7 +39,7 @@ class TextArguments(DataArguments):
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = HfArgumentParser((ModelArguments, TextArguments, LambdaGELUTrainingArguments))
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
-    seed_everything(arguments.seed)
+    set_seed(arguments.seed)  # the same head, data order and dropout for every activation that is compared
     train, evaluation = load_splits(data, arguments.data_seed if arguments.data_seed is not None else arguments.seed)
     for option in ("text_column", "text_pair_column"):
         column = getattr(data, option)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import EvalPrediction, PreTrainedModel, Trainer, set_seed
+from transformers import EvalPrediction, PreTrainedModel, Trainer
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.export import package_versions
@@ -217,11 +217,6 @@ def command_line() -> str:
     """The command that is running; absolute paths are cut to their last part: a card is no place for a machine's folders."""
     parts = [Path(part).name if Path(part).is_absolute() else part for part in sys.argv]
     return shlex.join(["python", f"scripts/{parts[0]}", *parts[1:]])
-
-
-def seed_everything(seed: int) -> None:
-    """The same head, data order and dropout for every activation that is compared."""
-    set_seed(seed)
 
 
 def _evaluate(trainer: Trainer) -> dict[str, float]:

@@ -297,3 +297,25 @@ def test_gates_as_relu_and_a_lookup() -> None:
         expected = tiny.outputs(model, batch)
     hlg.relu_ize(model)
     assert tiny.relative_difference(expected, tiny.outputs(model, batch)) == 0.0
+
+
+def test_calibration_loss_of_unequal_batches() -> None:
+    """The loss is the mean over examples, computed here by numpy from logits, also where a config says return_dict=False."""
+    model = hardened("bert-classifier", 1.0)
+    model.config.return_dict = False
+    batch = tiny.inputs(model)
+    ids, labels = batch["input_ids"].repeat(2, 1) % 97 + torch.arange(4)[:, None] % 3, torch.tensor([0, 1, 1, 0])
+    with torch.no_grad():
+        logits = model(input_ids=ids, return_dict=True).logits.double().numpy()
+    wanted = float((np.logaddexp.reduce(logits, axis=1) - logits[np.arange(4), labels.numpy()]).mean())
+    batches = [{"input_ids": ids[part], "labels": labels[part]} for part in (slice(0, 3), slice(3, 4))]
+    report = hlg.relu_ize(model, force=True, calibration=batches)
+    assert report.metrics["loss"][0] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_meta() -> None:
+    """Without storage λ has no value: said, and nothing is done."""
+    model = hardened("bert").to("meta")
+    with pytest.raises(ValueError, match="meta device"):
+        hlg.relu_ize(model, force=True)
+    assert hlg.hardness_sites(model)
