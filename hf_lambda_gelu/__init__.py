@@ -6,6 +6,8 @@ transformers' activation tables, and does nothing else.
 
 from .activation import LambdaGELU, hardness_profile, hardness_sites
 from .arguments import LambdaGELUTrainingArguments
+from .batches import CalibrationError
+from .calibration import CalibrationReport, SiteStatistics, calibrate
 from .card import CardDetails
 from .conversion import ConversionError, ConversionReport, convert
 from .export import VerificationError, save_relu_pretrained, verify_relu_pretrained
@@ -13,14 +15,17 @@ from .functional import lambda_gelu, lambda_gelu_reference
 from .hardening import HardeningSchedule, sup_error, target_hardness
 from .hub import PushError, push_relu_to_hub
 from .optim import attach_hardness_update
-from .plots import plot_hardness
+from .plots import plot_hardness, plot_sensitivity
 from .registry import register
+from .sensitivity import SensitivityReport, SiteSensitivity, sensitivity
 from .substitution import SoftGateError, SubstitutionReport, gates_as_relu, relu_ize
 from .training import LambdaGELUTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationError",
+    "CalibrationReport",
     "CardDetails",
     "ConversionError",
     "ConversionReport",
@@ -29,10 +34,14 @@ __all__ = [
     "LambdaGELUTrainer",
     "LambdaGELUTrainingArguments",
     "PushError",
+    "SensitivityReport",
+    "SiteSensitivity",
+    "SiteStatistics",
     "SoftGateError",
     "SubstitutionReport",
     "VerificationError",
     "attach_hardness_update",
+    "calibrate",
     "convert",
     "gates_as_relu",
     "hardness_profile",
@@ -40,10 +49,12 @@ __all__ = [
     "lambda_gelu",
     "lambda_gelu_reference",
     "plot_hardness",
+    "plot_sensitivity",
     "push_relu_to_hub",
     "register",
     "relu_ize",
     "save_relu_pretrained",
+    "sensitivity",
     "sup_error",
     "target_hardness",
     "verify_relu_pretrained",

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .compensation import CompensationReport
 from .inventory import Unconverted
 from .substitution import SubstitutionReport
 
@@ -94,6 +95,7 @@ def render_card(
         report=report,
         left=left,
         sites_table=_sites_table(report) if report else "",
+        compensation_table=_compensation_table(report.compensation) if report and report.compensation else "",
         versions=versions,
         plot=plot,
         paper=PAPER,
@@ -114,6 +116,11 @@ def _results_table(details: CardDetails) -> str:
 def _sites_table(report: SubstitutionReport) -> str:
     rows = [[f"`{site.name}`", site.base, f"{site.hardness:.4g}", f"{site.sup_error:.2g}"] for site in report.sites]
     return _table(["site", "gate", "λ", "bound"], rows)
+
+
+def _compensation_table(report: CompensationReport) -> str:
+    rows = [[f"`{s.weight}`", s.method.replace("_", " "), f"{s.before:.3f}", f"{s.after:.3f}"] for s in report.sites]
+    return _table(["refit", "method", "ReLU as it is", "refit"], rows)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -122,6 +122,43 @@ def governed_modules(model: PreTrainedModel) -> list[Governed]:
     return [_governed(model, path, value) for path, value in activation_attributes(model.config)]
 
 
+def bias_attribute(model: PreTrainedModel, wanted: set[str]) -> tuple[str, dict[str, int]] | None:
+    """The config attribute that gives linear maps a bias (Llama's `mlp_bias`), found like the governed modules are.
+
+    Args:
+        wanted: names of the bias parameters that are to be.
+
+    Returns:
+        Its dotted path, and {name: length} of all bias parameters that it adds; of several such attributes the one that adds
+        the fewest. None if there is none.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    found: list[tuple[str, dict[str, int]]] = []
+    for path in _switched_off(model.config):
+        config = copy.deepcopy(model.config)
+        owner, name = _owner(config, path)
+        setattr(owner, name, True)
+        if _reloaded(config, path) is not True:
+            continue
+        try:
+            with torch.device("meta"):
+                rebuilt = type(model)(config)
+        except Exception:  # a class that does not take it
+            continue
+        added = {n: p.numel() for n, p in rebuilt.named_parameters() if n not in names}
+        if wanted <= set(added) and all(n.endswith("bias") for n in added):
+            found.append((path, added))
+    return min(found, key=lambda item: len(item[1])) if found else None
+
+
+def _switched_off(config: PreTrainedConfig, prefix: str = "") -> Iterator[str]:
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _switched_off(value, f"{prefix}{name}.")
+        elif value is False and "bias" in name:
+            yield f"{prefix}{name}"
+
+
 def own_config(model: PreTrainedModel) -> None:
     """Give `model` and its parts a config of their own: `Model(config)` keeps the caller's, which another model may hold."""
     copies: dict[int, Any] = {}

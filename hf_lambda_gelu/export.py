@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .activation import hardness_sites
+from .batches import evaluating, main_output
 from .card import CardDetails, render_card
 from .discovery import LAMBDA_KEYS, activation_attributes, governed_modules
 from .inventory import smooth_activations, smooth_modules
 from .plots import plot_hardness
-from .substitution import SubstitutionReport, evaluating, main_output
+from .substitution import SubstitutionReport
 
 REPORT_NAME = "lambda_gelu.json"
 PLOT_NAME = "hardness_profile.png"

@@ -14,6 +14,7 @@ from .bases import get_base
 RampShape = Literal["geometric", "linear", "cosine", "reciprocal"]
 RAMP_SHAPES: tuple[str, ...] = ("geometric", "linear", "cosine", "reciprocal")
 DEFAULT_TOLERANCE = 0.005
+DEFAULT_RELATIVE_TOLERANCE = 0.01
 
 
 def target_hardness(tolerance: float = DEFAULT_TOLERANCE, base: str = "gelu") -> float:
@@ -30,6 +31,12 @@ def target_hardness(tolerance: float = DEFAULT_TOLERANCE, base: str = "gelu") ->
     if not (0.0 < tolerance < math.inf):
         raise ValueError(f"hardness tolerance must be a finite number > 0 (0.005 gives λ = 159.58), got {tolerance}")
     return max(1.0, get_base(base).gate_l1 / tolerance)
+
+
+def check_relative_tolerance(tolerance: float) -> None:
+    """Raises ValueError unless τ, the error of a site relative to its output, is a finite number > 0."""
+    if not (0.0 < tolerance < math.inf):
+        raise ValueError(f"the relative tolerance must be a finite number > 0 (0.01 is 1 %), got {tolerance}")
 
 
 def sup_error(hardness: float, base: str = "gelu") -> float:

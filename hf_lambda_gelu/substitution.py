@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from transformers.activations import ACT2FN
 from transformers.trainer_pt_utils import nested_concat
 
 from .activation import hardness_profile, hardness_sites
+from .batches import main_output, model_batches
+from .calibration import measuring, run_batch
+from .compensation import Compensate, CompensationReport, compensation
 from .conversion import replace_module, update_config_copies
 from .discovery import LAMBDA_KEYS, activation_attributes, own_config, put_attribute, set_attribute
 from .hardening import DEFAULT_TOLERANCE, sup_error, target_hardness
@@ -47,6 +50,7 @@ class SubstitutionReport:
     forced: bool = False
     attributes: dict[str, str] = field(default_factory=dict)  # config path → λ key before
     left: list[Unconverted] = field(default_factory=list)
+    compensation: CompensationReport | None = None
     relative_change: float | None = None
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)  # name → (before, after)
 
@@ -63,6 +67,8 @@ class SubstitutionReport:
         lines = [f"{len(self.sites)} activations are ReLU now" + (" (forced: gates were soft)" if self.forced else "")]
         lines.append(f"  {'site':<{width}}  {'λ before':>10}  sup |f − ReLU|")
         lines += [f"  {s.name:<{width}}  {s.hardness:>10.4g}  {s.sup_error:.2g}" for s in self.sites]
+        if self.compensation is not None:
+            lines.append(str(self.compensation))
         if self.relative_change is not None:
             lines.append(f"  outputs changed by {self.relative_change:.2e} (relative, root mean square)")
         lines += [f"  {name}: {before:.4f} → {after:.4f}" for name, (before, after) in self.metrics.items()]
@@ -93,75 +99,76 @@ def gates_as_relu(model: nn.Module) -> Iterator[None]:
             put_attribute(config, path, key)
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block, `model` is in eval mode; afterwards every module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def relu_ize(
     model: PreTrainedModel,
     force: bool = False,
     *,
     tolerance: float = DEFAULT_TOLERANCE,
+    targets: Mapping[str, float] | None = None,
     calibration: Iterable[Mapping[str, Any]] | None = None,
+    compensate: Compensate | None = None,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
 ) -> SubstitutionReport:
     """Replace, in place, every λ-GELU by ReLU and let the config say `relu`, so that stock transformers loads the model.
 
     Args:
-        model: a converted model, hardened by `LambdaGELUTrainer` or otherwise.
+        model: a converted model, at any λ.
         force: substitute soft gates too. This is the naive swap: it costs a pretrained model several points.
         tolerance: ε; gates with λ < `target_hardness(ε)` count as soft. Give the one that the run was trained with.
-        calibration: batches (mappings that the model's forward takes) on which the change of the outputs is measured, and of
-            the loss if they hold labels. Iterated once; the model is only run, without gradients, in eval mode.
+        targets: {module name: λ} below which a gate counts as soft, in place of `tolerance`: `trainer.hardness_targets` of a
+            run with `hardness_target="calibrated"`, or `calibrate(…).targets(…)`.
+        calibration: batches (mappings that the model's forward takes) like those that the model will meet. The change of the
+            outputs is measured on them, and of the loss if they hold labels. Iterated once.
+        compensate: "least_squares" refits, from the calibration batches and without labels, the linear map after each
+            activation, so that the network computes with ReLU what it computed before (see `compensation`); "bias" only
+            shifts that map's bias. Soft gates are what it is for: `force` is not needed.
         compute_metrics: as for `Trainer`; measured before and after, on batches with labels.
 
     Returns:
-        Per site λ and the bound on what changes; the measured changes; the smooth activations that remain.
+        Per site λ and the bound on what changes; what was refit; the measured changes; the smooth activations that remain.
 
     Raises:
-        ValueError: no λ-GELU in the model, or a calibration set without a usable batch.
-        SoftGateError: soft gates and not `force`.
-        In every case, and if the model's forward raises on a batch, the model is as it was.
+        ValueError: no λ-GELU in the model, or a `compensate` that is unknown or lacks a calibration set.
+        CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
+        SoftGateError: soft gates, and neither `force` nor `compensate`.
+        In every case the model is as it was.
     """
-    if any(site.raw_hardness.is_meta for site in hardness_sites(model).values()):
-        raise ValueError("the model is on the meta device, where λ has no value: load its weights first")
-    profile = hardness_profile(model)
-    if not profile:
-        smooth = smooth_activations(model)
-        hint = "call convert(model) and train first" if smooth else "it is a ReLU model already, or never was converted"
-        raise ValueError(f"{type(model).__name__} has no λ-GELU to replace: {hint}")
-    modules = hardness_sites(model)
-    soft = {
-        name: value
-        for name, value in profile.items()
-        if value < target_hardness(tolerance, modules[name].base) * (1.0 - _SLACK)
-    }
-    if soft and not force:
-        name, value = min(soft.items(), key=lambda item: item[1])
-        wanted = target_hardness(tolerance, modules[name].base)
-        raise SoftGateError(
-            f"{len(soft)} of {len(profile)} gates are soft for tolerance {tolerance:g}: {name} has λ = {value:.4g}, "
-            f"expected at least {wanted:.4g}. Finish the ramp, pass the tolerance it was trained for, or force=True "
-            "to substitute all the same"
+    if compensate not in (None, *get_args(Compensate)):
+        raise ValueError(f"unknown compensate={compensate!r}: expected 'least_squares', 'bias' or None")
+    if compensate is not None and calibration is None:
+        raise ValueError(
+            f"compensate={compensate!r} learns from data: pass calibration=…, batches like those that the model will meet. "
+            "A few hundred unlabelled examples do"
         )
-    sites = [
-        SubstitutedSite(name, modules[name].base, value, sup_error(value, modules[name].base))
-        for name, value in profile.items()
-    ]
-    report = SubstitutionReport(sites, tolerance, forced=bool(soft))
-    if calibration is not None:
-        _measure(model, calibration, compute_metrics, report)
+    sites = _check_sites(model)
+    report = SubstitutionReport(sites, tolerance)
+    wanted = {s.name: target_hardness(tolerance, s.base) for s in sites} if targets is None else targets
+    missing = [s.name for s in sites if s.name not in wanted]
+    if missing:
+        raise ValueError(f"targets names no λ for {len(missing)} of {len(sites)} sites, {missing[0]} the first of them")
+    soft = [s for s in sites if s.hardness < wanted[s.name] * (1.0 - _SLACK)]
+    if soft and not force and compensate is None:
+        worst = min(soft, key=lambda site: site.hardness / wanted[site.name])
+        measure = f"tolerance {tolerance:g}" if targets is None else "their targets"
+        raise SoftGateError(
+            f"{len(soft)} of {len(sites)} gates are soft for {measure}: {worst.name} has λ = {worst.hardness:.4g}, "
+            f"expected at least {wanted[worst.name]:.4g}. Finish the ramp, pass the tolerance or targets of the run, "
+            "compensate='least_squares' with a calibration set, or force=True to substitute all the same"
+        )
+    report.forced = bool(soft) and compensate is None
+    if compensate is not None:
+        with measuring(model), compensation(model, calibration) as work:
+            report.compensation = work.run(compensate)
+            batches = map(work.batch, range(work.count))
+            _measure(model, batches, work.smooth, work.substituted, compute_metrics, report)
+    elif calibration is not None:
+        with measuring(model):
+            batches = model_batches(model, calibration)
+            _measure(model, batches, contextlib.nullcontext, lambda: gates_as_relu(model), compute_metrics, report)
 
+    modules = set(hardness_sites(model).values())
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if any(module is site for site in modules.values()):
+        if module in modules:
             replace_module(model, name, ACT2FN["relu"])
     own_config(model)
     for path, key in list(activation_attributes(model.config)):
@@ -173,59 +180,54 @@ def relu_ize(
     return report
 
 
+def _check_sites(model: PreTrainedModel) -> list[SubstitutedSite]:
+    if any(site.raw_hardness.is_meta for site in hardness_sites(model).values()):
+        raise ValueError("the model is on the meta device, where λ has no value: load its weights first")
+    profile = hardness_profile(model)
+    if not profile:
+        smooth = smooth_activations(model)
+        hint = "call convert(model) first" if smooth else "it is a ReLU model already, or never was converted"
+        raise ValueError(f"{type(model).__name__} has no λ-GELU to replace: {hint}")
+    bases = {name: site.base for name, site in hardness_sites(model).items()}
+    return [SubstitutedSite(name, bases[name], value, sup_error(value, bases[name])) for name, value in profile.items()]
+
+
 @torch.no_grad()
 def _measure(
     model: PreTrainedModel,
-    calibration: Iterable[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, Any]],
+    before_: Callable[[], AbstractContextManager[None]],
+    after_: Callable[[], AbstractContextManager[None]],
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
     report: SubstitutionReport,
 ) -> None:
-    accepted = set(inspect.signature(model.forward).parameters)
+    """Run the model on each batch within both contexts, and put what differs into the report."""
     change = norm = 0.0
-    count = 0
     losses: list[tuple[float, float]] = []
     logits: tuple[Tensor, Tensor] | None = None
     labels: Tensor | None = None
-    with evaluating(model):
-        for batch in calibration:
-            if not isinstance(batch, Mapping):
-                raise ValueError(f"a calibration batch must be a mapping of the model's inputs, got {type(batch).__name__}")
-            batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items() if k in accepted}
-            batch.pop("return_dict", None)
-            if not any(isinstance(value, Tensor) for value in batch.values()):
-                raise ValueError(f"no tensor in a calibration batch is an input of {type(model).__name__}.forward")
-            smooth = model(**batch, return_dict=True)
-            with gates_as_relu(model):
-                hard = model(**batch, return_dict=True)
-            before, after = main_output(smooth), main_output(hard)
-            change += float((after.double() - before.double()).square().sum())
-            norm += float(before.double().square().sum())
-            count += 1
-            if batch.get("labels") is not None:
-                if smooth.get("loss") is not None:
-                    size = len(batch["labels"])  # the mean over examples, as the Trainer reports it
-                    losses += [(float(smooth["loss"]), float(hard["loss"]))] * size
-                if compute_metrics is None:
-                    continue
-                # of unequal length under dynamic padding: padded with −100, as the Trainer does
-                both, truth = (before.float().cpu(), after.float().cpu()), batch["labels"].cpu()
-                logits = both if logits is None else nested_concat(logits, both)
-                labels = truth if labels is None else nested_concat(labels, truth)
-    if not count:
-        raise ValueError("the calibration set yielded no batch: a generator that was consumed before, or an empty loader?")
+    for index, batch in enumerate(batches):
+        with before_():
+            smooth = run_batch(model, batch, index)
+        with after_():
+            hard = run_batch(model, batch, index)
+        before, after = main_output(smooth), main_output(hard)
+        for first, second in zip(before, after, strict=True):  # one by one: a language model's logits are large
+            change += float((second.float() - first.float()).square().sum(dtype=torch.float64))
+            norm += float(first.float().square().sum(dtype=torch.float64))
+        if batch.get("labels") is not None:
+            if smooth.get("loss") is not None:
+                size = len(batch["labels"])  # the mean over examples, as the Trainer reports it
+                losses += [(float(smooth["loss"]), float(hard["loss"]))] * size
+            if compute_metrics is None:
+                continue
+            # of unequal length under dynamic padding: padded with −100, as the Trainer does
+            both, truth = (before.float().cpu(), after.float().cpu()), batch["labels"].cpu()
+            logits = both if logits is None else nested_concat(logits, both)
+            labels = truth if labels is None else nested_concat(labels, truth)
     report.relative_change = (change / norm) ** 0.5 if norm else 0.0
     if losses:
         report.metrics["loss"] = tuple(sum(column) / len(losses) for column in zip(*losses, strict=True))  # type: ignore[assignment]
     if logits is not None:
         first, second = (compute_metrics(EvalPrediction(side.numpy(), labels.numpy())) for side in logits)
         report.metrics.update({name: (first[name], second[name]) for name in first})
-
-
-def main_output(output: Mapping[str, Any]) -> Tensor:
-    """The logits of a model output, or its first floating point tensor other than the loss."""
-    if isinstance(output.get("logits"), Tensor):
-        return output["logits"]
-    for name, value in output.items():
-        if name != "loss" and isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    raise ValueError(f"the model's output holds no tensor to compare: {', '.join(output)}")

@@ -18,9 +18,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from .activation import hardness_profile, hardness_sites
 from .arguments import LambdaGELUTrainingArguments
-from .hardening import HardeningSchedule, target_hardness
+from .compensation import CompensationReport
+from .hardening import HardeningSchedule
 from .optim import attach_hardness_update
 from .substitution import gates_as_relu
+from .switch import calibrated_targets, check_calibratable, l1_targets, refit_at_switch
 
 logger = logging.get_logger(__name__)
 
@@ -28,43 +30,72 @@ logger = logging.get_logger(__name__)
 class HardeningCallback(TrainerCallback, ExportableState):
     """Sets λ by the schedule once learning is over.
 
-    Its only state is λ per site at the switch, which `trainer_state.json` carries: with it, λ is a function of the step.
+    Its only state is λ per site at the switch and, if they were calibrated there, the targets per site. `trainer_state.json`
+    carries both: with them, λ is a function of the step.
     """
 
     def __init__(self) -> None:
         self.at_switch: dict[str, float] | None = None
+        self.calibrated: dict[str, float] | None = None
+        self.refit: CompensationReport | None = None  # in this process; a resumed run has the weights, not the report
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"at_switch": self.at_switch}}
+        return {"args": {}, "attributes": {"at_switch": self.at_switch, "calibrated": self.calibrated}}
 
     def on_train_begin(
         self, args: LambdaGELUTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # read from the state directly: the Trainer restores callbacks only with restore_callback_states_from_checkpoint
         stored = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
-        self.at_switch = stored["attributes"]["at_switch"] if stored else None
+        attributes = stored["attributes"] if stored else {}
+        self.at_switch = attributes.get("at_switch")
+        self.calibrated = attributes.get("calibrated")  # absent in older checkpoints
+        check_calibratable(args, kwargs["train_dataloader"].dataset)
         sites = hardness_sites(kwargs["model"])
         if self.at_switch is not None and set(self.at_switch) != set(sites):
             raise ValueError(
                 f"the checkpoint was hardening {sorted(self.at_switch)}, the model has λ-GELU at {sorted(sites)}: resume "
                 "with the model that was converted for this run"
             )
-        self._apply(args, state, kwargs["model"])
+        self._apply(args, state, **kwargs)
 
     def on_step_end(
         self, args: LambdaGELUTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._apply(args, state, kwargs["model"])
+        self._apply(args, state, **kwargs)
 
-    def _apply(self, args: LambdaGELUTrainingArguments, state: TrainerState, model: nn.Module) -> None:
+    def _apply(
+        self,
+        args: LambdaGELUTrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        train_dataloader: DataLoader,
+        **kwargs: Any,
+    ) -> None:
         schedule = HardeningSchedule(state.max_steps, args.hardness_switch_point, args.hardness_hold, args.hardness_ramp)
         if schedule.learning(state.global_step):
             return
+        data = train_dataloader.dataset, train_dataloader.collate_fn
+        switching = self.at_switch is None
         if self.at_switch is None:
             self.at_switch = hardness_profile(model)
+        if args.hardness_target == "calibrated" and self.calibrated is None:
+            self.calibrated = calibrated_targets(model, args, *data)
+        if switching and args.hardness_compensate != "none":
+            self.refit = refit_at_switch(model, args, *data)
+            if state.is_world_process_zero:
+                logger.info(str(self.refit))
+        targets = self.targets(args, model)
         for name, site in hardness_sites(model).items():
-            target = target_hardness(args.hardness_tolerance, site.base)
-            site.set_hardness(schedule.hardness(state.global_step, self.at_switch[name], target))
+            start = self.at_switch[name]
+            if args.hardness_compensate != "none":
+                site.set_hardness(max(start, targets[name]))
+            else:
+                site.set_hardness(schedule.hardness(state.global_step, start, targets[name]))
+
+    def targets(self, args: LambdaGELUTrainingArguments, model: nn.Module) -> dict[str, float]:
+        """{module name: the λ to ramp to}; empty while it is still to be calibrated."""
+        return l1_targets(model, args) if args.hardness_target == "l1" else self.calibrated or {}
 
 
 class LambdaGELUTrainer(Trainer):
@@ -72,7 +103,10 @@ class LambdaGELUTrainer(Trainer):
 
     - λ is stepped in λ itself by the run's own optimizer (`attach_hardness_update`), in a parameter group of its own with
       `hardness_learning_rate` and no weight decay;
-    - from `hardness_switch_point` on it follows the ramp to the target of `hardness_tolerance`, where it is held;
+    - at `hardness_switch_point` it goes to its target at once, and the linear maps after the sites are refit on training
+      examples so that the function stays (`hardness_compensate`); with "none" it follows `hardness_ramp` instead;
+    - the target is that of `hardness_tolerance`, or with `hardness_target="calibrated"` each site's own, from its
+      pre-activations on 64 training examples at the switch;
     - λ of every layer is in the logs, as `hardness/<module>`;
     - evaluation also reports the metrics with the gates as ReLU, as `eval_relu_*`.
 
@@ -80,7 +114,9 @@ class LambdaGELUTrainer(Trainer):
 
     Raises:
         ValueError: the model has no λ-GELU, the arguments are of another class, the output folder cannot be written, or a
-            checkpoint to resume from belongs to a model converted otherwise: each before training starts.
+            checkpoint to resume from belongs to a model converted otherwise, or the switch needs examples of a training set
+            without length or index: each before training starts.
+        CalibrationError: while training, at the switch, if the model cannot be measured or refit.
     """
 
     args: LambdaGELUTrainingArguments
@@ -117,9 +153,22 @@ class LambdaGELUTrainer(Trainer):
     @property
     def learned_hardness(self) -> dict[str, float]:
         """{module name: λ} as learned, at the switch to the ramp; the present profile before that."""
+        return self._hardening.at_switch or hardness_profile(self.model)
+
+    @property
+    def hardness_targets(self) -> dict[str, float]:
+        """{module name: λ} that the ramp ends at; empty before the switch if they are calibrated there."""
+        return self._hardening.targets(self.args, self.model)
+
+    @property
+    def compensation(self) -> CompensationReport | None:
+        """What was refit at the switch, if it was in this process."""
+        return self._hardening.refit
+
+    @property
+    def _hardening(self) -> HardeningCallback:
         # looked up, as the Trainer replaces callbacks when it restores their states
-        hardening = next(c for c in self.callback_handler.callbacks if isinstance(c, HardeningCallback))
-        return hardening.at_switch or hardness_profile(self.model)
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, HardeningCallback))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         sites = hardness_sites(self.model if model is None else model)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 
 import hf_lambda_gelu as hlg
@@ -31,10 +32,19 @@ class ModelArguments:
     activation: Literal["lambda_gelu", "stock", "relu"] = field(
         default="lambda_gelu",
         metadata={
-            "help": "lambda_gelu: learn the hardness, harden, substitute ReLU. stock: fine-tune the model's own activation, "
-            "and report what an unprepared ReLU swap does to it. relu: swap ReLU in first, then fine-tune. The last two are "
-            "the baselines of the first."
+            "help": "What is fine-tuned. lambda_gelu: the hardness is learned and ramped, then ReLU substituted. relu: ReLU "
+            "is substituted first. stock: the model's own activation, and ReLU is substituted afterwards, without training."
         },
+    )
+    compensate: Literal["least_squares", "bias", "none"] = field(
+        default="least_squares",
+        metadata={
+            "help": "With relu and stock: how the substitution is compensated, from training examples without their labels. "
+            "none is the naive swap, the baseline of the others."
+        },
+    )
+    calibration_samples: int = field(
+        default=300, metadata={"help": "So many training examples are used to compensate the substitution."}
     )
     init_hardness: float = field(default=1.0, metadata={"help": "λ to start from; 1 keeps the pretrained function."})
 
@@ -130,17 +140,9 @@ def classification_metrics(name: str | None) -> Callable[[EvalPrediction], dict[
 
 
 def prepare(model: PreTrainedModel, arguments: ModelArguments) -> None:
-    """Give the model the activation that the run is about."""
-    if arguments.activation == "lambda_gelu":
-        print(hlg.convert(model, arguments.init_hardness))
-    elif arguments.activation == "relu":
-        swap_in_relu(model)
-
-
-def swap_in_relu(model: PreTrainedModel) -> None:
-    """The naive swap: ReLU in the place of every activation that `convert` reaches."""
-    hlg.convert(model)
-    hlg.relu_ize(model, force=True)
+    """Give the model the activation that the run begins with."""
+    if arguments.activation != "stock":
+        print(hlg.convert(model, arguments.init_hardness if arguments.activation == "lambda_gelu" else 1.0))
 
 
 def run(
@@ -149,7 +151,7 @@ def run(
     data: DataArguments,
     processor: Any,
 ) -> dict[str, Any]:
-    """Train, evaluate, and for λ-GELU substitute, save and verify; returns and writes the results."""
+    """Train, evaluate, substitute before or after, save and verify; returns and writes the results."""
     start = time.time()
     learning = model_arguments.activation == "lambda_gelu"
     trainer = trainer_factory(hlg.LambdaGELUTrainer if learning else Trainer)
@@ -158,50 +160,63 @@ def run(
     trainer.model_accepts_loss_kwargs = False
     arguments, model = trainer.args, trainer.model
     output = Path(arguments.output_dir)
+    if model_arguments.activation == "relu":
+        report = _compensated(trainer, model_arguments)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-
     trainer.save_model()  # as trained: nothing is lost if the gates turn out too soft to be replaced
 
-    results: dict[str, Any] = {"activation": model_arguments.activation, "metrics": {"after training": _evaluate(trainer)}}
-    metrics = results["metrics"]
+    metrics = {"after training": _evaluate(trainer)}
+    results: dict[str, Any] = {"activation": model_arguments.activation, "metrics": metrics}
+    final, learned = "after training", None
     if learning:
-        results["learned_hardness"] = trainer.learned_hardness
+        results["learned_hardness"] = learned = trainer.learned_hardness
         # a best checkpoint chosen by its ReLU metrics may have soft gates, and is good as a ReLU network all the same
         force = arguments.load_best_model_at_end and "relu_" in (arguments.metric_for_best_model or "")
-        report = hlg.relu_ize(model, force, tolerance=arguments.hardness_tolerance)
+        targets = trainer.hardness_targets if arguments.hardness_target == "calibrated" else None
+        report = hlg.relu_ize(model, force, tolerance=arguments.hardness_tolerance, targets=targets)
         arguments.eval_relu = False  # there is nothing left to switch
-        metrics["after substitution"] = _evaluate(trainer)
-        if trainer.is_world_process_zero():
-            print(report)
-            details = hlg.CardDetails(
-                base_model=None if Path(model_arguments.model_name_or_path).exists() else model_arguments.model_name_or_path,
-                dataset=None if data.dataset_name is None or Path(data.dataset_name).exists() else data.dataset_name,
-                results={f"λ-GELU, {stage}": _headline(values) for stage, values in metrics.items()},
-                final="λ-GELU, after substitution",
-                command=command_line(),
-                arguments={
-                    name: value
-                    for name, value in vars(arguments).items()
-                    if name.startswith("hardness_")
-                    or name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
-                },
-            )
-            folder = hlg.save_relu_pretrained(
-                model,
-                output / "relu",
-                processor=processor,
-                details=details,
-                model_name=f"{Path(model_arguments.model_name_or_path).name}-relu",
-                learned=trainer.learned_hardness,
-                history=trainer.state.log_history,
-                overwrite=True,
-            )
-            results["stock_difference"] = hlg.verify_relu_pretrained(model, folder)
-            hlg.plot_hardness(trainer.learned_hardness, output / "hardness.png", trainer.state.log_history)
-            print(f"saved in {folder}; stock transformers reproduces it to {results['stock_difference']:g}")
+        final = "after substitution"
+        metrics[final] = _evaluate(trainer)
     elif model_arguments.activation == "stock":
-        swap_in_relu(model)
-        metrics["ReLU swapped in, unprepared"] = _evaluate(trainer)
+        hlg.convert(model)
+        with hlg.gates_as_relu(model):
+            metrics["ReLU swapped in, unprepared"] = _evaluate(trainer)
+        report = _compensated(trainer, model_arguments)
+        final = "ReLU, not trained further"
+        metrics[final] = _evaluate(trainer)
+    if trainer.is_world_process_zero():
+        print(report)
+        if report.compensation is not None:
+            results["compensation"] = report.compensation.to_dict()
+        names = {"lambda_gelu": "λ-GELU", "relu": "ReLU first", "stock": "the model's own activation"}
+        rows = {f"{names[model_arguments.activation]}, {stage}": values for stage, values in metrics.items()}
+        details = hlg.CardDetails(
+            base_model=None if Path(model_arguments.model_name_or_path).exists() else model_arguments.model_name_or_path,
+            dataset=None if data.dataset_name is None or Path(data.dataset_name).exists() else data.dataset_name,
+            results={name: _headline(values) for name, values in rows.items()},
+            final=f"{names[model_arguments.activation]}, {final}",
+            command=command_line(),
+            arguments={
+                name: value
+                for name, value in vars(arguments).items()
+                if (learning and name.startswith("hardness_"))
+                or name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
+            },
+        )
+        folder = hlg.save_relu_pretrained(
+            model,
+            output / "relu",
+            processor=processor,
+            details=details,
+            model_name=f"{Path(model_arguments.model_name_or_path).name}-relu",
+            learned=learned,
+            history=trainer.state.log_history,
+            overwrite=True,
+        )
+        results["stock_difference"] = hlg.verify_relu_pretrained(model, folder)
+        if learned:
+            hlg.plot_hardness(learned, output / "hardness.png", trainer.state.log_history)
+        print(f"saved in {folder}; stock transformers reproduces it to {results['stock_difference']:g}")
     results |= {
         "steps": trainer.state.global_step,
         "seconds": round(time.time() - start, 1),
@@ -211,6 +226,17 @@ def run(
     if trainer.is_world_process_zero():
         (output / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
+
+
+def _compensated(trainer: Trainer, arguments: ModelArguments) -> hlg.SubstitutionReport:
+    """Substitute ReLU, compensated on the first training examples; their labels are not used."""
+    if arguments.compensate == "none":
+        return hlg.relu_ize(trainer.model, force=True)
+    examples = trainer.train_dataset.select(range(min(arguments.calibration_samples, len(trainer.train_dataset))))
+    # not the Trainer's loader, which deals the examples out to the processes: all of them must refit alike
+    batches = DataLoader(examples, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+    unlabelled = ({name: value for name, value in batch.items() if name != "labels"} for batch in batches)
+    return hlg.relu_ize(trainer.model, calibration=unlabelled, compensate=arguments.compensate)
 
 
 def command_line() -> str:

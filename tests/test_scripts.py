@@ -213,34 +213,40 @@ def test_lambda_gelu_run(runs: dict[str, tuple[Path, dict[str, Any], list[str]]]
 
 
 def test_stock_run_from_json_and_the_price_of_the_naive_swap(tmp_path: Path, model: Path) -> None:
-    """Both reported stages against stock BERTs from the last checkpoint, with gelu and with relu in the config."""
+    """The stages against stock BERTs: the last checkpoint with gelu and with relu in the config, and the saved folder."""
     rows = {name: text_rows(count, seed) for name, count, seed in (("train", 48, 0), ("test", 32, 1))}
     for name in rows:
         lines = [json.dumps({"text": r["first"], "score": NAMES.index(r["label"]) - 1}) for r in rows[name]]
         (tmp_path / f"{name}.json").write_text("\n".join(lines))
     files = f"--train_file {tmp_path}/train.json --validation_file {tmp_path}/test.json --label_column score"
     results = run("finetune_text", model, tmp_path / "out", f"--activation stock {files}")
-    assert list(results["metrics"]) == ["after training", "ReLU swapped in, unprepared"]
-    assert not (tmp_path / "out" / "relu").exists()
+    assert list(results["metrics"]) == ["after training", "ReLU swapped in, unprepared", "ReLU, not trained further"]
     assert "learned_hardness" not in results
+    assert [site["method"] for site in results["compensation"]["sites"]] == ["least_squares"] * 2
+    assert results["stock_difference"] <= 1e-6
     values = {}
-    for activation, stage in zip(("gelu", "relu"), results["metrics"], strict=True):
-        values[stage] = evaluated(tmp_path / "out" / "checkpoint-24", activation, rows["test"], ["-1", "0", "1"])
+    sources = (("checkpoint-24", "gelu"), ("checkpoint-24", "relu"), ("relu", None))
+    for (folder, activation), stage in zip(sources, results["metrics"], strict=True):
+        values[stage] = evaluated(tmp_path / "out" / folder, activation, rows["test"], ["-1", "0", "1"])
         assert results["metrics"][stage]["loss"] == pytest.approx(values[stage][0], rel=1e-5)
         assert results["metrics"][stage]["accuracy"] == pytest.approx(values[stage][1])
-    first, second = values.values()
+    first, second, third = values.values()
     assert abs(first[0] - second[0]) > 1e-4 * first[0]
+    assert abs(second[0] - third[0]) > 1e-5 * first[0]
 
 
-def test_relu_run_from_a_folder(tmp_path: Path, model: Path) -> None:
+@pytest.mark.parametrize("compensate", ["none", "bias", "least_squares"])
+def test_relu_run_from_a_folder(tmp_path: Path, model: Path, compensate: str) -> None:
     """A folder with train and test files; the checkpoint is a stock ReLU model, its accuracy on the rows asked for."""
     test = text_rows(30, 1)
     renamed = [{"sentence": r["first"], "label": r["label"]} for r in text_rows(60, 0)]
     write_csv(tmp_path / "data" / "train.csv", renamed)
     write_csv(tmp_path / "data" / "test.csv", [{"sentence": r["first"], "label": r["label"]} for r in test])
-    options = f"--activation relu --dataset_name {tmp_path / 'data'} --text_column sentence"
+    options = f"--activation relu --compensate {compensate} --dataset_name {tmp_path / 'data'} --text_column sentence"
     results = run("finetune_text", model, tmp_path / "out", f"{options} --max_train_samples 40 --max_eval_samples 16")
     assert list(results["metrics"]) == ["after training"]
+    refit = [site["method"] for site in results.get("compensation", {}).get("sites", [])]
+    assert refit == ([] if compensate == "none" else [compensate] * 2)
     assert results["steps"] == 4 * 5
     checkpoint = tmp_path / "out" / "checkpoint-20"
     assert json.loads((checkpoint / "config.json").read_text())["hidden_act"] == "relu"

@@ -100,6 +100,18 @@ def test_bounds_and_target(base: str) -> None:
         assert report.sites[0].sup_error == pytest.approx(0.16997 / report.sites[0].hardness, rel=1e-4)
 
 
+def test_targets_per_site() -> None:
+    """λ of each site is held against its own target; a site without one is named."""
+    model = hardened("bert", 10.0, step=10.0)  # λ = 10, 20, 30
+    names = list(hlg.hardness_profile(model))
+    with pytest.raises(hlg.SoftGateError, match=rf"1 of 3 gates are soft for their targets: {names[1]} has λ = 20, .* 25"):
+        hlg.relu_ize(model, targets=dict(zip(names, (10.0, 25.0, 30.0), strict=True)))
+    with pytest.raises(ValueError, match=f"no λ for 1 of 3 sites, {names[2]}"):
+        hlg.relu_ize(model, targets=dict.fromkeys(names[:2], 10.0))
+    assert len(hlg.hardness_sites(model)) == 3
+    assert not hlg.relu_ize(model, targets=dict(zip(names, (10.0, 20.0, 30.0), strict=True))).forced
+
+
 def test_soft_gates() -> None:
     """The softest gate is named with the λ it has and needs; force and a looser tolerance let it pass."""
     model = hardened("bert")
@@ -195,39 +207,63 @@ def test_calibration_numbers() -> None:
 
 
 def batches(case: str, good: dict[str, Tensor]) -> Iterable[Any]:
-    """A calibration set with something wrong; all but the first begin with a good batch."""
+    """A calibration set with something wrong; all but those of nothing begin with good batches."""
+    ids = good["input_ids"]
     bad: dict[str, Any] = {
-        "a tuple": (good["input_ids"], None),
-        "a tensor": good["input_ids"],
-        "other columns": {"review": good["input_ids"], "input": torch.ones(1)},
-        "no tensors": {"input_ids": good["input_ids"].tolist()},
-        "forward raises": {"input_ids": good["input_ids"] + 1000},
-        "metrics raise": {**good, "labels": good["input_ids"]},
+        "a tuple": (ids, None),
+        "a tensor": ids,
+        "other columns": {"review": ids, "input": torch.ones(1)},
+        "no tensors": {"input_ids": ids.tolist()},
+        "labels alone": {"labels": ids},
+        "another dtype": {"input_ids": ids.int()},
+        "another device": {"input_ids": ids.to("meta")},
+        "forward raises": {"input_ids": ids + 1000},
+        "metrics raise": {**good, "labels": ids},
     }
-    if case != "empty":
+    if case == "only padding":
+        yield from [{**good, "attention_mask": torch.zeros_like(ids)}] * 2
+    elif case == "the loader raises":
         yield good
-        yield bad[case]
+        raise OSError("disk gone")
+    elif case != "empty":
+        yield from [good, good, bad[case], good]
 
 
+@pytest.mark.parametrize("compensate", [None, "bias", "least_squares"])
 @pytest.mark.parametrize(
     ("case", "error", "message"),
     [
-        ("empty", ValueError, "the calibration set yielded no batch"),
-        ("a tuple", ValueError, "must be a mapping of the model's inputs, got tuple"),
-        ("a tensor", ValueError, "must be a mapping of the model's inputs, got Tensor"),
-        ("other columns", ValueError, r"no tensor .* is an input of BertForMaskedLM\.forward"),
-        ("no tensors", ValueError, r"no tensor .* is an input of BertForMaskedLM\.forward"),
-        ("forward raises", IndexError, "out of range"),
+        ("empty", hlg.CalibrationError, "the calibration set yielded no batch"),
+        ("a tuple", hlg.CalibrationError, "batch 2 is a tuple: expected a mapping of the model's inputs"),
+        ("a tensor", hlg.CalibrationError, "batch 2 is a Tensor: expected a mapping of the model's inputs"),
+        ("other columns", hlg.CalibrationError, r"batch 2 .* no tensor .* is an input of BertForMaskedLM\.forward"),
+        ("no tensors", hlg.CalibrationError, r"batch 2 .* no tensor .* is an input of BertForMaskedLM\.forward"),
+        ("labels alone", hlg.CalibrationError, r"batch 2 .* no tensor .* takes 'input_ids'"),
+        ("another dtype", hlg.CalibrationError, r"batch 2: input_ids is torch\.int32 on cpu, .* it was torch\.int64 on cpu"),
+        (
+            "another device",
+            hlg.CalibrationError,
+            r"batch 2: input_ids is torch\.int64 on meta, .* it was torch\.int64 on cpu",
+        ),
+        ("only padding", hlg.CalibrationError, "only padding"),
+        ("forward raises", hlg.CalibrationError, r"batch 2: BertForMaskedLM\.forward raised IndexError: .*out of range"),
+        ("the loader raises", OSError, "disk gone"),
         ("metrics raise", ZeroDivisionError, "division"),
     ],
 )
-def test_bad_calibration(case: str, error: type[Exception], message: str) -> None:
+def test_bad_calibration(case: str, error: type[Exception], message: str, compensate: str | None) -> None:
     """The model is as it was: modules, config, weights, mode, and the gates smooth again."""
     model = hardened("bert", 2.0).train()
     good = tiny.inputs(model)
     before, soft = tiny.snapshot(model), tiny.outputs(model.eval(), good)
     with pytest.raises(error, match=message):
-        hlg.relu_ize(model.train(), True, calibration=batches(case, good), compute_metrics=lambda _: {"x": 1 / 0})
+        hlg.relu_ize(
+            model.train(),
+            True,
+            calibration=batches(case, good),
+            compensate=compensate,
+            compute_metrics=lambda _: {"x": 1 / 0},
+        )
     assert tiny.snapshot(model) == before
     assert tiny.relative_difference(soft, tiny.outputs(model.eval(), good)) == 0.0
 
@@ -253,7 +289,7 @@ def test_calibration_with_dynamic_padding() -> None:
 @pytest.mark.parametrize(
     ("make", "hint"),
     [
-        (lambda: tiny.build("bert"), r"BertForMaskedLM has no λ-GELU to replace: call convert\(model\) and train first"),
+        (lambda: tiny.build("bert"), r"BertForMaskedLM has no λ-GELU to replace: call convert\(model\) first"),
         (lambda: tiny.build("bert", hidden_act="relu"), "it is a ReLU model already, or never was converted"),
     ],
     ids=["never converted", "ReLU"],

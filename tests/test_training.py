@@ -5,19 +5,24 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from scipy.optimize import brentq
+from scipy.special import ndtr
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate
 from transformers import (
     Adafactor,
     EvalPrediction,
@@ -27,8 +32,10 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import RemoveColumnsCollator
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.switch import calibrated_targets
 
 SITES = [f"bert.encoder.layer.{i}.intermediate.intermediate_act_fn" for i in (0, 1)]
 STEPS, SWITCH, HOLD = 20, 5, 18  # of the default schedule: 0.25 · 20 and (1 − 0.1) · 20
@@ -435,8 +442,19 @@ def test_warning_about_a_smooth_metric_for_the_best_model(
 RESUME = {"hardness_learning_rate": 0.05, "lr_scheduler_type": "cosine", "weight_decay": 0.01, "seed": 7}
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}])
-def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "stops"),
+    [
+        # before the switch, also at an epoch's end; at it; in the ramp, also at an epoch's end; last of it; in the hold
+        ({}, (2, 4, SWITCH, 9, 16, HOLD - 1, HOLD + 1)),
+        (
+            {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+            (2, 4, SWITCH, 9, 16, HOLD - 1, HOLD + 1),
+        ),
+        ({"hardness_target": "calibrated"}, (4, 9)),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path, changes: dict[str, Any], stops: tuple[int, ...]) -> None:
     """Bit for bit, with shuffling and dropout: killed after a checkpoint, continued by a new trainer and a new model."""
     rows = Rows(28)  # 4 optimizer steps per epoch, the last one of a smaller batch
 
@@ -448,8 +466,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path, changes: dict[st
     expected = twin.model.state_dict()
     assert len({*logged(twin, f"hardness/{SITES[0]}").values()}) == HOLD  # another λ after every step, until it is held
 
-    # before the switch; before it at an epoch's end; at it; in the ramp; at an epoch's end in it; last of it; in the hold
-    for step in (2, 4, SWITCH, 9, 16, HOLD - 1, HOLD + 1):
+    for step in stops:
         folder = tmp_path / f"{step}"
         saving = {"save_strategy": "steps", "save_steps": step, "restore_callback_states_from_checkpoint": bool(step % 2)}
         interrupted = build(converted(hardness=1.3), folder, **saving)
@@ -466,6 +483,8 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path, changes: dict[st
         for key in ("loss", "grad_norm", *(f"hardness/{site}" for site in SITES)):
             assert logged(resumed, key) == logged(twin, key), (step, key)
         assert resumed.learned_hardness == twin.learned_hardness, step
+        assert resumed.hardness_targets == twin.hardness_targets, step
+        assert set(resumed.hardness_targets) == set(SITES)
 
 
 def test_a_finished_run_resumes_to_its_end(tmp_path: Path) -> None:
@@ -475,6 +494,191 @@ def test_a_finished_run_resumes_to_its_end(tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=True)
     assert all(torch.equal(v, first.model.state_dict()[k]) for k, v in again.model.state_dict().items())
     assert again.learned_hardness == first.learned_hardness
+
+
+# --- targets from data
+
+
+class NoisyRows(Rows):
+    """Every access draws from all three sources of random numbers; one column would not go into a batch."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = super().__getitem__(index)
+        tokens = row["input_ids"].clone()
+        tokens[random.randrange(11)] = np.random.randint(3, 99)
+        tokens[torch.randint(11, ())] = 5
+        return {**row, "input_ids": tokens, "words": torch.zeros(index + 1)}
+
+
+class Masking:
+    """A collator with a generator of its own, as that of masked language models has."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = default_collate(rows)
+        hidden = torch.rand(batch["input_ids"].shape, generator=self.generator) < 0.2
+        return {**batch, "input_ids": batch["input_ids"].masked_fill(hidden, 4)}
+
+
+def error_as_relu(x: np.ndarray, hardness: float) -> float:
+    """Of x Φ(λx), relative to ReLU, root mean square."""
+    relu = np.maximum(x, 0)
+    return math.sqrt(((x * ndtr(hardness * x) - relu) ** 2).mean() / (relu**2).mean())
+
+
+class At(TrainerCallback):
+    """Calls a function after the callbacks of one step, or of each."""
+
+    def __init__(self, call: Callable[[PreTrainedModel], None], step: int | None = None) -> None:
+        self.call, self.step = call, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.step in (None, state.global_step):
+            self.call(kwargs["model"])
+
+
+def test_calibrated_targets(tmp_path: Path) -> None:
+    """From 64 of 100 rows, on the network at the switch: root finding on the definition, with what hooks see in a copy."""
+    rows = Rows(100)
+    copies: list[PreTrainedModel] = []
+    args = arguments(tmp_path, hardness_target="calibrated", hardness_relative_tolerance=0.02, hardness_learning_rate=0.05)
+    trainer = hlg.LambdaGELUTrainer(converted(hardness=1.5), args, train_dataset=rows)
+    trainer.add_callback(At(lambda model: copies.append(copy.deepcopy(model)), SWITCH))
+    assert trainer.hardness_targets == {}
+    trainer.train()
+    chosen = torch.tensor([k * 100 // 64 for k in range(64)])
+    seen: dict[str, np.ndarray] = {}
+    for site in SITES:
+        copies[0].get_submodule(site).register_forward_pre_hook(
+            lambda _, args, site=site: seen.update({site: args[0].double().numpy().ravel()})
+        )
+    with torch.no_grad():
+        copies[0].eval()(rows.tokens[chosen])
+    targets = trainer.hardness_targets
+    for site in SITES:
+        expected = brentq(lambda h, x=seen[site]: error_as_relu(x, h) - 0.02, 1.0, 1e4)
+        assert targets[site] == pytest.approx(expected, rel=2e-3)
+        log, start = logged(trainer, f"hardness/{site}"), trainer.learned_hardness[site]
+        assert start == log[SWITCH] < 2.0
+        for step in range(SWITCH, STEPS + 1):
+            progress = min(1.0, (step - SWITCH) / (HOLD - SWITCH))
+            assert log[step] == pytest.approx(start ** (1 - progress) * targets[site] ** progress, rel=2e-6), step
+    assert abs(targets[SITES[0]] / targets[SITES[1]] - 1) > 0.01
+
+
+def test_calibrating_disturbs_neither_data_nor_random_numbers(tmp_path: Path) -> None:
+    """Shuffling, dropout, a data set and a collator that draw: what the model is fed and the states after every step."""
+    records = []
+    for target in ("l1", "calibrated"):
+        fed: list[Tensor] = []
+        states: list[Any] = []
+        model = converted(hardness=1.5)
+        model.register_forward_pre_hook(
+            lambda m, args, kwargs, fed=fed: fed.append(kwargs["input_ids"]) if m.training else None, with_kwargs=True
+        )
+        args = arguments(tmp_path, hardness_target=target)
+        trainer = hlg.LambdaGELUTrainer(model, args, train_dataset=NoisyRows(), data_collator=Masking())
+        trainer.add_callback(
+            At(lambda _, s=states: s.append((random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())))
+        )
+        trainer.train()
+        records.append((torch.stack(fed), states, trainer))
+    assert torch.equal(records[0][0], records[1][0])
+    assert records[0][1] == records[1][1]
+    first, second = (record[2] for record in records)
+    assert first.hardness_targets == dict.fromkeys(SITES, pytest.approx(TARGET))
+    assert logged(first)[SWITCH + 1] == logged(second)[SWITCH + 1]
+    assert logged(first)[SWITCH + 2] != logged(second)[SWITCH + 2]
+
+
+def test_calibrated_targets_do_not_depend_on_the_random_state() -> None:
+    """So all processes measure the same, wherever their random numbers stand."""
+    model, collator = converted(), Masking()
+    found = []
+    for seed in (1, 2):
+        for generator in (torch, np.random, random):
+            (getattr(generator, "manual_seed", None) or generator.seed)(seed)
+        model.train(seed == 2)
+        args = hlg.LambdaGELUTrainingArguments(use_cpu=True)
+        wrapped = RemoveColumnsCollator(collator, ["input_ids", "labels"])
+        found.append(calibrated_targets(model, args, NoisyRows(), wrapped))
+    assert found[0] == found[1]
+    assert torch.equal(collator.generator.get_state(), Masking().generator.get_state())
+
+
+def test_calibrated_targets_are_those_of_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `broadcast_object_list` brings is used, whatever was measured here."""
+    monkeypatch.setattr("hf_lambda_gelu.switch.broadcast_object_list", lambda objects: [dict.fromkeys(objects[0], 7.0)])
+    args = hlg.LambdaGELUTrainingArguments(use_cpu=True)
+    assert calibrated_targets(converted(), args, Rows(), default_collate) == dict.fromkeys(SITES, 7.0)
+
+
+def test_a_calibrated_target_below_the_learned_hardness(tmp_path: Path) -> None:
+    """λ stays what was learned: a ramp never goes down."""
+    trainer = trained(
+        converted(hardness=1.5), tmp_path, hardness_target="calibrated", hardness_relative_tolerance=10.0, max_steps=8
+    )
+    assert trainer.hardness_targets == dict.fromkeys(SITES, 1.0)
+    assert hlg.hardness_profile(trainer.model) == pytest.approx(trainer.learned_hardness, rel=1e-6)
+    assert min(trainer.learned_hardness.values()) > 1.3
+
+
+def test_calibrated_targets_of_a_ramp_from_the_start(tmp_path: Path) -> None:
+    """Columns that the model does not take are left out of a `datasets` set too; a second `train()` measures again."""
+    rows = Rows()
+    words = [[0] * index for index in range(32)]
+    data = datasets.Dataset.from_dict({"input_ids": rows.tokens.tolist(), "labels": rows.labels.tolist(), "words": words})
+    args = arguments(tmp_path, hardness_target="calibrated", hardness_switch_point=0.0, max_steps=2, learning_rate=0.5)
+    trainer = hlg.LambdaGELUTrainer(converted(), args, train_dataset=data)
+    expected = hlg.calibrate(trainer.model, [{"input_ids": rows.tokens}]).targets()
+    trainer.train()
+    first = trainer.hardness_targets
+    assert first == pytest.approx(expected, rel=2e-3)
+    trainer.train()
+    assert max(abs(trainer.hardness_targets[site] / first[site] - 1) for site in SITES) > 0.05
+
+
+def test_calibrated_targets_and_checkpoints(tmp_path: Path) -> None:
+    """A checkpoint in the ramp holds the targets; that of an ℓ1 run does not, and they are measured on resuming."""
+    saving = {"save_strategy": "steps", "save_steps": 9}
+    for name in ("calibrated", "l1"):
+        trainer = trainer_of(converted(hardness=1.5), tmp_path / name, hardness_target=name, **saving)
+        trainer.add_callback(StopAfterSaving(9))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        text = (tmp_path / name / "checkpoint-9" / "trainer_state.json").read_text()
+        kept = json.loads(text)["stateful_callbacks"]["HardeningCallback"]["attributes"]
+        assert kept == {
+            "at_switch": trainer.learned_hardness,
+            "calibrated": None if name == "l1" else trainer.hardness_targets,
+        }
+
+    resumed = trainer_of(converted(seed=9), tmp_path / "l1", hardness_target="calibrated", **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.learned_hardness == trainer.learned_hardness
+    assert all(2.0 < resumed.hardness_targets[site] < 100.0 for site in SITES)
+    assert hlg.hardness_profile(resumed.model) == pytest.approx(resumed.hardness_targets, rel=1e-5)
+
+
+def test_training_sets_that_cannot_be_indexed(tmp_path: Path) -> None:
+    """Refused before the first step, and only if they are needed."""
+
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            rows = Rows(64)
+            return (rows[index] for index in range(64))
+
+    for target in ("l1", "calibrated"):
+        args = arguments(tmp_path, hardness_target=target, max_steps=2)
+        trainer = hlg.LambdaGELUTrainer(converted(), args, train_dataset=Stream())
+        if target == "l1":
+            trainer.train()
+        else:
+            with pytest.raises(ValueError, match=r"take examples by their index, .* is a Stream without length or index"):
+                trainer.train()
+            assert trainer.state.global_step == 0
 
 
 # --- bad input
@@ -491,6 +695,9 @@ def test_a_finished_run_resumes_to_its_end(tmp_path: Path) -> None:
         ({"hardness_tolerance": math.nan}, r"tolerance must be a finite number > 0.*, got nan"),
         ({"hardness_tolerance": -1.0}, r"tolerance must be a finite number > 0.*, got -1\.0"),
         ({"hardness_tolerance": 0.0}, r"tolerance must be a finite number > 0.*, got 0\.0"),
+        ({"hardness_relative_tolerance": 0.0}, r"relative tolerance must be a finite number > 0.*, got 0\.0"),
+        ({"hardness_relative_tolerance": math.inf}, r"relative tolerance must be a finite number > 0.*, got inf"),
+        ({"hardness_target": "measured"}, r"unknown hardness_target 'measured': expected 'l1' or 'calibrated'"),
         ({"hardness_ramp": "exponential"}, r"'exponential': expected one of geometric, linear, cosine, reciprocal"),
         ({"hardness_learning_rate": math.nan}, r"hardness_learning_rate must be a .*number >= 0, got nan"),
         ({"hardness_learning_rate": math.inf}, r"hardness_learning_rate must be a .*number >= 0, got inf"),
@@ -574,7 +781,11 @@ def test_command_line_of_the_arguments(capsys: pytest.CaptureFixture[str]) -> No
     parser = HfArgumentParser(hlg.LambdaGELUTrainingArguments)
     actions = {action.dest: action for action in parser._actions}
     assert {name for name in added if name.startswith("hardness_")} == {
-        f"hardness_{name}" for name in ("learning_rate", "switch_point", "ramp", "tolerance", "hold")
+        f"hardness_{name}"
+        for name in (
+            *("learning_rate", "switch_point", "compensate", "ramp", "hold"),
+            *("target", "tolerance", "relative_tolerance"),
+        )
     }
     shown = parser.format_help()
     for name in added:
@@ -584,12 +795,16 @@ def test_command_line_of_the_arguments(capsys: pytest.CaptureFixture[str]) -> No
 
     line = "--output_dir out --hardness_learning_rate 0.5 --hardness_switch_point 0.4 --hardness_ramp cosine"
     line += " --hardness_tolerance 0.01 --hardness_hold 0.2 --eval_relu false"
+    line += " --hardness_target calibrated --hardness_relative_tolerance 0.03 --hardness_compensate bias"
     (parsed,) = parser.parse_args_into_dataclasses(line.split())
     got = [getattr(parsed, f"hardness_{n}") for n in ("learning_rate", "switch_point", "ramp", "tolerance", "hold")]
     assert got == [0.5, 0.4, "cosine", 0.01, 0.2]
+    assert (parsed.hardness_target, parsed.hardness_relative_tolerance) == ("calibrated", 0.03)
+    assert parsed.hardness_compensate == "bias"
     assert parsed.eval_relu is False
     (default,) = parser.parse_args_into_dataclasses(["--output_dir", "out"])
     assert (default.hardness_switch_point, default.hardness_tolerance, default.eval_relu) == (0.25, 0.005, True)
+    assert (default.hardness_target, default.hardness_relative_tolerance) == ("l1", 0.01)
     with pytest.raises(SystemExit):
         parser.parse_args_into_dataclasses(["--hardness_ramp", "exponential"])
     assert "'geometric', 'linear', 'cosine', 'reciprocal'" in capsys.readouterr().err.replace("invalid choice", "")

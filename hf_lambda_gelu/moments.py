@@ -1,0 +1,151 @@
+"""Ridge regression from sums: what a linear map must gain so that its output moves by a wanted amount.
+
+Rows stream in and only their sums are kept, so memory depends on the widths and not on the number of rows. All of it is
+derived; the paper (arXiv 2603.21991) does not compensate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# tried in units of the mean diagonal of the features' covariance; the held-out part of the calibration set chooses
+RIDGES = (0.001, 0.01, 0.1, 1.0)
+# rows are multiplied in their own precision in pieces of so many and the products summed in fp64
+_PIECE = 4096
+
+Method = Literal["none", "bias", "least_squares"]
+
+
+@dataclass
+class Moments:
+    """Sums over rows of features r (d,) and wanted changes e (k,), in fp64.
+
+    Attributes:
+        count: number of rows.
+        r, e: Σ r (d,) and Σ e (k,).
+        rr, re: Σ rrᵀ (d, d) and Σ reᵀ (d, k).
+        ee: Σ e² by component (k,).
+    """
+
+    count: int
+    r: Tensor
+    e: Tensor
+    rr: Tensor
+    re: Tensor
+    ee: Tensor
+
+    @classmethod
+    def empty(cls, features: int, outputs: int, device: torch.device) -> Moments:
+        device = torch.device("cpu") if device.type == "mps" else device  # which has no fp64
+        r, e, ee = (torch.zeros(n, dtype=torch.float64, device=device) for n in (features, outputs, outputs))
+        rr, re = (torch.zeros(features, n, dtype=torch.float64, device=device) for n in (features, outputs))
+        return cls(0, r, e, rr, re, ee)
+
+    def add(self, features: Tensor, wanted: Tensor) -> None:
+        """Take in rows: features (n, d) and wanted changes (n, k)."""
+        if not len(features):
+            return
+        for r, e in zip(features.split(_PIECE), wanted.split(_PIECE), strict=True):
+            r, e = (t.to(self.r.device, torch.promote_types(t.dtype, torch.float32)) for t in (r, e))
+            self.count += len(r)
+            self.ee += e.double().square().sum(0)
+            # products of what is left without the mean: beside a large mean, fp32 would lose the rest
+            mean_r, mean_e = r.mean(0), e.mean(0)
+            r, e = r - mean_r, e - mean_e
+            self.rr += r.T @ r
+            self.re += r.T @ e
+            mean_r, mean_e = mean_r.double(), mean_e.double()
+            rest_r, rest_e = r.sum(0, dtype=torch.float64), e.sum(0, dtype=torch.float64)  # 0 but for rounding
+            sum_r = len(r) * mean_r + rest_r
+            self.r += sum_r
+            self.e += len(r) * mean_e + rest_e
+            self.rr.addr_(sum_r, mean_r).addr_(mean_r, rest_r)
+            self.re.addr_(sum_r, mean_e).addr_(mean_r, rest_e)
+
+    def __add__(self, other: Moments) -> Moments:
+        mine, theirs = vars(self).values(), vars(other).values()
+        return Moments(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+    def error(self, change: Change, scale: Tensor | None = None) -> float:
+        """Σ ‖scale ⊙ (e − r ΔW − c)‖² over the rows, exactly, from the sums."""
+        squares = self.ee - 2.0 * change.bias * self.e + self.count * change.bias.square()
+        if change.weight is not None:
+            w = change.weight
+            squares = squares + (w * (self.rr @ w)).sum(0) - 2.0 * (w * self.re).sum(0) + 2.0 * change.bias * (self.r @ w)
+        if scale is not None:
+            squares = squares * scale.to(squares).square()
+        return max(float(squares.sum()), 0.0)  # in this order NaN stays NaN
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is added to a linear map: ΔW (d, k), None for no change, and c (k,)."""
+
+    weight: Tensor | None
+    bias: Tensor
+    method: Method
+    ridge: float | None = None
+
+
+def solve(moments: Moments, method: Method, *, biased: bool = True, ridge: float = RIDGES[1]) -> Change:
+    """The change that minimises Σ ‖e − r ΔW − c‖² + ρ n ‖ΔW‖², ρ = `ridge` × the mean variance of the features.
+
+    Args:
+        method: "none" (no change), "bias" (c alone) or "least_squares".
+        biased: whether c is there; without it the features are not centred, and "bias" is no change.
+    """
+    n, zero = max(1, moments.count), torch.zeros_like(moments.e)
+    if method == "none" or (method == "bias" and not biased):
+        return Change(None, zero, "none")
+    mean_r, mean_e = moments.r / n, moments.e / n
+    if method == "bias":
+        return Change(None, mean_e, "bias")
+    gram, cross = moments.rr, moments.re
+    if biased:
+        gram = gram - n * torch.outer(mean_r, mean_r)
+        cross = cross - n * torch.outer(mean_r, mean_e)
+    weight = torch.cholesky_solve(cross, _factor(gram, ridge))
+    return Change(weight, mean_e - mean_r @ weight if biased else zero, "least_squares", ridge)
+
+
+def effective_rank(moments: Moments, ridge: float, biased: bool = True) -> float:
+    """tr C (C + ρI)⁻¹, C the features' covariance: how many parameters an output of the ridge fit has in effect."""
+    gram = moments.rr
+    if biased:
+        gram = gram - torch.outer(moments.r, moments.r) / max(1, moments.count)
+    penalty = _penalty(gram, ridge)
+    return len(gram) - penalty * float(torch.cholesky_inverse(_factor(gram, ridge)).diagonal().sum())
+
+
+def choose(
+    fit: Moments, held_out: Moments, method: Method, *, biased: bool = True, scale: Tensor | None = None
+) -> tuple[Change, float, float]:
+    """The best change up to `method` by its error on the held-out rows, then solved again from all rows.
+
+    Returns:
+        The change; the held-out error Σ‖…‖² without it, and with what the fitting rows alone gave. "none" is among the
+        candidates, so the second is never above the first.
+    """
+    candidates: list[tuple[Method, float]] = [("none", RIDGES[0])]
+    if method != "none":
+        candidates.append(("bias", RIDGES[0]))
+    if method == "least_squares":
+        candidates += [("least_squares", ridge) for ridge in RIDGES]
+    errors = [held_out.error(solve(fit, name, biased=biased, ridge=ridge), scale) for name, ridge in candidates]
+    best = min(range(len(candidates)), key=errors.__getitem__)
+    name, ridge = candidates[best]
+    return solve(fit + held_out, name, biased=biased, ridge=ridge), errors[0], errors[best]
+
+
+def _penalty(gram: Tensor, ridge: float) -> float:
+    mean = float(gram.diagonal().mean())
+    return ridge * mean if mean > 0.0 else 1.0  # features that never fire: any penalty gives ΔW = 0
+
+
+def _factor(gram: Tensor, ridge: float) -> Tensor:
+    regular = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * _penalty(gram, ridge)
+    return torch.linalg.cholesky(regular)
