@@ -33,11 +33,14 @@ class LambdaGELUTrainingArguments(TrainingArguments):
         metadata={"help": "Learning rate of the hardness, in units of λ per step; follows the run's schedule, no decay."},
     )
     hardness_switch_point: float = field(
-        default=0.25,
-        metadata={"help": "Fraction of training after which λ is no longer learned but ramped to its target, in [0, 1]."},
+        default=0.5,
+        metadata={
+            "help": "Fraction of training after which λ is no longer learned but goes to its target, in [0, 1]. The paper's "
+            "heuristic for its ramp is 0.25."
+        },
     )
     hardness_compensate: Literal["least_squares", "bias", "none"] = field(
-        default="none",
+        default="least_squares",
         metadata={
             "help": "least_squares: at the switch λ goes to its target at once, and the linear maps after the activations "
             "are refit on 300 training examples so that the function stays. bias: only their biases. none: λ follows "
@@ -45,7 +48,8 @@ class LambdaGELUTrainingArguments(TrainingArguments):
         },
     )
     hardness_ramp: Literal["geometric", "linear", "cosine", "reciprocal"] = field(
-        default="geometric", metadata={"help": "Shape of the ramp; reciprocal is linear in 1/λ, geometric in log λ."}
+        default="geometric",
+        metadata={"help": "Shape of the ramp, without compensation; reciprocal is linear in 1/λ, geometric in log λ."},
     )
     hardness_target: Literal["l1", "calibrated"] = field(
         default="l1",
@@ -69,7 +73,7 @@ class LambdaGELUTrainingArguments(TrainingArguments):
         },
     )
     hardness_hold: float = field(
-        default=0.1, metadata={"help": "Fraction of training at its end during which λ stays at the target, in [0, 1]."}
+        default=0.1, metadata={"help": "Fraction of training at the end of a ramp with λ at the target, in [0, 1]."}
     )
     eval_relu: bool = field(
         default=True,

@@ -1,4 +1,4 @@
-"""README's first code block, run as a stranger would run it, on a tiny model and a Hub on loopback."""
+"""README's code blocks, run as a stranger would run it, on a tiny model and a Hub on loopback."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from datasets import Dataset
 from hub_server import HubServer
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -27,17 +28,20 @@ def test_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset.from_dict({"text": ["a b c", "d e", "f g h a", "b"] * 4, "labels": [0, 1, 0, 1] * 4})
     data = rows.map(lambda row: tokenizer(row["text"]), remove_columns="text")
 
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert code is not None
-    text = code[1].replace("google-bert/bert-base-uncased", str(source)).replace("you/", "tester/")
-    text = text.replace("runs/bert", str(tmp_path / "run"))
-    assert text.count(str(tmp_path)) == 3
-    assert len([line for line in text.splitlines() if line]) <= 10, "ten lines"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The steps")[0]
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 2
+    assert all(len([line for line in block.splitlines() if line]) <= 10 for block in blocks), "ten lines"
+    text = "".join(blocks).replace("google-bert/bert-base-uncased", str(source))
+    text = text.replace("textattack/bert-base-uncased-SST-2", str(source))
+    text = text.replace("you/", "tester/").replace("runs/bert", str(tmp_path / "run"))
+    assert text.count(str(tmp_path)) == 4
+    batches = [{"input_ids": torch.tensor([row])} for row in ([3, 4, 5], [6, 7, 8], [9, 10, 3], [4, 4, 9])]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with HubServer(token="hf_test") as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setenv("HF_TOKEN", "hf_test")
-        exec(compile(text, "README.md", "exec"), {"train": data, "test": data})
+        exec(compile(text, "README.md", "exec"), {"train": data, "test": data, "batches": batches})
         files = hub.repos["tester/bert-relu"].files
     assert b'"hidden_act": "relu"' in files["config.json"]
     assert b"raw_hardness" not in files["model.safetensors"]

@@ -196,7 +196,7 @@ def test_lambda_gelu_run(runs: dict[str, tuple[Path, dict[str, Any], list[str]]]
     assert set(results["versions"]) == {"python", "hf_lambda_gelu", "transformers", "torch"}
     # the learned λ are those that the log has at the switch, the last ones the target
     log = [entry for entry in state_of(output)["log_history"] if "loss" in entry]
-    profile = {key.removeprefix("hardness/"): value for key, value in log[steps // 4 - 1].items() if "hardness/" in key}
+    profile = {key.removeprefix("hardness/"): value for key, value in log[steps // 2 - 1].items() if "hardness/" in key}
     assert results["learned_hardness"] == pytest.approx(profile)
     assert len(profile) == sites
     assert any(value > 1.001 for value in profile.values())
@@ -336,7 +336,7 @@ def test_help_shows_the_hardness_arguments(script: str, capsys: pytest.CaptureFi
         importlib.import_module(script).main(["--help"])
     assert stop.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for name in ("learning_rate", "switch_point", "ramp", "tolerance", "hold"):
+    for name in ("learning_rate", "switch_point", "compensate", "ramp", "tolerance", "hold"):
         assert f"--hardness_{name}" in shown
-    for text in ("{lambda_gelu,stock,relu}", "{geometric,linear,cosine,reciprocal}", "--eval_relu", "(default: 0.25)"):
+    for text in ("{lambda_gelu,stock,relu}", "{geometric,linear,cosine,reciprocal}", "--eval_relu", "(default: 0.5)"):
         assert text in shown

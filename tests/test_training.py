@@ -38,7 +38,7 @@ import hf_lambda_gelu as hlg
 from hf_lambda_gelu.switch import calibrated_targets
 
 SITES = [f"bert.encoder.layer.{i}.intermediate.intermediate_act_fn" for i in (0, 1)]
-STEPS, SWITCH, HOLD = 20, 5, 18  # of the default schedule: 0.25 · 20 and (1 − 0.1) · 20
+STEPS, SWITCH, HOLD = 20, 5, 18  # of the ramp that is tested here: 0.25 · 20 and (1 − 0.1) · 20
 TARGET = 2.0 / (0.005 * math.sqrt(2.0 * math.pi))
 SWITCH_LATE = 12  # of the runs that are compared with a plain loop
 TWIN_SEED = 3  # from λ = 1, the λ of this model bounce off the bound and rise
@@ -111,6 +111,8 @@ def arguments(folder: Path, cls: type[TrainingArguments] = hlg.LambdaGELUTrainin
         "dataloader_pin_memory": False,
         "use_cpu": True,
     }
+    if cls is hlg.LambdaGELUTrainingArguments:  # the ramp; tests/test_switch.py has the refit, which is the default
+        values |= {"hardness_compensate": "none", "hardness_switch_point": 0.25}
     return cls(**{**values, **changes})
 
 
@@ -803,7 +805,8 @@ def test_command_line_of_the_arguments(capsys: pytest.CaptureFixture[str]) -> No
     assert parsed.hardness_compensate == "bias"
     assert parsed.eval_relu is False
     (default,) = parser.parse_args_into_dataclasses(["--output_dir", "out"])
-    assert (default.hardness_switch_point, default.hardness_tolerance, default.eval_relu) == (0.25, 0.005, True)
+    assert (default.hardness_switch_point, default.hardness_tolerance, default.eval_relu) == (0.5, 0.005, True)
+    assert (default.hardness_compensate, default.hardness_target) == ("least_squares", "l1")
     assert (default.hardness_target, default.hardness_relative_tolerance) == ("l1", 0.01)
     with pytest.raises(SystemExit):
         parser.parse_args_into_dataclasses(["--hardness_ramp", "exponential"])
