@@ -149,7 +149,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, tup
     tiny.build("vit", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(vit)
     ViTImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(vit)
     pictures = write_images(folder / "pictures")
-    image = run("finetune_image", vit, folder / "image", f"--dataset_name {pictures} --image_size 32")
+    ramp = "--hardness_compensate none --hardness_switch_point 0.25"  # the text run has the default, a refit half-way
+    image = run("finetune_image", vit, folder / "image", f"--dataset_name {pictures} --image_size 32 {ramp}")
 
     paths = sorted(str(path) for path in (pictures / "test").glob("*/*.png"))
     jobs = [
@@ -194,10 +195,12 @@ def test_lambda_gelu_run(runs: dict[str, tuple[Path, dict[str, Any], list[str]]]
     assert (results["steps"], results["seed"]) == (steps, 5)
     assert results["seconds"] > 0
     assert set(results["versions"]) == {"python", "hf_lambda_gelu", "transformers", "torch"}
-    # the learned λ are those that the log has at the switch, the last ones the target
+    # the learned λ are those that the log has where the ramp begins, or a step before the jump; the last ones the target
     log = [entry for entry in state_of(output)["log_history"] if "loss" in entry]
-    profile = {key.removeprefix("hardness/"): value for key, value in log[steps // 2 - 1].items() if "hardness/" in key}
-    assert results["learned_hardness"] == pytest.approx(profile)
+    step, slack = (steps // 2 - 1, 0.015) if name == "text" else (steps // 4, 1e-6)
+    profile = {key.removeprefix("hardness/"): value for key, value in log[step - 1].items() if "hardness/" in key}
+    assert results["learned_hardness"] == pytest.approx(profile, abs=slack)
+    assert max(profile.values()) < 2.0
     assert len(profile) == sites
     assert any(value > 1.001 for value in profile.values())
     assert [value for key, value in log[-1].items() if "hardness/" in key] == pytest.approx([159.577] * sites, abs=1e-2)
