@@ -33,10 +33,10 @@ class LambdaGELUTrainingArguments(TrainingArguments):
         metadata={"help": "Learning rate of the hardness, in units of λ per step; follows the run's schedule, no decay."},
     )
     hardness_switch_point: float = field(
-        default=0.5,
+        default=0.75,
         metadata={
-            "help": "Fraction of training after which λ is no longer learned but goes to its target, in [0, 1]. The paper's "
-            "heuristic for its ramp is 0.25."
+            "help": "Fraction of training after which λ is no longer learned but goes to its target, in [0, 1]. A ramp "
+            "wants more room: the paper's heuristic for its own is 0.25."
         },
     )
     hardness_compensate: Literal["least_squares", "bias", "none"] = field(
@@ -84,7 +84,9 @@ class LambdaGELUTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        check_schedule(self.hardness_switch_point, self.hardness_hold, self.hardness_ramp)
+        check_schedule(0.0, self.hardness_hold, self.hardness_ramp)
+        held = self.hardness_hold if self.hardness_compensate == "none" else 0.0  # without a ramp there is no hold to fit in
+        check_schedule(self.hardness_switch_point, held, self.hardness_ramp)
         target_hardness(self.hardness_tolerance)
         check_relative_tolerance(self.hardness_relative_tolerance)
         for name, known in (("hardness_target", _TARGETS), ("hardness_compensate", _COMPENSATE)):

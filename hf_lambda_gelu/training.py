@@ -72,7 +72,9 @@ class HardeningCallback(TrainerCallback, ExportableState):
         train_dataloader: DataLoader,
         **kwargs: Any,
     ) -> None:
-        schedule = HardeningSchedule(state.max_steps, args.hardness_switch_point, args.hardness_hold, args.hardness_ramp)
+        ramp = args.hardness_compensate == "none"
+        hold = args.hardness_hold if ramp else 0.0
+        schedule = HardeningSchedule(state.max_steps, args.hardness_switch_point, hold, args.hardness_ramp)
         if schedule.learning(state.global_step):
             return
         data = train_dataloader.dataset, train_dataloader.collate_fn
@@ -81,17 +83,15 @@ class HardeningCallback(TrainerCallback, ExportableState):
             self.at_switch = hardness_profile(model)
         if args.hardness_target == "calibrated" and self.calibrated is None:
             self.calibrated = calibrated_targets(model, args, *data)
-        if switching and args.hardness_compensate != "none":
+        if switching and not ramp:
             self.refit = refit_at_switch(model, args, *data)
             if state.is_world_process_zero:
                 logger.info(str(self.refit))
         targets = self.targets(args, model)
         for name, site in hardness_sites(model).items():
             start = self.at_switch[name]
-            if args.hardness_compensate != "none":
-                site.set_hardness(max(start, targets[name]))
-            else:
-                site.set_hardness(schedule.hardness(state.global_step, start, targets[name]))
+            at_once = max(start, targets[name])
+            site.set_hardness(schedule.hardness(state.global_step, start, targets[name]) if ramp else at_once)
 
     def targets(self, args: LambdaGELUTrainingArguments, model: nn.Module) -> dict[str, float]:
         """{module name: the λ to ramp to}; empty while it is still to be calibrated."""

@@ -1,11 +1,12 @@
-"""Turn a pretrained causal language model (SiLU or GELU) into a ReLU one without training, and judge it.
+"""Turn a pretrained causal language model (SiLU or GELU) into a ReLU one, and judge it.
 
     python scripts/relu_ize_lm.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 --output_dir runs/smollm2
 
 Without arguments: SmolLM2-135M and texts that package registries carry (scripts/assets.py). The smooth model itself writes a
-part of the calibration text, replies to prompts, so that a chat model stays one. The output folder then holds results.json
-and the folder relu/, which stock transformers loads.
+part of the calibration text, replies to prompts, so that a chat model stays one. The refit needs no training; `--steps` adds
+a short run after it, in which the ReLU model learns from the smooth one's predictions on unlabelled text. The output folder
+then holds results.json and the folder relu/, which stock transformers loads.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,10 +25,20 @@ import datasets
 import torch
 from assets import asset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.export import package_versions
+from hf_lambda_gelu.training import check_writable
 
 TEXTS = ("editorials", "movie_reviews", "amazon_reviews")  # assets
 PROMPTS = (
@@ -67,10 +79,14 @@ class Arguments:
     length: int = field(default=256, metadata={"help": "Tokens in a sequence."})
     batch_size: int = field(default=8, metadata={"help": "Sequences in a batch."})
     compensate: str = field(default="least_squares", metadata={"help": "least_squares or bias; see relu_ize."})
+    steps: int = field(default=0, metadata={"help": "Optimizer steps after the refit, a batch each."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Of these steps."})
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     (options,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    output = Path(options.output_dir)
+    check_writable(output)
     name = options.model_name_or_path or str(asset("smollm2"))
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name).eval()
@@ -91,12 +107,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results["peak_memory_mb"] = {"before": before, "after": peak_memory()}
     print(report.compensation, flush=True)
     scores["compensated"] = perplexity(model, test, options)
+    print(scores, flush=True)
+    if options.steps:
+        hlg.save_relu_pretrained(model, output / "untrained", processor=tokenizer, overwrite=True)
+        start = time.time()
+        texts = windows(options, tokenizer, "train", 2 * options.steps * options.batch_size * options.length)
+        learn(model, AutoModelForCausalLM.from_pretrained(name).eval(), texts, written, options)
+        results["seconds_of_steps"] = round(time.time() - start, 1)
+        scores["trained"] = perplexity(model, test, options)
     results["zeros"] = zeros(model, test, options)
     results["replies"] = {question: reply(model, tokenizer, question) for question in QUESTIONS}
     results["compensation"] = report.compensation.to_dict()
     results["versions"] = package_versions()
-    output = Path(options.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     hlg.save_relu_pretrained(model, output / "relu", processor=tokenizer, overwrite=True)
     print(json.dumps({key: results[key] for key in ("perplexity", "seconds", "replies")}, indent=2, ensure_ascii=False))
@@ -144,6 +166,59 @@ def replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options:
             made = torch.ones(len(ids), ids.shape[1] - batch["input_ids"].shape[1], dtype=torch.long)
             made[ids[:, -made.shape[1] :] == tokenizer.pad_token_id] = 0
             yield {"input_ids": ids, "attention_mask": torch.cat([batch["attention_mask"], made], dim=1)}
+
+
+def learn(
+    model: PreTrainedModel, teacher: PreTrainedModel, texts: Tensor, written: list[dict[str, Tensor]], options: Arguments
+) -> None:
+    """Let `model` learn the teacher's distribution of the next token, on text and on the replies that the teacher wrote."""
+    rows: list[dict[str, Tensor]] = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in texts]
+    for batch in written:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            padding = torch.zeros(max(0, options.length - len(ids)), dtype=torch.long)
+            rows.append(
+                {
+                    "input_ids": torch.cat([padding, ids])[: options.length],
+                    "attention_mask": torch.cat([padding, mask])[: options.length],
+                }
+            )
+    micro = 2 if options.batch_size % 2 == 0 else 1  # the logits of a whole batch take gigabytes
+    with tempfile.TemporaryDirectory(prefix="relu_ize_lm-") as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=options.steps,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=options.batch_size // micro,
+            learning_rate=options.learning_rate,
+            warmup_steps=0.1,
+            weight_decay=0.0,
+            logging_steps=5,
+            save_strategy="no",
+            report_to="none",
+            seed=0,
+        )
+        Distiller(model, arguments, train_dataset=rows, teacher=teacher).train()
+    model.eval()
+
+
+class Distiller(Trainer):
+    """The loss is KL(teacher ‖ model), the mean over tokens that are not padding."""
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher
+        self.model_accepts_loss_kwargs = False  # the loss is this class's, a mean: accumulation has to divide it
+
+    def compute_loss(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        with torch.no_grad():
+            wanted = self.teacher(**inputs).logits
+        outputs = model(**inputs)
+        kept = inputs["attention_mask"].bool()
+        given, wanted = (logits[kept].float().log_softmax(-1) for logits in (outputs.logits, wanted))
+        loss = F.kl_div(given, wanted, log_target=True, reduction="batchmean")
+        return (loss, outputs) if return_outputs else loss
 
 
 @torch.no_grad()

@@ -22,19 +22,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets
 from study_recipes import RECIPES, Run
-from study_tasks import TASKS, Task
+from study_scratch import SCRATCH
+from study_tasks import PRETRAINED, Task
 
 from hf_lambda_gelu.export import package_versions
 
 RESULTS = Path(__file__).parent / "results" / "study.csv"
 FIELDS = ("task", "recipe", "seed", "split", "rate", "accuracy", "loss", "before", "profile", "steps", "seconds", "versions")
+TASKS: dict[str, Task] = {task.name: task for task in (*PRETRAINED, *SCRATCH)}
 TUNING_SEED = 100  # no seed of the comparison
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--tune", action="store_true", help="run the trials on the validation split instead")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -55,8 +57,7 @@ def run(results: Path, task: Task, recipe: str, seed: int, rate: float, split: s
         return
     start = time.time()
     train, judged = task.splits(seed, split)
-    classes = train.features["label"].num_classes
-    given = Run(task, seed, rate, task.encode(train), task.encode(judged), classes)
+    given = Run(task, seed, rate, task.encode(train), task.encode(judged))
     found = RECIPES[recipe](given)
     seconds = time.time() - start
     rows = [

@@ -6,6 +6,8 @@ transformers Trainer with at most a callback of its own.
 
 from __future__ import annotations
 
+import functools
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,11 +33,10 @@ class Run:
     rate: float
     train: datasets.Dataset
     judged: datasets.Dataset
-    classes: int
 
     def model(self) -> PreTrainedModel:
         set_seed(self.seed)
-        return self.task.model_for(self.classes)
+        return self.task.model()
 
     def trainer(self, model: PreTrainedModel, callbacks: tuple[TrainerCallback, ...] = (), **hardness: Any) -> Trainer:
         cls, arguments = (
@@ -48,7 +49,7 @@ class Run:
             per_device_eval_batch_size=64,
             learning_rate=self.rate,
             warmup_steps=0.1,
-            train_sampling_strategy="group_by_length" if self.task.kind == "text" else "random",
+            train_sampling_strategy="group_by_length" if self.task.by_length else "random",
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
@@ -68,7 +69,7 @@ class Run:
         )
 
     def calibration(self) -> list[dict[str, Tensor]]:
-        return self.task.batches(self.train, self.task.calibration)
+        return self.task.batches(self.train)
 
     def judge(self, model: PreTrainedModel) -> dict[str, float]:
         found = self.trainer(model).evaluate()
@@ -181,20 +182,40 @@ def quarter(run: Run) -> dict[str, Result]:
 # ----------------------------------------------------------------------------------------------------- λ, learned and ramped
 
 
+PAPER_START = 1.0 + math.log(2.0)
+
+
 def _hardened(run: Run, start: float, **hardness: Any) -> Result:
     model = run.model()
     hlg.convert(model, start)
-    trainer = run.trainer(model, **hardness)
+    trainer = run.trainer(model, **{"hardness_compensate": "none", **hardness})
     trainer.train()
     before, profile = run.judge(model), list(trainer.learned_hardness.values())
-    hlg.relu_ize(model)
+    hlg.relu_ize(model, force=True)
     return Result(run.judge(model), before, profile)
 
 
 @recipe
 def paper(run: Run) -> dict[str, Result]:
     """The paper's scheme as reported: λ₀ = 1 + ln 2, learned for a quarter, ramped to 160."""
-    return {"paper": _hardened(run, 1.0 + 0.6931471805599453, hardness_switch_point=0.25)}
+    return {"paper": _hardened(run, PAPER_START, hardness_switch_point=0.25)}
+
+
+@recipe
+def unhardened(run: Run) -> dict[str, Result]:
+    """The same without hardening: λ learned to the end, and ReLU in its place."""
+    return {"unhardened": _hardened(run, PAPER_START, hardness_switch_point=1.0)}
+
+
+def _softer(run: Run, tolerance: float) -> dict[str, Result]:
+    return {
+        f"tolerance_{tolerance:g}": _hardened(run, PAPER_START, hardness_switch_point=0.25, hardness_tolerance=tolerance)
+    }
+
+
+# the paper's scheme with other ε: the ramp ends at λ = 0.798 / ε; 0.005 is `paper`
+for _tolerance in (0.4, 0.1, 0.025):
+    RECIPES[f"tolerance_{_tolerance:g}"] = functools.partial(_softer, tolerance=_tolerance)
 
 
 @recipe
@@ -242,7 +263,7 @@ def half_hardened(run: Run) -> dict[str, Result]:
     """Ramped to λ = 8 only, then substituted with compensation."""
     model = run.model()
     hlg.convert(model)
-    trainer = run.trainer(model, hardness_switch_point=0.25, hardness_tolerance=0.79788456 / 8)
+    trainer = run.trainer(model, hardness_switch_point=0.25, hardness_tolerance=0.79788456 / 8, hardness_compensate="none")
     trainer.train()
     before, profile = run.judge(model), list(trainer.learned_hardness.values())
     hlg.relu_ize(model, calibration=run.calibration(), compensate="least_squares")

@@ -1,7 +1,7 @@
-"""Tables and a plot from scripts/results/study.csv alone.
+"""Tables and a plot from scripts/results/study.csv alone; what concerns the paper's claims is in scripts/study_claims.py.
 
 python scripts/study_report.py            # Markdown to standard output
-python scripts/study_report.py --plot docs/study.png
+python scripts/study_report.py --plot runs/study.png
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 from study import RESULTS, read
-from study_tasks import TASKS
+from study_scratch import SCRATCH
+from study_tasks import PRETRAINED
 
 LABELS = {
     "gelu": "GELU, fine-tuned",
@@ -34,6 +35,7 @@ LABELS = {
     "quarter": "GELU for 25 % of the steps, compensated, ReLU for the rest",
     "lerp": "GELU mixed into ReLU (as nn_pruning)",
     "sugar": "ReLU forward, smooth backward (SUGAR)",
+    "unhardened": "λ-GELU from λ = 1.69, learned to the end, ReLU swapped in",
 }
 
 
@@ -42,8 +44,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    scores = accuracies(options.results)
-    print(table(scores))
+    scores, before = accuracies(options.results), accuracies(options.results, "before")
+    for title, group in (("From pretrained weights", PRETRAINED), ("From random weights", SCRATCH)):
+        tasks = [task.name for task in group if any(task.name in found for found in scores.values())]
+        if not tasks:
+            continue
+        print(f"## {title}\n")
+        print(table(scores, tasks), differences(scores, tasks), gaps(scores, before, tasks), sep="\n\n", end="\n\n")
     if options.plot:
         plot(scores, options.plot)
 
@@ -51,13 +58,13 @@ def main() -> None:
 Scores = dict[str, dict[str, dict[int, float]]]  # recipe → task → seed → accuracy in points
 
 
-def accuracies(results: Path) -> Scores:
-    """Accuracy on the test split, in points."""
+def accuracies(results: Path, column: str = "accuracy") -> Scores:
+    """Accuracy on the test split, in points; "before" is that before the substitution, of recipes that end with one."""
     scores: Scores = {}
     for row in read(results):
-        if row["split"] == "test":
+        if row["split"] == "test" and row[column]:
             task = scores.setdefault(row["recipe"], {}).setdefault(row["task"], {})
-            task[int(row["seed"])] = 100.0 * float(row["accuracy"])
+            task[int(row["seed"])] = 100.0 * float(row[column])
     return scores
 
 
@@ -81,17 +88,16 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
     return float(differences.mean()), float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n))
 
 
-def shown(differences: np.ndarray) -> str:
+def shown(differences: np.ndarray, digits: int = 1) -> str:
     mean, half = interval(differences)
-    return "–" if not len(differences) else f"{mean:+.1f}" + ("" if np.isnan(half) else f" ± {half:.1f}")
+    return "–" if not len(differences) else f"{mean:+.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
 
-def table(scores: Scores) -> str:
-    """Per recipe: mean accuracy by task, and the paired differences to GELU by task and to the swap pooled."""
-    tasks = [name for name in TASKS if any(name in found for found in scores.values())]
+def table(scores: Scores, tasks: list[str]) -> str:
+    """Per recipe: mean accuracy by task, and the paired differences to GELU and to the swap, pooled."""
     head = ["recipe", *tasks, "− GELU, pooled", "− swapped first, pooled", "seeds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for recipe in [r for r in LABELS if r in scores]:
+    for recipe in _found(scores, tasks):
         cells = [LABELS[recipe]]
         for task in tasks:
             values = list(scores[recipe].get(task, {}).values())
@@ -101,22 +107,45 @@ def table(scores: Scores) -> str:
             for reference in ("gelu", "relu_first")
         ]
         counts = [len(scores[recipe][task]) for task in tasks if task in scores[recipe]]
-        cells.append("/".join(map(str, counts)))
+        cells.append(str(counts[0]) if len({*counts}) == 1 else "/".join(map(str, counts)))
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "ReLU − GELU by task, paired by seed, mean ± 95 % interval in points:", ""]
+    return "\n".join(lines)
+
+
+def differences(scores: Scores, tasks: list[str]) -> str:
+    lines = ["ReLU − GELU by task, paired by seed, mean ± 95 % interval in points:", ""]
     lines += ["| recipe | " + " | ".join(tasks) + " |", "|" + "---|" * (len(tasks) + 1)]
-    for recipe in [r for r in LABELS if r in scores and r != "gelu"]:
+    for recipe in _found(scores, tasks)[1:]:
         cells = [shown(paired(scores, recipe, "gelu", [task])) for task in tasks]
         lines.append("| " + " | ".join([LABELS[recipe], *cells]) + " |")
     return "\n".join(lines)
 
 
+def gaps(scores: Scores, before: Scores, tasks: list[str]) -> str:
+    """How far accuracy moved at the substitution, the largest of the seeds, for recipes that train towards it."""
+    lines = ["Substitution gap of what is trained towards it, after − before, the largest in absolute value, in points:", ""]
+    lines += ["| recipe | " + " | ".join(tasks) + " |", "|" + "---|" * (len(tasks) + 1)]
+    for recipe in [r for r in _found(before, tasks) if not r.endswith(("after", "swap", "unhardened"))]:
+        cells = []
+        for task in tasks:
+            seeds = before[recipe].get(task, {})
+            moved = [scores[recipe][task][seed] - value for seed, value in seeds.items()]
+            cells.append(f"{max(moved, key=abs):+.1f}" if moved else "–")
+        lines.append("| " + " | ".join([LABELS[recipe], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _found(scores: Scores, tasks: list[str]) -> list[str]:
+    return [recipe for recipe in LABELS if recipe in scores and set(tasks) & scores[recipe].keys()]
+
+
 def plot(scores: Scores, path: Path) -> None:
-    """Differences to GELU, pooled over tasks and seeds, one line a recipe."""
+    """Differences to GELU, pooled over pretrained tasks and seeds, one line a recipe."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = {r: paired(scores, r, "gelu", list(TASKS)) for r in LABELS if r in scores and r not in ("gelu", "swap")}
+    tasks = [task.name for task in PRETRAINED]
+    found = {r: paired(scores, r, "gelu", tasks) for r in _found(scores, tasks) if r not in ("gelu", "swap")}
     figure = Figure(figsize=(8, 0.4 * len(found) + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -1,14 +1,13 @@
-"""The tasks of the study: real pretrained models on real labelled data, cut to a minute or two a run on two cores."""
+"""The tasks of the study that start from pretrained models, on real data, cut to a minute or two a run."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
-import numpy as np
 import torch
 from assets import asset
 from finetuning import classification_metrics
@@ -19,7 +18,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    EvalPrediction,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 Batch = dict[str, Tensor]
@@ -27,34 +28,48 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task.
+    """A task of the study.
 
     Attributes:
         name: the key in the results.
         title: what tables call it.
-        model: asset of the pretrained model.
-        data: asset of the data.
-        kind: "text" or "image".
         train, evaluate: examples to train on, and to judge by.
-        epochs, length: passes over the training examples; tokens, or pixels, that an example is cut to.
+        epochs: passes over the training examples, in batches of 32.
         rates: learning rates that each recipe may choose from, on the validation split.
     """
 
     name: str
     title: str
-    model: str
-    data: str
-    kind: str
     train: int
     evaluate: int
     epochs: int
-    length: int
-    rates: tuple[float, ...] = (1e-4, 5e-5)
-    calibration: int = 300
+    rates: tuple[float, ...]
+
+    pretrained: ClassVar[bool]
+    by_length: ClassVar[bool] = False  # whether batches hold examples of like length
+
+    def raw(self) -> datasets.DatasetDict:
+        """All rows, by split."""
+        raise NotImplementedError
+
+    def encode(self, rows: datasets.Dataset) -> datasets.Dataset:
+        """The examples as the model takes them."""
+        return rows
+
+    def model(self) -> PreTrainedModel:
+        """The model to train, its new weights drawn from torch's random numbers."""
+        raise NotImplementedError
+
+    def collator(self) -> Callable[[list[dict[str, Any]]], Batch]:
+        return torch.utils.data.default_collate
+
+    @property
+    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
+        return classification_metrics(None)
 
     def splits(self, seed: int, split: str) -> tuple[datasets.Dataset, datasets.Dataset]:
         """Training examples drawn by `seed`, and the first ones of "validation" or "test"."""
-        raw = _load(self.data)
+        raw = self.raw()
         train = raw["train"].shuffle(seed=seed)
         if split in raw:
             judged = raw[split]
@@ -67,37 +82,70 @@ class Task:
             judged.select(range(min(self.evaluate, len(judged)))),
         )
 
-    def encode(self, rows: datasets.Dataset) -> datasets.Dataset:
-        """The examples as the model takes them."""
-        if self.kind == "text":
-            tokenizer = _processor(self)
-            return rows.map(
-                lambda r: {**tokenizer(r["text"], truncation=True, max_length=self.length), "labels": r["label"]},
-                batched=True,
-                remove_columns=rows.column_names,
-            )
-        pixels = [p for i in range(0, len(rows), 100) for p in self._pixels(rows[i : i + 100]["image"])]
-        return datasets.Dataset.from_dict({"pixel_values": pixels, "labels": rows["label"]}).with_format("torch")
-
-    def _pixels(self, images: list[Any]) -> np.ndarray:
-        return _processor(self)([image.convert("RGB") for image in images], return_tensors="np")["pixel_values"]
-
-    def collator(self) -> Callable[[list[dict[str, Any]]], Batch]:
-        return DataCollatorWithPadding(_processor(self)) if self.kind == "text" else torch.utils.data.default_collate
-
-    def model_for(self, classes: int) -> PreTrainedModel:
-        """The pretrained model with a new head, which the caller's seed initialises."""
-        auto = AutoModelForSequenceClassification if self.kind == "text" else AutoModelForImageClassification
-        return auto.from_pretrained(asset(self.model), num_labels=classes)
-
-    def batches(self, rows: datasets.Dataset, count: int, size: int = 20) -> list[Batch]:
+    def batches(self, rows: datasets.Dataset, count: int = 300, size: int = 20) -> list[Batch]:
         """The first `count` examples as unlabelled batches, to calibrate on."""
         rows = rows.select(range(min(count, len(rows))))
         collate = self.collator()
         made = [collate([rows[j] for j in range(i, min(i + size, len(rows)))]) for i in range(0, len(rows), size)]
         return [{k: v for k, v in batch.items() if k != "labels"} for batch in made]
 
-    metrics = staticmethod(classification_metrics(None))
+
+@dataclass(frozen=True)
+class TextTask(Task):
+    """A pretrained encoder with a new head, on sentences cut to `length` tokens.
+
+    Attributes:
+        assets: of the pretrained model, and of the data.
+    """
+
+    assets: tuple[str, str]
+    length: int
+
+    pretrained, by_length = True, True
+
+    def raw(self) -> datasets.DatasetDict:
+        return _load(self.assets[1])
+
+    def encode(self, rows: datasets.Dataset) -> datasets.Dataset:
+        tokenizer = _tokenizer(self.assets[0])
+        return rows.map(
+            lambda r: {**tokenizer(r["text"], truncation=True, max_length=self.length), "labels": r["label"]},
+            batched=True,
+            remove_columns=rows.column_names,
+        )
+
+    def model(self) -> PreTrainedModel:
+        classes = self.raw()["train"].features["label"].num_classes
+        return AutoModelForSequenceClassification.from_pretrained(asset(self.assets[0]), num_labels=classes)
+
+    def collator(self) -> Callable[[list[dict[str, Any]]], Batch]:
+        return DataCollatorWithPadding(_tokenizer(self.assets[0]))
+
+
+@dataclass(frozen=True)
+class ImageTask(Task):
+    """A pretrained vision transformer with a new head, on images of `length` × `length` pixels."""
+
+    assets: tuple[str, str]
+    length: int
+
+    pretrained = True
+
+    def raw(self) -> datasets.DatasetDict:
+        return _load(self.assets[1])
+
+    def encode(self, rows: datasets.Dataset) -> datasets.Dataset:
+        processor = AutoImageProcessor.from_pretrained(asset(self.assets[0]))
+        processor.size, processor.do_center_crop = {"height": self.length, "width": self.length}, False
+        pixels: list[Any] = []
+        for i in range(0, len(rows), 100):
+            images = [image.convert("RGB") for image in rows[i : i + 100]["image"]]
+            pixels += list(processor(images, return_tensors="np")["pixel_values"])
+        return datasets.Dataset.from_dict({"pixel_values": pixels, "labels": rows["label"]}).with_format("torch")
+
+    def model(self) -> PreTrainedModel:
+        classes = self.raw()["train"].features["label"].num_classes
+        return AutoModelForImageClassification.from_pretrained(asset(self.assets[0]), num_labels=classes)
 
 
 @functools.cache
@@ -106,32 +154,14 @@ def _load(name: str) -> datasets.DatasetDict:
 
 
 @functools.cache
-def _processor(task: Task) -> Any:
-    if task.kind == "text":
-        return AutoTokenizer.from_pretrained(asset(task.model))
-    processor = AutoImageProcessor.from_pretrained(asset(task.model))
-    processor.size, processor.do_center_crop = {"height": task.length, "width": task.length}, False
-    return processor
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(asset(name))
 
 
-_MINILM = "MiniLM-L6"
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task("movies", f"{_MINILM}, movie reviews", "minilm", "movie_reviews", "text", 1000, 1000, 2, 48),
-        Task("amazon", f"{_MINILM}, product reviews", "minilm", "amazon_reviews", "text", 1000, 1000, 2, 48),
-        Task("r8", f"{_MINILM}, Reuters R8", "minilm", "reuters_r8", "text", 600, 1000, 2, 64),
-        Task(
-            "fashion",
-            "DINOv2-small, Fashion-MNIST",
-            "dinov2_small",
-            "fashion_mnist",
-            "image",
-            600,
-            1000,
-            2,
-            70,
-            (5e-5, 1e-4),
-        ),
-    )
-}
+_TEXT = (1e-4, 5e-5)
+PRETRAINED = (
+    TextTask("movies", "MiniLM-L6, movie reviews", 1000, 1000, 2, _TEXT, ("minilm", "movie_reviews"), 48),
+    TextTask("amazon", "MiniLM-L6, product reviews", 1000, 1000, 2, _TEXT, ("minilm", "amazon_reviews"), 48),
+    TextTask("r8", "MiniLM-L6, Reuters R8", 600, 1000, 2, _TEXT, ("minilm", "reuters_r8"), 64),
+    ImageTask("fashion", "DINOv2-small, Fashion-MNIST", 600, 1000, 2, (5e-5, 1e-4), ("dinov2_small", "fashion_mnist"), 70),
+)

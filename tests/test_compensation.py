@@ -401,7 +401,7 @@ def test_experts(name: str, padding: int) -> None:
         kept, held = which(smooth, batches, [len(args[0]) for args in seen])
         hidden = torch.cat([args[0] for args in seen]).double()
         routing = torch.cat([args[1] for args in seen])
-        before = after = norm = 0.0
+        before = after = norm = rank = 0.0
         for n in range(5):
             sent = (routing == n).any(1).numpy() & kept
             gate, up = (hidden[sent] @ experts.gate_up_proj[n].detach().double().T).chunk(2, -1)
@@ -413,10 +413,13 @@ def test_experts(name: str, padding: int) -> None:
             errors = [np.square(e[judge] - r[judge] @ w).sum() for w in solutions]
             best = int(np.argmin(errors))
             wanted, _ = ridge_regression(r, e, RIDGES[best], False)
+            values = np.linalg.eigvalsh(r.T @ r).clip(0)
+            rank = max(rank, float((values / (values + RIDGES[best] * values.mean())).sum()))
             got = (final[f"model.layers.{layer}.mlp.experts.down_proj"][n].double() - down).T.numpy()
             assert np.abs(got - wanted).max() < 2e-3 * np.abs(wanted).max()
             before, after = before + np.square(e[judge]).sum(), after + errors[best]
             norm += np.square(output[judge]).sum()
+        assert site.effective_rank == pytest.approx(rank, rel=1e-3)
         assert site.before == pytest.approx(np.sqrt(before / norm), rel=1e-3)
         assert site.after == pytest.approx(np.sqrt(after / norm), rel=1e-3)
         state.update({k: v for k, v in final.items() if f"layers.{layer}.mlp" in k})
@@ -596,7 +599,8 @@ def test_models(name: str, tmp_path: Path) -> None:
     """
     model, smooth, naive = converted(name), tiny.build(name), converted(name)
     sites, random = set(hlg.hardness_sites(model)), torch.get_rng_state()
-    report = hlg.relu_ize(model, calibration=calibration(model, 8), compensate="least_squares")
+    batches = calibration(model, 8)
+    report = hlg.relu_ize(model, calibration=batches, compensate="least_squares")
     assert torch.equal(torch.get_rng_state(), random)
     refit = report.compensation
     assert refit is not None
@@ -608,6 +612,11 @@ def test_models(name: str, tmp_path: Path) -> None:
     assert all(0.0 < site.after <= site.before < 1.0 for site in refit.sites)
     assert json.loads(json.dumps(report.to_dict()))["compensation"]["sites"][0]["method"] == refit.sites[0].method
     assert str(refit) in str(report)
+
+    if refit.uncompensated:  # those are ReLU too where the change is measured
+        with torch.no_grad():
+            before, after = (torch.cat([m(**b).logits.flatten() for b in batches]).double() for m in (smooth, model))
+        assert report.relative_change == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-3)
 
     hlg.relu_ize(naive, force=True)
     held_out = calibration(model, 3, first=100)
@@ -977,6 +986,40 @@ def test_one_example() -> None:
         assert site.before == site.after > 0.0
         assert "at least two examples that are not padding are needed" in site.note
     assert largest_difference(before, parameters(model)) == 0.0
+
+
+def test_nothing_to_judge_by() -> None:
+    """Three examples of which the one that would be held out is only padding: nothing is refit, and it is said."""
+    model = converted("bert-classifier")
+    before, ids = parameters(model), torch.randint(3, 99, (3, 11), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    report = hlg.relu_ize(model, calibration=[batch], compensate="least_squares").compensation
+    assert report is not None
+    for site in report.sites:
+        assert (site.rows, site.method, site.before, site.after) == (22, "none", 0.0, 0.0)
+        assert "no rows to fit and to judge by" in site.note
+    assert largest_difference(before, parameters(model)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "rows"),
+    [("clip", (2, 11), {"text": 5 * 19, "vision": 5 * 2 * 17}), ("wav2vec2", (2, 400), {"wav2vec2": 5 * 2 * 39})],
+)
+def test_mask_of_something_else(name: str, mask: tuple[int, int], rows: dict[str, int]) -> None:
+    """Where the mask says nothing of the rows, patches beside text or frames of an audio signal, every row counts."""
+    model = converted(name)
+    batches = [tiny.inputs(model, seed) for seed in range(5)]
+    for batch in batches:
+        batch["attention_mask"] = torch.ones(mask, dtype=torch.long)
+        batch["attention_mask"][1, -3:] = 0
+    report = hlg.relu_ize(model, calibration=batches, compensate="bias").compensation
+    assert report is not None
+    assert len(report.sites) > 2
+    for site in report.sites:
+        assert site.rows == next(count for part, count in rows.items() if site.name.startswith(part))
+        assert site.method == "bias"
 
 
 def test_report() -> None:

@@ -73,6 +73,18 @@ def test_the_model_after_the_switch_is_what_relu_ize_makes(tmp_path: Path, metho
     assert not hlg.relu_ize(trainer.model).forced
 
 
+def test_the_last_step_as_switch(tmp_path: Path) -> None:
+    """Only a ramp needs room for its hold: a refit may come as late as one wants."""
+    late = {"hardness_switch_point": (STEPS - 1) / STEPS, "hardness_hold": 0.5}
+    with pytest.raises(ValueError, match="must not exceed 1"):
+        arguments(tmp_path, **late)
+    trainer = trainer_of(converted(), tmp_path, hardness_compensate="bias", **late)
+    trainer.train()
+    log = logged(trainer, f"hardness/{SITES[0]}")
+    assert (log[STEPS - 1], log[STEPS]) == (pytest.approx(TARGET), pytest.approx(TARGET))
+    assert log[STEPS - 2] < 2.0
+
+
 def test_the_function_stays_where_a_jump_without_refit_changes_it(tmp_path: Path) -> None:
     """The outputs around the switch, on the training examples."""
     changes = {}

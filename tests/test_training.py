@@ -805,7 +805,7 @@ def test_command_line_of_the_arguments(capsys: pytest.CaptureFixture[str]) -> No
     assert parsed.hardness_compensate == "bias"
     assert parsed.eval_relu is False
     (default,) = parser.parse_args_into_dataclasses(["--output_dir", "out"])
-    assert (default.hardness_switch_point, default.hardness_tolerance, default.eval_relu) == (0.5, 0.005, True)
+    assert (default.hardness_switch_point, default.hardness_tolerance, default.eval_relu) == (0.75, 0.005, True)
     assert (default.hardness_compensate, default.hardness_target) == ("least_squares", "l1")
     assert (default.hardness_target, default.hardness_relative_tolerance) == ("l1", 0.01)
     with pytest.raises(SystemExit):
