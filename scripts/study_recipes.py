@@ -204,7 +204,7 @@ def paper(run: Run) -> dict[str, Result]:
 @recipe
 def unhardened(run: Run) -> dict[str, Result]:
     """The same without hardening: λ learned to the end, and ReLU in its place."""
-    return {"unhardened": _hardened(run, PAPER_START, hardness_switch_point=1.0)}
+    return {"unhardened": _hardened(run, PAPER_START, hardness_switch_point=1.0, hardness_hold=0.0)}
 
 
 def _softer(run: Run, tolerance: float) -> dict[str, Result]:

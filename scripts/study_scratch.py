@@ -78,12 +78,11 @@ class MLPConfig(PreTrainedConfig):
         hidden_size: int = 64,
         num_hidden_layers: int = 4,
         hidden_act: str = "gelu",
-        num_labels: int = 7,
         **kwargs: Any,
     ) -> None:
         self.features, self.hidden_size, self.num_hidden_layers = features, hidden_size, num_hidden_layers
         self.hidden_act = hidden_act
-        super().__init__(num_labels=num_labels, **kwargs)
+        super().__init__(**kwargs)
 
 
 class MLPForClassification(PreTrainedModel):
@@ -220,7 +219,14 @@ def _editorials() -> datasets.DatasetDict:
 
 SCRATCH = (
     ScratchTask(
-        "segment", "MLP, image segments", 1500, 500, 10, (3e-3, 1e-3), _segment, lambda: MLPForClassification(MLPConfig())
+        "segment",
+        "MLP, image segments",
+        1500,
+        500,
+        10,
+        (3e-3, 1e-3),
+        _segment,
+        lambda: MLPForClassification(MLPConfig(num_labels=7)),
     ),
     ScratchTask("digits", "ViT, digits", 1000, 497, 15, (1e-3, 3e-3), _digits, _vit),
     ScratchTask("resnet", "ResNet, Fashion-MNIST", 4000, 1000, 4, (3e-3, 1e-3), _fashion, _resnet),

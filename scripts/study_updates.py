@@ -24,6 +24,7 @@ import torch
 from study import TASKS
 from study_recipes import PAPER_START
 from study_report import shown
+from study_tasks import Task
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
@@ -53,9 +54,8 @@ def main() -> None:
         plot(traces, options.plot)
 
 
-def trace(optimizer: str, update: str, start: float, seed: int) -> Iterator[list[float]]:
+def trace(task: Task, optimizer: str, update: str, start: float, seed: int) -> Iterator[list[float]]:
     """λ of each activation, before the first step and after each."""
-    task = TASKS["segment"]
     set_seed(seed)
     model = task.model()
     hlg.convert(model, start)
@@ -80,7 +80,7 @@ def trace(optimizer: str, update: str, start: float, seed: int) -> Iterator[list
 
 def append(results: Path, optimizer: str, update: str, start: float, seed: int) -> None:
     new = not results.exists()
-    values = np.array(list(trace(optimizer, update, start, seed)))
+    values = np.array(list(trace(TASKS["segment"], optimizer, update, start, seed)))
     largest = np.abs(np.diff(values, axis=0)).max()
     rows = [
         (optimizer, update, f"{start:.3f}", seed, step, f"{largest:.4f}", " ".join(f"{x:.3f}" for x in values[step]))
