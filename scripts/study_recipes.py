@@ -1,27 +1,23 @@
 """The recipes that the study compares: ways to end with a ReLU network, and GELU itself.
 
 Every recipe gets the same examples in the same order, the same head and the same number of optimizer steps; each is a
-transformers Trainer with at most a callback of its own.
+transformers Trainer with at most a callback of its own. Here: GELU and what follows it, and ReLU first; λ-GELU is in
+study_hardening.py, other people's in study_rivals.py.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
-import torch
 from study_tasks import Task
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.conversion import replace_module
 
 
 @dataclass
@@ -38,10 +34,16 @@ class Run:
         set_seed(self.seed)
         return self.task.model()
 
-    def trainer(self, model: PreTrainedModel, callbacks: tuple[TrainerCallback, ...] = (), **hardness: Any) -> Trainer:
-        cls, arguments = (
-            (hlg.LambdaGELUTrainer, hlg.LambdaGELUTrainingArguments) if hardness else (Trainer, TrainingArguments)
-        )
+    def trainer(
+        self,
+        model: PreTrainedModel,
+        callbacks: tuple[TrainerCallback, ...] = (),
+        cls: type[Trainer] | None = None,
+        **hardness: Any,
+    ) -> Trainer:
+        """A Trainer; a LambdaGELUTrainer if it is given arguments of the hardness."""
+        cls = cls or (hlg.LambdaGELUTrainer if hardness else Trainer)
+        arguments = hlg.LambdaGELUTrainingArguments if hardness else TrainingArguments
         args = arguments(
             output_dir=tempfile.mkdtemp(prefix="study-"),
             num_train_epochs=self.task.epochs,
@@ -177,156 +179,3 @@ def midway(run: Run) -> dict[str, Result]:
 def quarter(run: Run) -> dict[str, Result]:
     """The same at a quarter of the steps, where the hardness method has its switch point."""
     return {"quarter": _midway(run, 0.25)}
-
-
-# ----------------------------------------------------------------------------------------------------- λ, learned and ramped
-
-
-PAPER_START = 1.0 + math.log(2.0)
-
-
-def _hardened(run: Run, start: float, **hardness: Any) -> Result:
-    model = run.model()
-    hlg.convert(model, start)
-    trainer = run.trainer(model, **{"hardness_compensate": "none", **hardness})
-    trainer.train()
-    before, profile = run.judge(model), list(trainer.learned_hardness.values())
-    hlg.relu_ize(model, force=True)
-    return Result(run.judge(model), before, profile)
-
-
-@recipe
-def paper(run: Run) -> dict[str, Result]:
-    """The paper's scheme as reported: λ₀ = 1 + ln 2, learned for a quarter, ramped to 160."""
-    return {"paper": _hardened(run, PAPER_START, hardness_switch_point=0.25)}
-
-
-@recipe
-def unhardened(run: Run) -> dict[str, Result]:
-    """The same without hardening: λ learned to the end, and ReLU in its place."""
-    return {"unhardened": _hardened(run, PAPER_START, hardness_switch_point=1.0, hardness_hold=0.0)}
-
-
-def _softer(run: Run, tolerance: float) -> dict[str, Result]:
-    return {
-        f"tolerance_{tolerance:g}": _hardened(run, PAPER_START, hardness_switch_point=0.25, hardness_tolerance=tolerance)
-    }
-
-
-# the paper's scheme with other ε: the ramp ends at λ = 0.798 / ε; 0.005 is `paper`
-for _tolerance in (0.4, 0.1, 0.025):
-    RECIPES[f"tolerance_{_tolerance:g}"] = functools.partial(_softer, tolerance=_tolerance)
-
-
-@recipe
-def lambda_one(run: Run) -> dict[str, Result]:
-    """The same from λ₀ = 1, the model's own function."""
-    return {"lambda_one": _hardened(run, 1.0, hardness_switch_point=0.25)}
-
-
-@recipe
-def ramp_only(run: Run) -> dict[str, Result]:
-    """A fixed ramp from λ = 1 at the first step on, nothing learned."""
-    return {"ramp_only": _hardened(run, 1.0, hardness_switch_point=0.0)}
-
-
-@recipe
-def ramp_reciprocal(run: Run) -> dict[str, Result]:
-    """λ learned for a quarter, then a ramp that is linear in 1/λ."""
-    return {"ramp_reciprocal": _hardened(run, 1.0, hardness_switch_point=0.25, hardness_ramp="reciprocal")}
-
-
-def _refit(run: Run, switch: float) -> Result:
-    return _hardened(run, 1.0, hardness_switch_point=switch, hardness_compensate="least_squares")
-
-
-@recipe
-def refit_quarter(run: Run) -> dict[str, Result]:
-    """λ learned for a quarter; then the refit, and λ = 160 at once."""
-    return {"refit_quarter": _refit(run, 0.25)}
-
-
-@recipe
-def refit_half(run: Run) -> dict[str, Result]:
-    """λ learned for half of the steps; then the refit, and λ = 160 at once."""
-    return {"refit_half": _refit(run, 0.5)}
-
-
-@recipe
-def refit_late(run: Run) -> dict[str, Result]:
-    """λ learned for three quarters; then the refit, and λ = 160 at once."""
-    return {"refit_late": _refit(run, 0.75)}
-
-
-@recipe
-def half_hardened(run: Run) -> dict[str, Result]:
-    """Ramped to λ = 8 only, then substituted with compensation."""
-    model = run.model()
-    hlg.convert(model)
-    trainer = run.trainer(model, hardness_switch_point=0.25, hardness_tolerance=0.79788456 / 8, hardness_compensate="none")
-    trainer.train()
-    before, profile = run.judge(model), list(trainer.learned_hardness.values())
-    hlg.relu_ize(model, calibration=run.calibration(), compensate="least_squares")
-    return {"half_hardened": Result(run.judge(model), before, profile)}
-
-
-# ------------------------------------------------------------------------------------------------------------ other people's
-
-
-class _Lerp(nn.Module):
-    """mix · smooth(x) + (1 − mix) · ReLU(x), as nn_pruning mixes; here the mix is a function of the step."""
-
-    def __init__(self, smooth: nn.Module) -> None:
-        super().__init__()
-        self.smooth, self.mix = smooth, 1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x) if self.mix == 0.0 else torch.lerp(F.relu(x), self.smooth(x), self.mix)
-
-
-class _MixDown(TrainerCallback):
-    """mix 1 → 0, linearly, over the first nine tenths of training: as long as the default ramp takes to be hard."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
-        for module in model.modules():
-            if isinstance(module, _Lerp):
-                module.mix = max(0.0, 1.0 - state.global_step / (0.9 * state.max_steps))
-
-
-@recipe
-def lerp(run: Run) -> dict[str, Result]:
-    """A linear mix from GELU to ReLU, as nn_pruning has it."""
-    model = run.model()
-    names = [site.name for site in hlg.convert(model).sites]
-    for name in names:
-        replace_module(model, name, _Lerp(nn.GELU()))
-    run.trainer(model, (_MixDown(),)).train()
-    return {"lerp": Result(run.judge(model))}
-
-
-class _Surrogate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return F.relu(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors  # B-SiLU, (x + 1.67) σ(x) − 0.835, whose derivative SUGAR takes in place of the step
-        gate = torch.sigmoid(x)
-        return grad * (gate + (x + 1.67) * gate * (1.0 - gate))
-
-
-class _Sugar(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return _Surrogate.apply(x)
-
-
-@recipe
-def sugar(run: Run) -> dict[str, Result]:
-    """ReLU forward from the first step on, a smooth surrogate backward (SUGAR, arXiv 2505.22074)."""
-    model = run.model()
-    for site in hlg.convert(model).sites:
-        replace_module(model, site.name, _Sugar())
-    run.trainer(model).train()
-    return {"sugar": Result(run.judge(model))}

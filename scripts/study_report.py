@@ -26,6 +26,8 @@ LABELS = {
     "refit_quarter": "λ-GELU, refit after 25 % of the steps",
     "refit_half": "λ-GELU, refit after 50 % of the steps",
     "refit_late": "λ-GELU, refit after 75 % of the steps",
+    "refit_distilled": "… after 50 %, learning from the smooth network then",
+    "refit_averaged": "… after 75 %, weights averaged over the last eighth",
     "lambda_one": "λ-GELU from λ = 1, geometric ramp",
     "ramp_reciprocal": "λ-GELU from λ = 1, reciprocal ramp",
     "ramp_only": "ramp from the start, nothing learned",

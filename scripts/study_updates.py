@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from study import TASKS
-from study_recipes import PAPER_START
+from study_hardening import PAPER_START
 from study_report import shown
 from study_tasks import Task
 from torch.utils.data import DataLoader
