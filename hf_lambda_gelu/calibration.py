@@ -153,7 +153,7 @@ def calibrate(model: PreTrainedModel, dataloader: Iterable[Mapping[str, Any]]) -
     """
     sites, profile = calibration_sites(model), hardness_profile(model)
     streams = {name: _Stream() for name in sites}
-    decoder = _decoder_modules(model)
+    decoder = decoder_modules(model)
     index = 0
     masks: dict[bool, Tensor | None] = {}
 
@@ -215,7 +215,8 @@ def pieces(x: Tensor) -> Iterator[Tensor]:
             yield (piece.cpu() if piece.device.type == "mps" else piece).double()
 
 
-def _decoder_modules(model: nn.Module) -> set[nn.Module]:
+def decoder_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules of the decoder of an encoder-decoder model; none for other models."""
     if not getattr(model.config, "is_encoder_decoder", False):
         return set()
     decoder = model.get_decoder()

@@ -115,7 +115,11 @@ def _results_table(details: CardDetails) -> str:
 
 def _sites_table(report: SubstitutionReport) -> str:
     rows = [[f"`{site.name}`", site.base, f"{site.hardness:.4g}", f"{site.sup_error:.2g}"] for site in report.sites]
-    return _table(["site", "gate", "λ", "bound"], rows)
+    if not report.zeros:
+        return _table(["site", "gate", "λ", "bound"], rows)
+    for row, site in zip(rows, report.sites, strict=True):
+        row.append(f"{report.zeros[site.name]:.1%}" if site.name in report.zeros else "–")
+    return _table(["site", "gate", "λ", "bound", "zeros"], rows)
 
 
 def _compensation_table(report: CompensationReport) -> str:

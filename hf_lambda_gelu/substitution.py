@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -15,8 +16,8 @@ from transformers.activations import ACT2FN
 from transformers.trainer_pt_utils import nested_concat
 
 from .activation import hardness_profile, hardness_sites
-from .batches import main_output, model_batches
-from .calibration import measuring, run_batch
+from .batches import main_output, model_batches, rows, token_mask
+from .calibration import decoder_modules, measuring, run_batch
 from .compensation import Compensate, CompensationReport, compensation
 from .conversion import replace_module, update_config_copies
 from .discovery import LAMBDA_KEYS, activation_attributes, own_config, put_attribute, set_attribute
@@ -53,6 +54,7 @@ class SubstitutionReport:
     compensation: CompensationReport | None = None
     relative_change: float | None = None
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)  # name → (before, after)
+    zeros: dict[str, float] = field(default_factory=dict)  # site → fraction of what its ReLU puts out, padding left out
 
     @property
     def profile(self) -> dict[str, float]:
@@ -72,6 +74,10 @@ class SubstitutionReport:
         if self.relative_change is not None:
             lines.append(f"  outputs changed by {self.relative_change:.2e} (relative, root mean square)")
         lines += [f"  {name}: {before:.4f} → {after:.4f}" for name, (before, after) in self.metrics.items()]
+        if self.zeros:
+            values = list(self.zeros.values())
+            mean = sum(values) / len(values)
+            lines.append(f"  zeros in what the ReLUs put out: {mean:.0%}, by site {min(values):.0%} to {max(values):.0%}")
         if self.left:
             lines += [f"{len(self.left)} smooth activations remain"] + [f"  {item}" for item in self.left]
         return "\n".join(lines)
@@ -118,7 +124,7 @@ def relu_ize(
         targets: {module name: λ} below which a gate counts as soft, in place of `tolerance`: `trainer.hardness_targets` of a
             run with `hardness_target="calibrated"`, or `calibrate(…).targets(…)`.
         calibration: batches (mappings that the model's forward takes) like those that the model will meet. The change of the
-            outputs is measured on them, and of the loss if they hold labels. Iterated once.
+            outputs and the zeros of each ReLU are measured on them, and the loss if they hold labels. Iterated once.
         compensate: "least_squares" refits, from the calibration batches and without labels, the linear map after each
             activation, so that the network computes with ReLU what it computed before (see `compensation`); "bias" only
             shifts that map's bias. Soft gates are what it is for: `force` is not needed.
@@ -206,10 +212,11 @@ def _measure(
     losses: list[tuple[float, float]] = []
     logits: tuple[Tensor, Tensor] | None = None
     labels: Tensor | None = None
+    zeros = _Zeros(model)
     for index, batch in enumerate(batches):
         with before_():
             smooth = run_batch(model, batch, index)
-        with after_():
+        with after_(), zeros.counting(batch):
             hard = run_batch(model, batch, index)
         before, after = main_output(smooth), main_output(hard)
         for first, second in zip(before, after, strict=True):  # one by one: a language model's logits are large
@@ -225,9 +232,37 @@ def _measure(
             both, truth = (before.float().cpu(), after.float().cpu()), batch["labels"].cpu()
             logits = both if logits is None else nested_concat(logits, both)
             labels = truth if labels is None else nested_concat(labels, truth)
+    report.zeros = zeros.fractions()
     report.relative_change = (change / norm) ** 0.5 if norm else 0.0
     if losses:
         report.metrics["loss"] = tuple(sum(column) / len(losses) for column in zip(*losses, strict=True))  # type: ignore[assignment]
     if logits is not None:
         first, second = (compute_metrics(EvalPrediction(side.numpy(), labels.numpy())) for side in logits)
         report.metrics.update({name: (first[name], second[name]) for name in first})
+
+
+class _Zeros:
+    """Counts, by site, what a ReLU makes 0."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.sites = hardness_sites(model)
+        self.decoder = decoder_modules(model)
+        self.counts = {name: [0, 0] for name in self.sites}  # zeros, elements
+
+    @contextlib.contextmanager
+    def counting(self, batch: Mapping[str, Any]) -> Iterator[None]:
+        masks = {in_decoder: token_mask(batch, in_decoder) for in_decoder in (False, True)}
+
+        def watch(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = rows(args[0], masks[module in self.decoder])
+            self.counts[name][0] += int((x <= 0).sum())
+            self.counts[name][1] += x.numel()
+
+        with contextlib.ExitStack() as hooks:
+            for name, site in self.sites.items():
+                hooks.enter_context(site.register_forward_pre_hook(partial(watch, name)))
+            yield
+
+    def fractions(self) -> dict[str, float]:
+        """Without the sites that no batch reached."""
+        return {name: zeros / total for name, (zeros, total) in self.counts.items() if total}

@@ -501,7 +501,10 @@ def test_card(tmp_path: Path) -> None:
     assert accuracies[0] == ["", "accuracy", "loss"]
     assert accuracies[2:] == [["GELU, fine-tuned alike", "0.8410", "–"], ["**λ-GELU → ReLU**", "0.8385", "0.4321"]]
     first, second = (f"`{name}`" for name in LEARNED)
-    assert sites[2:] == [[first, "gelu", "160", "0.0011"], [second, "gelu", "200", "0.00085"]]
+    zeros = [f"{100 * report.zeros[name]:.1f}%" for name in LEARNED]
+    assert sites[0] == ["site", "gate", "λ", "bound", "zeros"]
+    assert sites[2:] == [[first, "gelu", "160", "0.0011", zeros[0]], [second, "gelu", "200", "0.00085", zeros[1]]]
+    assert f"{100 * sum(report.zeros.values()) / 2:.0f} % in the mean" in card.text
     for wanted in (
         "# me/tiny-relu\n",
         "[someone/roberta-tiny](https://huggingface.co/someone/roberta-tiny)",
@@ -520,6 +523,7 @@ def test_card(tmp_path: Path) -> None:
 
     record = json.loads((folder / "lambda_gelu.json").read_text())
     assert record["learned_hardness"] == LEARNED
+    assert record["substitution"]["zeros"] == report.zeros
     assert {site["name"]: site["hardness"] for site in record["substitution"]["sites"]} == dict(
         zip(LEARNED, (160.0, 200.0), strict=True)
     )

@@ -206,6 +206,40 @@ def test_calibration_numbers() -> None:
     assert unlabelled.relative_change > 0.0
 
 
+@pytest.mark.parametrize("compensate", [None, "least_squares"])
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_zeros(name: str, compensate: str | None) -> None:
+    """Of what the ReLUs of the finished model put out, tokens that are padding left out."""
+    model, generator = hardened(name, 1.0), torch.Generator().manual_seed(0)
+    made = []
+    for seed in range(6):
+        batch = tiny.inputs(model, seed)
+        batch["attention_mask"] = (torch.rand(batch["input_ids"].shape, generator=generator) < 0.7).long()
+        batch["attention_mask"][:, 0] = 1
+        if "decoder_input_ids" in batch:
+            batch["decoder_attention_mask"] = torch.ones_like(batch["decoder_input_ids"])
+            batch["decoder_attention_mask"][:, -1] = 0
+        made.append(batch)
+    report = hlg.relu_ize(model, force=True, calibration=made, compensate=compensate)
+    counted: dict[str, list[Tensor]] = {}
+    for site in report.sites:
+        mask = "decoder_attention_mask" if site.name.startswith("decoder") else "attention_mask"
+
+        def hook(module: torch.nn.Module, args: Any, output: Tensor, name: str = site.name, mask: str = mask) -> None:
+            counted.setdefault(name, []).append(output[batch[mask] == 1] == 0)
+
+        model.get_submodule(site.name).register_forward_hook(hook)
+    for batch in made:
+        with torch.no_grad():
+            model(**batch)
+    expected = {name: float(torch.cat(parts).float().mean()) for name, parts in counted.items()}
+    assert report.zeros == pytest.approx(expected, abs=1e-3)  # a refit sums in another order
+    assert all(0.2 < value < 0.8 for value in expected.values())
+    low, high, mean = (f(list(expected.values())) for f in (min, max, np.mean))
+    assert f"zeros in what the ReLUs put out: {mean:.0%}, by site {low:.0%} to {high:.0%}" in str(report)
+    assert hlg.relu_ize(hardened(name, 1.0), force=True).zeros == {}
+
+
 def batches(case: str, good: dict[str, Tensor]) -> Iterable[Any]:
     """A calibration set with something wrong; all but those of nothing begin with good batches."""
     ids = good["input_ids"]
