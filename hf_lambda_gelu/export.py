@@ -92,9 +92,11 @@ def save_relu_pretrained(
         record = {
             "substitution": report.to_dict() if report else None,
             "learned_hardness": learned,
+            "arguments": dict(details.arguments),
+            "results": {name: dict(row) for name, row in details.results.items()},
             "versions": versions,
         }
-        (temporary / REPORT_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _write_record(temporary, record)
         card = render_card(
             model_name or folder.name,
             type(model).__name__,
@@ -166,6 +168,8 @@ def verify_relu_pretrained(
 ) -> float:
     """Load `folder` by stock transformers in a new process that cannot import this package, and compare the outputs.
 
+    What was compared is kept in the folder's `lambda_gelu.json`, as "checks".
+
     Args:
         model: the model in memory that the folder must reproduce, on the CPU (a copy is made of one that is elsewhere).
         folder: what `save_relu_pretrained` wrote.
@@ -211,7 +215,21 @@ def verify_relu_pretrained(
         raise VerificationError(
             f"{str(folder)!r} computes something else in stock transformers: {len(other)} tensors differ, e.g. {other[0]}"
         )
+    path = Path(folder) / REPORT_NAME
+    if path.is_file():
+        checks = {
+            "reloaded_by": f"transformers {version('transformers')}, in a process without hf_lambda_gelu",
+            "largest_difference_of_outputs": difference,
+            "scale_of_outputs": scale,
+            "identical_tensors": len(digests),
+            "smooth_activations_left": [item.name for item in smooth_activations(model)],
+        }
+        _write_record(Path(folder), json.loads(path.read_text(encoding="utf-8")) | {"checks": checks})
     return difference
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    (folder / REPORT_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def _digest(tensor: Tensor) -> str:

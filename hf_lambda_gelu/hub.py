@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
@@ -35,6 +35,7 @@ def push_relu_to_hub(
     inputs: dict[str, Tensor] | None = None,
     private: bool = False,
     revision: str | None = None,
+    tag: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Upload ReLU-ized model",
     token: str | None = None,
@@ -46,11 +47,13 @@ def push_relu_to_hub(
     Args:
         model: a model after `relu_ize`, or the folder of one that `save_relu_pretrained` wrote, which is uploaded as it is.
         repo_id: "name" or "owner/name".
-        processor, details, learned, history: as for `save_relu_pretrained`; not for a folder, which has them.
+        processor: tokenizer, image processor or feature extractor, a list for several; `()` to publish without one.
+        details, learned, history: as for `save_relu_pretrained`; not for a folder, which has them.
         folder: where to keep the saved model; by default a temporary folder, removed after the upload succeeded.
         inputs: a batch for the comparison; by default a small one made to fit the model.
         private: create the repository as private; an existing one keeps its visibility.
         revision: branch to commit to.
+        tag: name to give the commit, such as "v1".
         create_pr: open a pull request with the commit.
         token: as everywhere in huggingface_hub; by default the one that was saved by `hf auth login`. Never stored or shown.
         api: an `HfApi` of one's own, for another endpoint.
@@ -59,16 +62,19 @@ def push_relu_to_hub(
         huggingface_hub's `CommitInfo`.
 
     Raises:
-        ValueError: bad repo id, or a model that is not a finite ReLU network.
+        ValueError: bad repo id, no token, offline mode, no processor, or a model that is not a finite ReLU network.
         VerificationError: stock transformers computes something else. Nothing is uploaded.
         PushError: the upload failed; the folder is kept.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"bad repo_id {repo_id!r}: expected 'name' or 'owner/name'. {error}") from error
     api = api or HfApi(token=token)
+    _check_target(api, repo_id, token, tag, create_pr)
     scratch = None
+    if processor is None and not _has_processor(model):
+        what = "pass processor=…, its" if isinstance(model, PreTrainedModel) else f"{str(model)!r} holds no"
+        raise ValueError(
+            f"{what} tokenizer, image processor or feature extractor: without one nobody can run the model by its name. "
+            "processor=() publishes it all the same"
+        )
     if not isinstance(model, PreTrainedModel):
         if processor or details or learned or history or folder:
             raise ValueError("a saved folder is uploaded as it is: change its card and files there, and pass it alone")
@@ -104,6 +110,8 @@ def push_relu_to_hub(
             create_pr=create_pr,
             token=token,
         )
+        if tag is not None:
+            api.create_tag(repo_id, tag=tag, revision=commit.oid, token=token)
     except Exception as error:  # refused, cut off, out of quota …: whatever it is, the work is in the folder
         raise PushError(
             f"the upload to {repo_id} failed: {error}. The model is saved and verified in {str(saved)!r}; to go on: "
@@ -112,6 +120,28 @@ def push_relu_to_hub(
     if scratch:
         shutil.rmtree(scratch, ignore_errors=True)
     return commit
+
+
+def _check_target(api: HfApi, repo_id: str, token: str | None, tag: str | None, create_pr: bool) -> None:
+    """Raises ValueError for what can be known to fail before the model is saved."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"bad repo_id {repo_id!r}: expected 'name' or 'owner/name'. {error}") from error
+    if tag is not None and create_pr:
+        raise ValueError("tag and create_pr exclude each other: tag the commit once the pull request is merged")
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(
+            "HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it, or save_relu_pretrained(model, folder) now and "
+            "push the folder later"
+        )
+    if not (token or api.token or (api.token is None and get_token())):
+        raise ValueError("no token for the Hub: run `hf auth login`, or set HF_TOKEN")
+
+
+def _has_processor(model: Any) -> bool:
+    names = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+    return not isinstance(model, PreTrainedModel) and any((Path(model) / name).is_file() for name in names)
 
 
 def load_saved(folder: str | os.PathLike[str]) -> PreTrainedModel:

@@ -32,18 +32,20 @@ class PushArguments:
     force: bool = field(default=False, metadata={"help": "Replace gates that are still soft."})
     private: bool = field(default=False, metadata={"help": "Make the repository private."})
     revision: str | None = field(default=None, metadata={"help": "Branch to commit to."})
+    tag: str | None = field(default=None, metadata={"help": "Tag to give the commit, such as v1."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
 
 
 def main(argv: list[str] | None = None) -> None:
     (options,) = HfArgumentParser(PushArguments).parse_args_into_dataclasses(argv)
-    target = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
+    target = {"private": options.private, "revision": options.revision}
+    target |= {"tag": options.tag, "create_pr": options.create_pr}
     model = load_saved(options.folder)
     if hlg.hardness_sites(model):
         print(hlg.relu_ize(model, options.force, tolerance=options.tolerance))
         details = hlg.CardDetails(base_model=options.base_model, dataset=options.dataset, license=options.license)
         commit = hlg.push_relu_to_hub(
-            model, options.repo_id, processor=processors(Path(options.folder)), details=details, **target
+            model, options.repo_id, processor=processors(Path(options.folder)) or (), details=details, **target
         )
     else:
         commit = hlg.push_relu_to_hub(options.folder, options.repo_id, **target)

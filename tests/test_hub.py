@@ -64,13 +64,18 @@ def test_push_and_load_without_the_package(hub: HubServer, tmp_path: Path) -> No
     batch = tiny.inputs(model)
     expected = tiny.outputs(model, batch)[0]
     api = HfApi(endpoint=hub.url, token=TOKEN)
-    commit = hlg.push_relu_to_hub(model, "tester/relu-bert", details=DETAILS, private=True, api=api)
+    commit = hlg.push_relu_to_hub(model, "tester/relu-bert", processor=(), details=DETAILS, private=True, tag="v1", api=api)
     repo = hub.repos["tester/relu-bert"]
     assert repo.private
     assert len(repo.commits) == 1, "one commit"
-    assert commit.oid == repo.resolve("main")
+    assert commit.oid == repo.resolve("main") == repo.resolve("v1")
     assert {"config.json", "model.safetensors", "README.md", "lambda_gelu.json"} <= set(repo.files)
     assert b"raw_hardness" not in repo.files["model.safetensors"]
+    record = json.loads(repo.files["lambda_gelu.json"])
+    assert record["checks"]["largest_difference_of_outputs"] == 0.0
+    assert record["checks"]["identical_tensors"] == len(model.state_dict())
+    assert record["checks"]["smooth_activations_left"] == []
+    assert record["results"] == DETAILS.results
     assert TOKEN.encode() not in b"".join(repo.files.values())
 
     save_file(batch, tmp_path / "batch.safetensors")
@@ -95,7 +100,7 @@ def test_push_and_load_without_the_package(hub: HubServer, tmp_path: Path) -> No
 
 def test_card_on_the_hub(hub: HubServer) -> None:
     """The card's metadata, as huggingface_hub's own reader sees it."""
-    hlg.push_relu_to_hub(relu_model(), "tester/m", details=DETAILS, api=HfApi(endpoint=hub.url, token=TOKEN))
+    hlg.push_relu_to_hub(relu_model(), "tester/m", processor=(), details=DETAILS, api=HfApi(endpoint=hub.url, token=TOKEN))
     card = ModelCard(hub.repos["tester/m"].files["README.md"].decode())
     data = card.data.to_dict()
     assert data["license"] == "apache-2.0"
@@ -116,28 +121,50 @@ def test_nothing_is_uploaded_when_the_folder_is_not_the_model(hub: HubServer, tm
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(hlg.VerificationError, match="do not fit"):
-        hlg.push_relu_to_hub(folder, "tester/m", api=HfApi(endpoint=hub.url, token=TOKEN))
+        hlg.push_relu_to_hub(folder, "tester/m", processor=(), api=HfApi(endpoint=hub.url, token=TOKEN))
     assert not hub.requests
 
 
 @pytest.mark.parametrize(
-    ("repo_id", "soft", "error", "message"),
+    ("case", "message"),
     [
-        ("a/b/c", False, ValueError, "expected 'name' or 'owner/name'"),
-        ("tester/m", True, ValueError, "call relu_ize"),
+        ("name", "expected 'name' or 'owner/name'"),
+        ("soft", "call relu_ize"),
+        ("NaN", "hold NaN or infinity"),
+        ("offline", "HF_HUB_OFFLINE is set"),
+        ("no token", "no token for the Hub: run `hf auth login`"),
+        ("no processor", r"pass processor=….*processor=\(\) publishes"),
+        ("no processor in the folder", "holds no tokenizer, image processor or feature extractor"),
+        ("tag of a pull request", "tag and create_pr exclude each other"),
     ],
 )
 def test_bad_input_before_any_request(
-    hub: HubServer, repo_id: str, soft: bool, error: type[Exception], message: str
+    hub: HubServer, case: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bad name and a smooth model are refused before the first request."""
-    model = relu_model()
-    if soft:
+    """What can be known beforehand is refused before the first request, and before anything is written."""
+    model, changes = relu_model(), {}
+    if case == "soft":
         model = tiny.build("bert-classifier")
         hlg.convert(model)
-    with pytest.raises(error, match=message):
-        hlg.push_relu_to_hub(model, repo_id, api=HfApi(endpoint=hub.url, token=TOKEN))
+    elif case == "NaN":
+        model.classifier.bias.data[0] = torch.nan
+    elif case == "offline":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    elif case == "no token":
+        monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+        monkeypatch.setattr("hf_lambda_gelu.hub.get_token", lambda: None)
+        changes["api"] = HfApi(endpoint=hub.url)
+    elif case == "tag of a pull request":
+        changes |= {"tag": "v1", "create_pr": True}
+    source = hlg.save_relu_pretrained(model, tmp_path / "m") if case == "no processor in the folder" else model
+    given = {"processor": None if case.startswith("no processor") else (), "api": HfApi(endpoint=hub.url, token=TOKEN)}
+    kept = tmp_path / "kept"
+    if source is model:
+        changes["folder"] = kept
+    with pytest.raises(ValueError, match=message):
+        hlg.push_relu_to_hub(source, "a/b/c" if case == "name" else "tester/m", **(given | changes))
     assert not hub.requests
+    assert not kept.exists()
 
 
 @pytest.mark.parametrize(("route", "status"), [("repos/create", 403), ("commit", 500), ("commit", 0)])
@@ -146,10 +173,10 @@ def test_failed_upload_keeps_the_folder(hub: HubServer, tmp_path: Path, route: s
     api = HfApi(endpoint=hub.url, token=TOKEN)
     hub.fail_next("POST", route, status, applied=False)
     with pytest.raises(hlg.PushError, match="hf upload tester/m") as caught:
-        hlg.push_relu_to_hub(relu_model(), "tester/m", folder=tmp_path / "kept", api=api)
+        hlg.push_relu_to_hub(relu_model(), "tester/m", processor=(), folder=tmp_path / "kept", api=api)
     assert TOKEN not in str(caught.value)
     assert (tmp_path / "kept" / "model.safetensors").is_file()
-    hlg.push_relu_to_hub(tmp_path / "kept", "tester/m", api=api)
+    hlg.push_relu_to_hub(tmp_path / "kept", "tester/m", processor=(), api=api)
     assert "model.safetensors" in hub.repos["tester/m"].files
 
 
@@ -157,7 +184,11 @@ def test_wrong_token(hub: HubServer, tmp_path: Path) -> None:
     """A refused token is an error that names the folder and does not show the token."""
     with pytest.raises(hlg.PushError, match="kept") as caught:
         hlg.push_relu_to_hub(
-            relu_model(), "tester/m", folder=tmp_path / "kept", api=HfApi(endpoint=hub.url, token="hf_wrong")
+            relu_model(),
+            "tester/m",
+            processor=(),
+            folder=tmp_path / "kept",
+            api=HfApi(endpoint=hub.url, token="hf_wrong"),
         )
     assert "hf_wrong" not in str(caught.value)
     assert "tester/m" not in hub.repos
