@@ -11,91 +11,19 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_callback import ExportableState
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .activation import hardness_profile, hardness_sites
 from .arguments import LambdaGELUTrainingArguments
+from .callback import HardeningCallback
+from .card import PAPER, CardDetails
 from .compensation import CompensationReport
-from .hardening import HardeningSchedule
 from .optim import attach_hardness_update
 from .substitution import gates_as_relu
-from .switch import calibrated_targets, check_calibratable, l1_targets, refit_at_switch
 
 logger = logging.get_logger(__name__)
-
-
-class HardeningCallback(TrainerCallback, ExportableState):
-    """Sets λ by the schedule once learning is over.
-
-    Its only state is λ per site at the switch and, if they were calibrated there, the targets per site. `trainer_state.json`
-    carries both: with them, λ is a function of the step.
-    """
-
-    def __init__(self) -> None:
-        self.at_switch: dict[str, float] | None = None
-        self.calibrated: dict[str, float] | None = None
-        self.refit: CompensationReport | None = None  # in this process; a resumed run has the weights, not the report
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"at_switch": self.at_switch, "calibrated": self.calibrated}}
-
-    def on_train_begin(
-        self, args: LambdaGELUTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # read from the state directly: the Trainer restores callbacks only with restore_callback_states_from_checkpoint
-        stored = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
-        attributes = stored["attributes"] if stored else {}
-        self.at_switch = attributes.get("at_switch")
-        self.calibrated = attributes.get("calibrated")  # absent in older checkpoints
-        check_calibratable(args, kwargs["train_dataloader"].dataset)
-        sites = hardness_sites(kwargs["model"])
-        if self.at_switch is not None and set(self.at_switch) != set(sites):
-            raise ValueError(
-                f"the checkpoint was hardening {sorted(self.at_switch)}, the model has λ-GELU at {sorted(sites)}: resume "
-                "with the model that was converted for this run"
-            )
-        self._apply(args, state, **kwargs)
-
-    def on_step_end(
-        self, args: LambdaGELUTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._apply(args, state, **kwargs)
-
-    def _apply(
-        self,
-        args: LambdaGELUTrainingArguments,
-        state: TrainerState,
-        model: nn.Module,
-        train_dataloader: DataLoader,
-        **kwargs: Any,
-    ) -> None:
-        ramp = args.hardness_compensate == "none"
-        hold = args.hardness_hold if ramp else 0.0
-        schedule = HardeningSchedule(state.max_steps, args.hardness_switch_point, hold, args.hardness_ramp)
-        if schedule.learning(state.global_step):
-            return
-        data = train_dataloader.dataset, train_dataloader.collate_fn
-        switching = self.at_switch is None
-        if self.at_switch is None:
-            self.at_switch = hardness_profile(model)
-        if args.hardness_target == "calibrated" and self.calibrated is None:
-            self.calibrated = calibrated_targets(model, args, *data)
-        if switching and not ramp:
-            self.refit = refit_at_switch(model, args, *data)
-            if state.is_world_process_zero:
-                logger.info(str(self.refit))
-        targets = self.targets(args, model)
-        for name, site in hardness_sites(model).items():
-            start = self.at_switch[name]
-            at_once = max(start, targets[name])
-            site.set_hardness(schedule.hardness(state.global_step, start, targets[name]) if ramp else at_once)
-
-    def targets(self, args: LambdaGELUTrainingArguments, model: nn.Module) -> dict[str, float]:
-        """{module name: the λ to ramp to}; empty while it is still to be calibrated."""
-        return l1_targets(model, args) if args.hardness_target == "l1" else self.calibrated or {}
 
 
 class LambdaGELUTrainer(Trainer):
@@ -214,6 +142,50 @@ class LambdaGELUTrainer(Trainer):
         if "loss" in logs:
             logs.update({f"hardness/{name}": value for name, value in hardness_profile(self.model).items()})
         super().log(logs, start_time)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        relu: bool = True,
+        details: CardDetails | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Publish the model as the ReLU network that it has become; `relu=False` publishes it with its λ, as Trainer does.
+
+        The ReLU network is proven before, and uploaded in one commit, see `push_relu_to_hub`; the model in memory stays as
+        it is. What is pushed *while* training (`hub_strategy`) is the λ-GELU model.
+
+        Args:
+            blocking: only without `relu`, which always waits.
+            details: what the card of the ReLU network shall say; training arguments are added, and the last evaluation
+                where it has no results.
+            kwargs: without `relu`, as for `Trainer.push_to_hub`.
+
+        Raises:
+            SoftGateError: the gates are too soft for ReLU to take their place.
+        """
+        from .hub import push_trained  # here, as the hub stands on the trainer
+
+        if not relu:
+            tags = kwargs.pop("tags", None) or []
+            tags = [*([tags] if isinstance(tags, str) else tags), "lambda-gelu", f"arxiv:{PAPER}"]
+            return super().push_to_hub(commit_message, blocking, token, revision, private, tags=tags, **kwargs)
+        if kwargs:
+            raise TypeError(f"{', '.join(kwargs)}: the card of a ReLU network takes details=CardDetails(…)")
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        target = {"token": token, "revision": revision or self.args.hub_revision}
+        private = private if private is not None else self.args.hub_private_repo
+        return push_trained(self, commit_message, details or CardDetails(), private=bool(private), **target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Trainer loads non-strictly: without this, λ would silently start over
