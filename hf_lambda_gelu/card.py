@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .compensation import CompensationReport
 from .inventory import Unconverted
 from .substitution import SubstitutionReport
 
@@ -48,7 +48,7 @@ class CardDetails:
             raise ValueError(f"final = {self.final!r} is not a row of results: {', '.join(self.results) or 'none given'}")
 
 
-def render_card(
+def card_record(
     model_name: str,
     architecture: str,
     details: CardDetails,
@@ -56,25 +56,43 @@ def render_card(
     left: list[Unconverted],
     pipeline_tag: str | None,
     versions: Mapping[str, str],
+    learned: Mapping[str, float] | None = None,
     plot: str | None = None,
-) -> ModelCard:
-    """The card, with metadata that the Hub reads; raises what huggingface_hub raises on values that it refuses."""
-    metrics = details.results.get(details.final, {}) if details.final else {}
+) -> dict[str, Any]:
+    """All that is known of a ReLU-ized model, as JSON can hold it: what `render_card` makes the card of."""
+    record = {
+        "model_name": model_name,
+        "architecture": architecture,
+        "pipeline_tag": pipeline_tag,
+        "details": asdict(details),
+        "substitution": report.to_dict() if report else None,
+        "left": [asdict(item) for item in left],
+        "learned_hardness": learned,
+        "plot": plot,
+        "versions": versions,
+    }
+    return json.loads(json.dumps(record, default=str))
+
+
+def render_card(record: Mapping[str, Any]) -> ModelCard:
+    """The card of a `card_record`, with metadata that the Hub reads; raises what huggingface_hub raises on bad values."""
+    details, report, task = record["details"], record["substitution"], record["pipeline_tag"]
+    metrics = details["results"].get(details["final"], {})
     data = ModelCardData(
-        model_name=model_name,
-        base_model=details.base_model,
-        license=details.license,
-        language=details.language,
-        datasets=[details.dataset] if details.dataset else None,
+        model_name=record["model_name"],
+        base_model=details["base_model"],
+        license=details["license"],
+        language=details["language"],
+        datasets=[details["dataset"]] if details["dataset"] else None,
         metrics=sorted(metrics) or None,
         library_name="transformers",
-        pipeline_tag=pipeline_tag,
+        pipeline_tag=task,
         tags=["relu", "lambda-gelu", f"arxiv:{PAPER}"],
         eval_results=[
             EvalResult(
-                task_type=pipeline_tag or "other",
-                dataset_type=details.dataset or "unknown",
-                dataset_name=details.dataset or "unknown",
+                task_type=task or "other",
+                dataset_type=details["dataset"] or "unknown",
+                dataset_name=details["dataset"] or "unknown",
                 metric_type=name,
                 metric_value=value,
             )
@@ -82,48 +100,47 @@ def render_card(
         ]
         or None,
     )
+    erf = report is None or {site["base"] for site in report["sites"]} == {"gelu"}
+    compensation = report and report["compensation"]
     card = ModelCard.from_template(
         data,
         template_str=(files(__package__) / "templates" / "card.md").read_text(encoding="utf-8"),
-        model_name=model_name,
-        architecture=architecture,
-        details=details,
+        **record | {"report": report},
         results_table=_results_table(details),
-        formula="x Φ(λx)"
-        if not report or {s.base for s in report.sites} == {"gelu"}
-        else "a(λx)/λ with a its own activation",
-        report=report,
-        left=left,
+        formula="x Φ(λx)" if erf else "a(λx)/λ with a its own activation",
         sites_table=_sites_table(report) if report else "",
-        compensation_table=_compensation_table(report.compensation) if report and report.compensation else "",
-        versions=versions,
-        plot=plot,
+        compensation_table=_compensation_table(compensation) if compensation else "",
         paper=PAPER,
     )
     card.content = re.sub(r"\n{3,}", "\n\n", card.content)  # parts that were left out leave gaps
     return card
 
 
-def _results_table(details: CardDetails) -> str:
-    columns = list(dict.fromkeys(metric for row in details.results.values() for metric in row))
+def _results_table(details: Mapping[str, Any]) -> str:
+    results = details["results"]
+    columns = list(dict.fromkeys(metric for row in results.values() for metric in row))
     rows = [
-        [f"**{name}**" if name == details.final else name, *(f"{row[c]:.4f}" if c in row else "–" for c in columns)]
-        for name, row in details.results.items()
+        [f"**{name}**" if name == details["final"] else name, *(f"{row[c]:.4f}" if c in row else "–" for c in columns)]
+        for name, row in results.items()
     ]
     return _table(["", *columns], rows) if rows else ""
 
 
-def _sites_table(report: SubstitutionReport) -> str:
-    rows = [[f"`{site.name}`", site.base, f"{site.hardness:.4g}", f"{site.sup_error:.2g}"] for site in report.sites]
-    if not report.zeros:
+def _sites_table(report: Mapping[str, Any]) -> str:
+    sites, zeros = report["sites"], report["zeros"]
+    rows = [[f"`{s['name']}`", s["base"], f"{s['hardness']:.4g}", f"{s['sup_error']:.2g}"] for s in sites]
+    if not zeros:
         return _table(["site", "gate", "λ", "bound"], rows)
-    for row, site in zip(rows, report.sites, strict=True):
-        row.append(f"{report.zeros[site.name]:.1%}" if site.name in report.zeros else "–")
+    for row, site in zip(rows, sites, strict=True):
+        row.append(f"{zeros[site['name']]:.1%}" if site["name"] in zeros else "–")
     return _table(["site", "gate", "λ", "bound", "zeros"], rows)
 
 
-def _compensation_table(report: CompensationReport) -> str:
-    rows = [[f"`{s.weight}`", s.method.replace("_", " "), f"{s.before:.3f}", f"{s.after:.3f}"] for s in report.sites]
+def _compensation_table(compensation: Mapping[str, Any]) -> str:
+    rows = [
+        [f"`{s['weight']}`", s["method"].replace("_", " "), f"{s['before']:.3f}", f"{s['after']:.3f}"]
+        for s in compensation["sites"]
+    ]
     return _table(["refit", "method", "ReLU as it is", "refit"], rows)
 
 

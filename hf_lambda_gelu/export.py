@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .activation import hardness_sites
 from .batches import evaluating, main_output
-from .card import CardDetails, render_card
+from .card import CardDetails, card_record, render_card
 from .discovery import LAMBDA_KEYS, activation_attributes, governed_modules
 from .inventory import smooth_activations, smooth_modules
 from .plots import plot_hardness
@@ -89,15 +89,7 @@ def save_relu_pretrained(
         versions = package_versions()
         profile = learned or (report.profile if report else None)
         plot = PLOT_NAME if profile and _plotted(profile, temporary / PLOT_NAME, history or [], bool(learned)) else None
-        record = {
-            "substitution": report.to_dict() if report else None,
-            "learned_hardness": learned,
-            "arguments": dict(details.arguments),
-            "results": {name: dict(row) for name, row in details.results.items()},
-            "versions": versions,
-        }
-        _write_record(temporary, record)
-        card = render_card(
+        record = card_record(
             model_name or folder.name,
             type(model).__name__,
             details,
@@ -105,8 +97,11 @@ def save_relu_pretrained(
             smooth_activations(model),
             pipeline_tag(model),
             versions,
+            learned,
             plot,
         )
+        _write_record(temporary, record)
+        card = render_card(record)
         card.save(temporary / "README.md")
         os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp makes folders that only the owner can read
         _put_in_place(temporary, folder)
@@ -229,7 +224,7 @@ def verify_relu_pretrained(
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    (folder / REPORT_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    (folder / REPORT_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _digest(tensor: Tensor) -> str:

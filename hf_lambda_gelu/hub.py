@@ -142,7 +142,8 @@ def push_trained(trainer: LambdaGELUTrainer, commit_message: str, details: CardD
     learned = trainer.learned_hardness if hardness_sites(model) else None
     if learned:
         model = copy.deepcopy(model)
-        relu_ize(model, tolerance=args.hardness_tolerance, targets=trainer.hardness_targets or None)
+        report = relu_ize(model, tolerance=args.hardness_tolerance, targets=trainer.hardness_targets or None)
+        report.compensation = trainer.compensation  # of the switch, for the card
     arguments = {
         name: value
         for name, value in vars(args).items()

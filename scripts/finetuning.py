@@ -174,6 +174,7 @@ def run(
         force = arguments.load_best_model_at_end and "relu_" in (arguments.metric_for_best_model or "")
         targets = trainer.hardness_targets if arguments.hardness_target == "calibrated" else None
         report = hlg.relu_ize(model, force, tolerance=arguments.hardness_tolerance, targets=targets)
+        report.compensation = trainer.compensation  # of the switch, for the card
         arguments.eval_relu = False  # there is nothing left to switch
         final = "after substitution"
         metrics[final] = _evaluate(trainer)

@@ -75,7 +75,7 @@ def test_push_and_load_without_the_package(hub: HubServer, tmp_path: Path) -> No
     assert record["checks"]["largest_difference_of_outputs"] == 0.0
     assert record["checks"]["identical_tensors"] == len(model.state_dict())
     assert record["checks"]["smooth_activations_left"] == []
-    assert record["results"] == DETAILS.results
+    assert record["details"]["results"] == DETAILS.results
     assert TOKEN.encode() not in b"".join(repo.files.values())
 
     save_file(batch, tmp_path / "batch.safetensors")
