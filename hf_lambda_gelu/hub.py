@@ -72,14 +72,10 @@ def push_relu_to_hub(
         PushError: the upload failed; the folder is kept.
     """
     api = api or HfApi(token=token)
-    _check_target(api, repo_id, token, tag, create_pr)
+    check_target(api, repo_id, token, tag, create_pr)
     scratch = None
-    if processor is None and not _has_processor(model):
-        what = "pass processor=…, its" if isinstance(model, PreTrainedModel) else f"{str(model)!r} holds no"
-        raise ValueError(
-            f"{what} tokenizer, image processor or feature extractor: without one nobody can run the model by its name. "
-            "processor=() publishes it all the same"
-        )
+    if processor is None:
+        check_processor(model)
     if not isinstance(model, PreTrainedModel):
         if processor or details or learned or history or folder:
             raise ValueError("a saved folder is uploaded as it is: change its card and files there, and pass it alone")
@@ -175,7 +171,7 @@ def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, float]:
     return {k.removeprefix(prefix): v for k, v in last.items() if k.startswith(prefix) and not k.endswith(timing)}
 
 
-def _check_target(api: HfApi, repo_id: str, token: str | None, tag: str | None, create_pr: bool) -> None:
+def check_target(api: HfApi, repo_id: str, token: str | None, tag: str | None, create_pr: bool) -> None:
     """Raises ValueError for what can be known to fail before the model is saved."""
     try:
         validate_repo_id(repo_id)
@@ -192,9 +188,16 @@ def _check_target(api: HfApi, repo_id: str, token: str | None, tag: str | None, 
         raise ValueError("no token for the Hub: run `hf auth login`, or set HF_TOKEN")
 
 
-def _has_processor(model: Any) -> bool:
+def check_processor(model: PreTrainedModel | str | os.PathLike[str]) -> None:
+    """Raises ValueError unless `model` is a folder with a tokenizer, an image processor or a feature extractor."""
     names = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
-    return not isinstance(model, PreTrainedModel) and any((Path(model) / name).is_file() for name in names)
+    folder = not isinstance(model, PreTrainedModel)
+    if not (folder and any((Path(model) / name).is_file() for name in names)):
+        what = f"{str(model)!r} holds no" if folder else "pass processor=…, its"
+        raise ValueError(
+            f"{what} tokenizer, image processor or feature extractor: without one nobody can run the model by its name. "
+            "processor=() publishes it all the same"
+        )
 
 
 def load_saved(folder: str | os.PathLike[str]) -> PreTrainedModel:

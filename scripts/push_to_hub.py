@@ -1,36 +1,49 @@
-"""Publish a checkpoint as a ReLU network that stock transformers loads.
+"""Publish checkpoints as ReLU networks that stock transformers loads; several as a collection.
 
     python scripts/push_to_hub.py --folder runs/sst2/relu --repo_id your-name/bert-sst2-relu
+    python scripts/push_to_hub.py --folder runs/seed0/relu runs/seed1/relu --repo_id your-name/bert-relu-{run} \
+        --collection "BERT as ReLU networks" --dry_run
 
-The folder is one of save_relu_pretrained, uploaded as it is, or one that LambdaGELUTrainer saved: then its gates, which must
-be hard, are replaced by ReLU, and --base_model, --dataset and --license go into the card that is written. Before
-anything is uploaded, the saved model is loaded in a process without this package and compared. The token is the
-one of `hf auth login`, or $HF_TOKEN.
+A folder is one of save_relu_pretrained, uploaded as it is, or one that LambdaGELUTrainer saved: then its gates, which must
+be hard, are replaced by ReLU, and --base_model, --dataset and --license go into the card that is written. All are saved and
+compared with what stock transformers loads, in a process without this package, before the first upload. {run} in the
+repository's name stands for the folder's name, or its parent's if that is relu. The token is the one of `hf auth login`, or
+$HF_TOKEN.
 """
 
 from __future__ import annotations
 
+import json
+import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import HfApi
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.hub import load_saved
+from hf_lambda_gelu.export import REPORT_NAME
+from hf_lambda_gelu.hub import check_processor, check_target, load_saved
 
 
 @dataclass
 class PushArguments:
     """What to publish, and where."""
 
-    folder: str = field(metadata={"help": "Folder of the checkpoint."})
-    repo_id: str = field(metadata={"help": "Hub repository, as name or owner/name; made if it does not exist."})
+    folder: list[str] = field(metadata={"help": "Folders of the checkpoints."})
+    repo_id: str = field(
+        metadata={"help": "Hub repository, as name or owner/name, made if need be; with {run} for several folders."}
+    )
+    collection: str | None = field(default=None, metadata={"help": "Title of a collection to put the repositories into."})
+    dry_run: bool = field(default=False, metadata={"help": "Prove the models, show what would be uploaded, upload nothing."})
+    no_processor: bool = field(default=False, metadata={"help": "Publish without a tokenizer or image processor."})
     base_model: str | None = field(default=None, metadata={"help": "Hub name of the pretrained model, for the card."})
     dataset: str | None = field(default=None, metadata={"help": "Hub name of the data, for the card."})
     license: str | None = field(default=None, metadata={"help": "Licence identifier; that of the base model."})
     tolerance: float = field(default=0.005, metadata={"help": "The hardness tolerance that the model was trained for."})
     force: bool = field(default=False, metadata={"help": "Replace gates that are still soft."})
-    private: bool = field(default=False, metadata={"help": "Make the repository private."})
+    private: bool = field(default=False, metadata={"help": "Make repositories and collection private."})
     revision: str | None = field(default=None, metadata={"help": "Branch to commit to."})
     tag: str | None = field(default=None, metadata={"help": "Tag to give the commit, such as v1."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
@@ -38,18 +51,90 @@ class PushArguments:
 
 def main(argv: list[str] | None = None) -> None:
     (options,) = HfArgumentParser(PushArguments).parse_args_into_dataclasses(argv)
-    target = {"private": options.private, "revision": options.revision}
-    target |= {"tag": options.tag, "create_pr": options.create_pr}
-    model = load_saved(options.folder)
-    if hlg.hardness_sites(model):
-        print(hlg.relu_ize(model, options.force, tolerance=options.tolerance))
-        details = hlg.CardDetails(base_model=options.base_model, dataset=options.dataset, license=options.license)
-        commit = hlg.push_relu_to_hub(
-            model, options.repo_id, processor=processors(Path(options.folder)) or (), details=details, **target
-        )
-    else:
-        commit = hlg.push_relu_to_hub(options.folder, options.repo_id, **target)
-    print(commit.pr_url or commit.commit_url)
+    targets = names(options.folder, options.repo_id)
+    api = HfApi()
+    if not options.dry_run:
+        for repo_id in targets.values():
+            check_target(api, repo_id, None, options.tag, options.create_pr)
+    with tempfile.TemporaryDirectory(prefix="push-") as scratch:
+        saved = {}
+        for folder, repo_id in targets.items():
+            path = as_relu(Path(folder), Path(scratch) / str(len(saved)), repo_id, options)
+            if not options.no_processor:
+                check_processor(path)
+            hlg.verify_relu_pretrained(load_saved(path), path)
+            saved[repo_id] = path
+        print(table(saved))
+        if options.dry_run:
+            print(contents(saved))
+            return
+        for repo_id, path in saved.items():
+            commit = hlg.push_relu_to_hub(
+                path,
+                repo_id,
+                processor=(),
+                private=options.private,
+                revision=options.revision,
+                tag=options.tag,
+                create_pr=options.create_pr,
+                api=api,
+            )
+            print(commit.pr_url or commit.commit_url)
+    if options.collection:
+        print(collect(api, options.collection, list(targets.values()), options.private))
+
+
+def names(folders: list[str], repo_id: str) -> dict[str, str]:
+    """Folder → repository; exits if two would be the same."""
+    runs = {folder: Path(folder).resolve() for folder in folders}
+    found = {f: repo_id.replace("{run}", p.parent.name if p.name == "relu" else p.name) for f, p in runs.items()}
+    if len(set(found.values())) < len(folders):
+        sys.exit(f"{len(folders)} folders, but the repositories {sorted(set(found.values()))}: let --repo_id hold {{run}}")
+    return found
+
+
+def as_relu(folder: Path, scratch: Path, repo_id: str, options: PushArguments) -> Path:
+    """The folder of a ReLU network: `folder`, or one in `scratch` that is made of its λ-GELU."""
+    model = load_saved(folder)
+    if not hlg.hardness_sites(model):
+        return folder
+    print(hlg.relu_ize(model, options.force, tolerance=options.tolerance))
+    details = hlg.CardDetails(base_model=options.base_model, dataset=options.dataset, license=options.license)
+    return hlg.save_relu_pretrained(model, scratch, processor=processors(folder), details=details, model_name=repo_id)
+
+
+def table(saved: dict[str, Path]) -> str:
+    """The metrics of each, as its card has them, in Markdown."""
+    rows: dict[str, dict[str, float]] = {}
+    for repo_id, path in saved.items():
+        record = path / REPORT_NAME
+        details = json.loads(record.read_text(encoding="utf-8")).get("details", {}) if record.is_file() else {}
+        rows[repo_id] = details.get("results", {}).get(details.get("final"), {})
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = ["| " + " | ".join(["model", *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
+    for repo_id, row in rows.items():
+        lines.append("| " + " | ".join([repo_id, *(f"{row[c]:.4f}" if c in row else "–" for c in columns)]) + " |")
+    return "\n".join(lines)
+
+
+def contents(saved: dict[str, Path]) -> str:
+    """What would be uploaded."""
+    lines = []
+    for repo_id, path in saved.items():
+        lines.append(f"{repo_id}, proven and not uploaded (--dry_run):")
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            lines.append(f"  {file.relative_to(path)}  {file.stat().st_size:,} bytes")
+    return "\n".join(lines)
+
+
+def collect(api: HfApi, title: str, repo_ids: list[str], private: bool) -> str:
+    """Put the repositories into the collection of that title, which is made if need be; its address."""
+    owner = api.whoami()["name"]
+    ids = [repo_id if "/" in repo_id else f"{owner}/{repo_id}" for repo_id in repo_ids]
+    collection = api.create_collection(title, namespace=ids[0].partition("/")[0], private=private, exists_ok=True)
+    for repo_id in ids:
+        api.add_collection_item(collection.slug, repo_id, "model", exists_ok=True)
+    return collection.url
 
 
 def processors(folder: Path) -> list[object]:

@@ -49,6 +49,15 @@ class Commit(NamedTuple):
     revision: str
 
 
+@dataclass
+class Collection:
+    """A collection of repositories."""
+
+    title: str
+    private: bool
+    items: list[str] = field(default_factory=list)
+
+
 class HubError(Exception):
     """An error answer."""
 
@@ -131,6 +140,7 @@ class HubServer:
     def __init__(self, token: str = "hf_test", user: str = "tester") -> None:
         self.token, self.user = token, user
         self.repos: dict[str, Repo] = {}
+        self.collections: dict[str, Collection] = {}
         self.requests: list[Request] = []
         self._faults: list[Fault] = []
         self._blobs: dict[str, bytes] = {}  # LFS objects by SHA-256
@@ -319,6 +329,33 @@ class HubServer:
             raise HubError(409, f"Reference already exists: {new}")
         refs[new] = repo.resolve(name if kind == "tag" else asked.get("startingPoint", "main"))
         return Reply({})
+
+    @route("POST", "/api/collections")
+    def _new_collection(self, call: Call) -> Reply:
+        asked = call.json()
+        slug = f"{asked['namespace']}/{asked['title'].lower().replace(' ', '-')}-0123456789abcdef01234567"
+        if slug in self.collections:
+            return Reply({"error": "exists", "slug": slug}, 409)
+        self.collections[slug] = Collection(asked["title"], asked.get("private", False))
+        return self._collection(call, slug)
+
+    @route("POST", "/api/collections/(?P<slug>[^/]+/[^/]+)/items")
+    def _new_item(self, call: Call, slug: str) -> Reply:
+        item = call.json()["item"]
+        if item["id"] not in self.repos:
+            raise HubError(404, "no such repository")
+        if item["id"] in self.collections[slug].items:
+            raise HubError(409, "Item is in the collection already")
+        self.collections[slug].items.append(item["id"])
+        return self._collection(call, slug)
+
+    @route("GET", "/api/collections/(?P<slug>[^/]+/[^/]+)")
+    def _collection(self, call: Call, slug: str) -> Reply:
+        found = self.collections[slug]
+        items = [{"_id": str(n), "id": i, "type": "model", "position": n} for n, i in enumerate(found.items)]
+        about = {"slug": slug, "title": found.title, "private": found.private, "items": items, "owner": {"name": self.user}}
+        about |= {"lastUpdated": "2026-01-01T00:00:00.000Z", "position": 0, "theme": "blue", "upvotes": 0}
+        return Reply(about)
 
     @route("GET", "/api/models/{repo}/tree/{rev}(?:/(?P<folder>.+))?")
     def _tree(self, call: Call, repo: Repo, rev: str, folder: str) -> Reply:

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import push_to_hub
 import pytest
 import tiny
 import torch
@@ -167,15 +168,35 @@ def test_bad_input_before_any_request(
     assert not kept.exists()
 
 
-@pytest.mark.parametrize(("route", "status"), [("repos/create", 403), ("commit", 500), ("commit", 0)])
-def test_failed_upload_keeps_the_folder(hub: HubServer, tmp_path: Path, route: str, status: int) -> None:
-    """Refused, failed or cut off: the saved model stays, and pushing the folder again succeeds."""
+@pytest.mark.parametrize(
+    ("method", "route", "status"),
+    [
+        ("POST", "repos/create", 401),
+        ("POST", "repos/create", 403),
+        ("POST", "preupload", 403),
+        ("POST", "commit", 0),
+        ("POST", "commit", 409),
+        ("POST", "commit", 413),
+        ("POST", "commit", 429),
+        ("POST", "commit", 500),
+        ("POST", "lfs/objects/batch", 403),
+        ("PUT", "^/lfs/", 403),
+    ],
+)
+def test_failed_upload_keeps_the_folder(
+    hub: HubServer, tmp_path: Path, method: str, route: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused, too large, too often, failed or cut off: the saved model stays, and pushing the folder again succeeds."""
+    # the comparison in another process, which takes seconds, is the same each time
+    monkeypatch.setattr("hf_lambda_gelu.hub.verify_relu_pretrained", lambda *args: 0.0)
     api = HfApi(endpoint=hub.url, token=TOKEN)
-    hub.fail_next("POST", route, status, applied=False)
+    hub.fail_next(method, route, status, times=9 if status == 429 else 1, applied=False)
     with pytest.raises(hlg.PushError, match="hf upload tester/m") as caught:
         hlg.push_relu_to_hub(relu_model(), "tester/m", processor=(), folder=tmp_path / "kept", api=api)
     assert TOKEN not in str(caught.value)
     assert (tmp_path / "kept" / "model.safetensors").is_file()
+    assert not [repo for repo in hub.repos.values() if repo.commits], "nothing half uploaded"
+    hub._faults.clear()
     hlg.push_relu_to_hub(tmp_path / "kept", "tester/m", processor=(), api=api)
     assert "model.safetensors" in hub.repos["tester/m"].files
 
@@ -201,7 +222,17 @@ def test_script_pushes_a_hardened_checkpoint(hub: HubServer, tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "hard")
     script = Path(__file__).parent.parent / "scripts" / "push_to_hub.py"
     process = subprocess.run(
-        [sys.executable, str(script), "--folder", str(tmp_path / "hard"), "--repo_id", "tester/m", "--license", "mit"],
+        [
+            sys.executable,
+            str(script),
+            "--folder",
+            str(tmp_path / "hard"),
+            "--repo_id",
+            "tester/m",
+            "--license",
+            "mit",
+            "--no_processor",
+        ],
         capture_output=True,
         text=True,
         env=hub.env(tmp_path / "home"),
@@ -213,3 +244,62 @@ def test_script_pushes_a_hardened_checkpoint(hub: HubServer, tmp_path: Path) -> 
     assert json.loads(files["config.json"])["hidden_act"] == "relu"
     assert ModelCard(files["README.md"].decode()).data.license == "mit"
     assert json.loads(files["lambda_gelu.json"])["substitution"]["sites"][0]["hardness"] == pytest.approx(160.0, rel=1e-5)
+
+
+PUSH_SCRIPT = """
+import sys
+import push_to_hub
+try:
+    push_to_hub.main(sys.argv[1:] + ["--dry_run"])
+finally:
+    print("=====")
+for _ in range(2):
+    push_to_hub.main(sys.argv[1:])
+    print("=====")
+"""
+
+
+def test_several_as_a_collection(hub: HubServer, tmp_path: Path) -> None:
+    """A dry run asks the server nothing; a repeated push finds repositories and collection there."""
+    folders = []
+    for seed, accuracy in enumerate((0.81, 0.83)):
+        details = hlg.CardDetails(results={"ReLU": {"accuracy": accuracy}}, final="ReLU")
+        torch.manual_seed(seed)
+        model = relu_model()
+        model.classifier.bias.data += seed
+        folders.append(str(hlg.save_relu_pretrained(model, tmp_path / f"seed{seed}" / "relu", details=details)))
+    env = hub.env(tmp_path / "home") | {"PYTHONPATH": str(Path(__file__).parent.parent / "scripts")}
+    command = [sys.executable, "-c", PUSH_SCRIPT, "--folder", *folders, "--repo_id", "tester/bert-{run}", "--no_processor"]
+    command += ["--collection", "Two BERTs"]
+    process = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    dry, first, second, _ = process.stdout.split("=====\n")
+    expected = ["| tester/bert-seed0 | 0.8100 |", "| tester/bert-seed1 | 0.8300 |"]
+    for printed in (dry, first, second):
+        assert [line for line in printed.splitlines() if line.startswith("| tester")] == expected
+    assert "model.safetensors  " in dry
+    assert "http" not in dry
+    (collection,) = hub.collections.values()
+    assert (collection.title, collection.items) == ("Two BERTs", ["tester/bert-seed0", "tester/bert-seed1"])
+    weights = [hub.repos[name].files["model.safetensors"] for name in collection.items]
+    assert weights[0] != weights[1]
+    assert f"{hub.url}/collections/tester/two-berts" in first
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "options", "message"),
+    [
+        ("tester/same", ["--no_processor"], "let --repo_id hold {run}"),
+        ("tester/{run}", [], "holds no tokenizer"),
+        ("a/b/{run}", ["--no_processor"], "expected 'name' or 'owner/name'"),
+    ],
+)
+def test_several_refused(
+    hub: HubServer, tmp_path: Path, repo_id: str, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first request, and before the first upload of several."""
+    monkeypatch.setattr("hf_lambda_gelu.hub.get_token", lambda: TOKEN)
+    folders = [str(hlg.save_relu_pretrained(relu_model(), tmp_path / name)) for name in ("a", "b")]
+    with pytest.raises((ValueError, SystemExit), match=message):
+        push_to_hub.main(["--folder", *folders, "--repo_id", repo_id, *options])
+    assert not hub.requests
