@@ -53,7 +53,8 @@ def push_relu_to_hub(
         model: a model after `relu_ize`, or the folder of one that `save_relu_pretrained` wrote, which is uploaded as it is.
         repo_id: "name" or "owner/name".
         processor: tokenizer, image processor or feature extractor, a list for several; `()` to publish without one.
-        details, learned, history: as for `save_relu_pretrained`; not for a folder, which has them.
+        details, learned, history: as for `save_relu_pretrained`; not for a folder, which has them. Where the details name a
+            base model and no licence, the licence is asked of the Hub.
         folder: where to keep the saved model; by default a temporary folder, removed after the upload succeeded.
         inputs: a batch for the comparison; by default a small one made to fit the model.
         private: create the repository as private; an existing one keeps its visibility.
@@ -91,7 +92,7 @@ def push_relu_to_hub(
                 model,
                 folder,
                 processor=processor,
-                details=details,
+                details=_licensed(api, details or CardDetails(), token),
                 model_name=repo_id,
                 learned=learned,
                 history=history,
@@ -186,6 +187,17 @@ def check_target(api: HfApi, repo_id: str, token: str | None, tag: str | None, c
         )
     if not (token or api.token or (api.token is None and get_token())):
         raise ValueError("no token for the Hub: run `hf auth login`, or set HF_TOKEN")
+
+
+def _licensed(api: HfApi, details: CardDetails, token: str | None) -> CardDetails:
+    """With the licence of the base model, where they name none and the Hub knows it."""
+    if details.base_model is None or details.license is not None:
+        return details
+    try:
+        card = api.model_info(details.base_model, token=token).card_data
+    except Exception:  # gated, gone, or no network: a card may lack its licence
+        return details
+    return dataclasses.replace(details, license=card.get("license") if card else None)
 
 
 def check_processor(model: PreTrainedModel | str | os.PathLike[str]) -> None:

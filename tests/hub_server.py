@@ -388,7 +388,9 @@ class HubServer:
         oid = repo.resolve(rev or "main")
         siblings = [{"rfilename": path} for path in repo.snapshots[oid]]
         names = {"id": repo.repo_id, "modelId": repo.repo_id, "author": repo.repo_id.split("/")[0], "tags": []}
-        return Reply(names | {"sha": oid, "private": repo.private, "siblings": siblings})
+        front = repo.snapshots[oid].get("README.md", b"").decode().split("---\n")
+        card = {"cardData": yaml.safe_load(front[1])} if len(front) > 2 else {}
+        return Reply(names | card | {"sha": oid, "private": repo.private, "siblings": siblings})
 
 
 class Call(BaseHTTPRequestHandler):

@@ -201,6 +201,31 @@ def test_failed_upload_keeps_the_folder(
     assert "model.safetensors" in hub.repos["tester/m"].files
 
 
+def test_card_that_the_hub_refuses(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its metadata is validated before the first file is sent."""
+    monkeypatch.setattr("hf_lambda_gelu.hub.verify_relu_pretrained", lambda *args: 0.0)
+    details = hlg.CardDetails(license=["mit"])
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    with pytest.raises(hlg.PushError, match=r"license.* must be a string.*kept"):
+        hlg.push_relu_to_hub(relu_model(), "tester/m", processor=(), details=details, folder=tmp_path / "kept", api=api)
+    assert not hub.repos["tester/m"].commits
+    assert not [request for request in hub.requests if request.method == "PUT"]
+
+
+@pytest.mark.parametrize(("known", "licence"), [(True, "cc-by-4.0"), (False, None)])
+def test_licence_of_the_base_model(
+    hub: HubServer, known: bool, licence: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the card of the base model, if the Hub has it."""
+    monkeypatch.setattr("hf_lambda_gelu.hub.verify_relu_pretrained", lambda *args: 0.0)
+    if known:
+        hub.add_repo("someone/base", {"README.md": b"---\nlicense: cc-by-4.0\n---\n# Base\n"})
+    details = hlg.CardDetails(base_model="someone/base")
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    hlg.push_relu_to_hub(relu_model(), "tester/m", processor=(), details=details, api=api)
+    assert ModelCard(hub.repos["tester/m"].files["README.md"].decode()).data.license == licence
+
+
 def test_wrong_token(hub: HubServer, tmp_path: Path) -> None:
     """A refused token is an error that names the folder and does not show the token."""
     with pytest.raises(hlg.PushError, match="kept") as caught:
