@@ -389,8 +389,9 @@ class HubServer:
         siblings = [{"rfilename": path} for path in repo.snapshots[oid]]
         names = {"id": repo.repo_id, "modelId": repo.repo_id, "author": repo.repo_id.split("/")[0], "tags": []}
         front = repo.snapshots[oid].get("README.md", b"").decode().split("---\n")
-        card = {"cardData": yaml.safe_load(front[1])} if len(front) > 2 else {}
-        return Reply(names | card | {"sha": oid, "private": repo.private, "siblings": siblings})
+        card = yaml.safe_load(front[1]) if len(front) > 2 else {}
+        names |= {key: card[key] for key in ("pipeline_tag", "library_name", "tags") if key in card} | {"cardData": card}
+        return Reply(names | {"sha": oid, "private": repo.private, "siblings": siblings})
 
 
 class Call(BaseHTTPRequestHandler):
