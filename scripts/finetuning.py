@@ -163,7 +163,7 @@ def run(
     if model_arguments.activation == "relu":
         report = _compensated(trainer, model_arguments)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    trainer.save_model()  # as trained: nothing is lost if the gates turn out too soft to be replaced
+    trainer.save_model(_internal_call=True)  # as trained, in case the gates turn out too soft; not pushed
 
     metrics = {"after training": _evaluate(trainer)}
     results: dict[str, Any] = {"activation": model_arguments.activation, "metrics": metrics}
@@ -209,7 +209,7 @@ def run(
             output / "relu",
             processor=processor,
             details=details,
-            model_name=f"{Path(model_arguments.model_name_or_path).name}-relu",
+            model_name=trainer.hub_model_id or f"{Path(model_arguments.model_name_or_path).name}-relu",
             learned=learned,
             history=trainer.state.log_history,
             overwrite=True,
@@ -218,6 +218,10 @@ def run(
         if learned:
             hlg.plot_hardness(learned, output / "hardness.png", trainer.state.log_history)
         print(f"saved in {folder}; stock transformers reproduces it to {results['stock_difference']:g}")
+        if arguments.push_to_hub:
+            target = {"private": bool(arguments.hub_private_repo), "revision": arguments.hub_revision}
+            commit = hlg.push_relu_to_hub(folder, trainer.hub_model_id, processor=(), token=arguments.hub_token, **target)
+            print(commit.commit_url)
     results |= {
         "steps": trainer.state.global_step,
         "seconds": round(time.time() - start, 1),

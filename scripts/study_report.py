@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 from study import RESULTS, read
 from study_scratch import SCRATCH
-from study_tasks import PRETRAINED
+from study_tasks import PRETRAINED, Task
 
 LABELS = {
     "gelu": "GELU, fine-tuned",
@@ -52,6 +52,7 @@ def main() -> None:
         if not tasks:
             continue
         print(f"## {title}\n")
+        print(headline(scores, group), end="\n\n")
         print(table(scores, tasks), differences(scores, tasks), gaps(scores, before, tasks), sep="\n\n", end="\n\n")
     if options.plot:
         plot(scores, options.plot)
@@ -93,6 +94,28 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
 def shown(differences: np.ndarray, digits: int = 1) -> str:
     mean, half = interval(differences)
     return "–" if not len(differences) else f"{mean:+.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
+
+
+HEADLINE = {
+    "gelu": "GELU",
+    "swap": "ReLU swapped in",
+    "least_squares_after": "ReLU, compensated, **no training**",
+    "relu_first": "ReLU swapped in first, trained as long",
+    "refit_late": "λ-GELU, refit after 75 %",
+}
+
+
+def headline(scores: Scores, group: tuple[Task, ...]) -> str:
+    """Mean accuracy by task for the recipes that matter most; in brackets the difference to GELU, paired by seed."""
+    lines = ["| model and task | " + " | ".join(HEADLINE.values()) + " |", "|" + "---|" * (len(HEADLINE) + 1)]
+    for task in group:
+        cells = []
+        for recipe in HEADLINE:
+            values = list(scores.get(recipe, {}).get(task.name, {}).values())
+            gap = "" if recipe == "gelu" else f" ({shown(paired(scores, recipe, 'gelu', [task.name]))})"
+            cells.append(f"{np.mean(values):.1f}{gap}" if values else "–")
+        lines.append("| " + " | ".join([task.title, *cells]) + " |")
+    return "\n".join(lines)
 
 
 def table(scores: Scores, tasks: list[str]) -> str:
