@@ -93,7 +93,10 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
 
 def shown(differences: np.ndarray, digits: int = 1) -> str:
     mean, half = interval(differences)
-    return "–" if not len(differences) else f"{mean:+.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
+    if not len(differences):
+        return "–"
+    text = f"{round(mean, digits) + 0.0:+.{digits}f}".replace("-", "−")  # + 0.0: no negative zero
+    return text + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
 
 HEADLINE = {
