@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import os
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ from huggingface_hub import CommitInfo, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, Trainer
 
 from .activation import hardness_sites
 from .card import CardDetails
@@ -139,7 +140,12 @@ def push_trained(trainer: LambdaGELUTrainer, commit_message: str, details: CardD
     learned = trainer.learned_hardness if hardness_sites(model) else None
     if learned:
         model = copy.deepcopy(model)
-        report = relu_ize(model, tolerance=args.hardness_tolerance, targets=trainer.hardness_targets or None)
+        report = relu_ize(
+            model,
+            tolerance=args.hardness_tolerance,
+            targets=trainer.hardness_targets or None,
+            calibration=evaluation_sample(trainer),
+        )
         report.compensation = trainer.compensation  # of the switch, for the card
     arguments = {
         name: value
@@ -162,6 +168,16 @@ def push_trained(trainer: LambdaGELUTrainer, commit_message: str, details: CardD
         commit_message=commit_message,
         **target,
     )
+
+
+def evaluation_sample(trainer: Trainer, batches: int = 4) -> list[dict[str, Any]] | None:
+    """The first batches of the evaluation set, for what a substitution changes and the zeros that it makes.
+
+    None without an evaluation set, and among several processes, whose loaders run in step.
+    """
+    if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict) or trainer.args.world_size > 1:
+        return None
+    return list(itertools.islice(trainer.get_eval_dataloader(), batches))
 
 
 def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, float]:

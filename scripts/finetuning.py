@@ -20,6 +20,7 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.export import package_versions
+from hf_lambda_gelu.hub import evaluation_sample
 
 RESULTS_NAME = "results.json"
 
@@ -173,7 +174,8 @@ def run(
         # a best checkpoint chosen by its ReLU metrics may have soft gates, and is good as a ReLU network all the same
         force = arguments.load_best_model_at_end and "relu_" in (arguments.metric_for_best_model or "")
         targets = trainer.hardness_targets if arguments.hardness_target == "calibrated" else None
-        report = hlg.relu_ize(model, force, tolerance=arguments.hardness_tolerance, targets=targets)
+        sample = evaluation_sample(trainer)
+        report = hlg.relu_ize(model, force, tolerance=arguments.hardness_tolerance, targets=targets, calibration=sample)
         report.compensation = trainer.compensation  # of the switch, for the card
         arguments.eval_relu = False  # there is nothing left to switch
         final = "after substitution"

@@ -16,13 +16,13 @@ from study_scratch import SCRATCH
 from study_tasks import PRETRAINED, Task
 
 LABELS = {
-    "gelu": "GELU, fine-tuned",
+    "gelu": "GELU",
     "swap": "… ReLU swapped in, unprepared",
     "bias_after": "… biases refit, no training",
     "least_squares_after": "… compensated, no training",
-    "relu_first": "ReLU swapped in first, fine-tuned",
-    "bias_first": "ReLU first, biases refit, fine-tuned",
-    "least_squares_first": "ReLU first, compensated, fine-tuned",
+    "relu_first": "ReLU swapped in first, trained as long",
+    "bias_first": "ReLU first, biases refit, trained as long",
+    "least_squares_first": "ReLU first, compensated, trained as long",
     "refit_quarter": "λ-GELU, refit after 25 % of the steps",
     "refit_half": "λ-GELU, refit after 50 % of the steps",
     "refit_late": "λ-GELU, refit after 75 % of the steps",

@@ -84,6 +84,11 @@ def test_the_relu_network(hub_server: HubServer, tmp_path: Path) -> None:
     assert "- hardness_compensate: least_squares" in card.text
     record = json.loads(repo.files["lambda_gelu.json"])
     assert len(record["learned_hardness"]) == 2
+    assert all(0.0 < value < 1.0 for value in record["substitution"]["zeros"].values())
+    assert "% in the mean" in card.text
+    before, after = record["substitution"]["metrics"]["loss"]
+    assert before == pytest.approx(after, abs=1e-3)
+    assert after == pytest.approx(measured["eval_relu_loss"], abs=1e-4)  # all 16 examples
     assert record["checks"]["largest_difference_of_outputs"] == 0.0
     assert TOKEN.encode() not in b"".join(repo.files.values())
     run_stock(
