@@ -43,7 +43,8 @@ def profiles(rows: list[dict[str, Any]]) -> str:
         learned = np.array([[float(value) for value in profile.split()] for profile in found])
         mean, low, high = agreement(learned)
         values = " ".join(f"{value:.2f}" for value in learned.mean(0))
-        lines.append(f"| {task.title} | {len(learned)} | {values} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) |")
+        shared = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})".replace("-", "−")
+        lines.append(f"| {task.title} | {len(learned)} | {values} | {shared} |")
     return "\n".join(lines)
 
 

@@ -158,7 +158,7 @@ def gaps(scores: Scores, before: Scores, tasks: list[str]) -> str:
         for task in tasks:
             seeds = before[recipe].get(task, {})
             moved = [scores[recipe][task][seed] - value for seed, value in seeds.items()]
-            cells.append(f"{max(moved, key=abs):+.1f}" if moved else "–")
+            cells.append(f"{max(moved, key=abs):+.1f}".replace("-", "−") if moved else "–")
         lines.append("| " + " | ".join([LABELS[recipe], *cells]) + " |")
     return "\n".join(lines)
 
