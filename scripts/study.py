@@ -23,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import datasets
 import study_hardening  # noqa: F401 (registers its recipes)
 import study_rivals  # noqa: F401
+import study_stages  # noqa: F401
 from study_recipes import RECIPES, Run
 from study_scratch import SCRATCH
 from study_tasks import PRETRAINED, Task

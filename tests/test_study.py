@@ -12,6 +12,7 @@ import pytest
 import study
 import study_claims
 import study_report
+import study_stages
 import study_updates
 import torch
 from scipy import stats
@@ -86,6 +87,32 @@ def test_recipes_end_in_a_relu_network(recipe: str, monkeypatch: pytest.MonkeyPa
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     result = found[recipe]
     assert (result.before is None) == (not result.profile)
+
+
+def test_a_stage_hardens_what_it_names() -> None:
+    """The refit sees the next λ at the named sites alone; the function is kept better than by the λ alone."""
+    train, test = TASK.splits(0, "test")
+    run = Run(TASK, 0, 1e-2, train, test)
+    model, inputs = run.model().eval(), {k: v for k, v in test[:100].items() if k != "labels"}
+    hlg.convert(model)
+    sites = hlg.hardness_sites(model)
+    for site in sites.values():
+        site.__class__ = study_stages._Staged
+    x = torch.linspace(-3, 3, 101)
+    first, *others = sites
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        sites[first].set_hardness(160.0)
+        plain = (model(**inputs).logits - expected).square().mean()
+        sites[first].set_hardness(1.0)
+        study_stages._harden(run, model, {first: 160.0})
+        assert hlg.hardness_profile(model) == pytest.approx({first: 160.0} | dict.fromkeys(others, 1.0), rel=1e-4)
+        assert (model(**inputs).logits - expected).square().mean() < plain / 2
+        with hlg.gates_as_relu(model):
+            for name, site in sites.items():
+                site.following = None if name == first else 8.0
+                wanted = hlg.lambda_gelu_reference(x, 160.0 if name == first else 8.0)
+                assert torch.allclose(site(x), wanted, atol=1e-5)
 
 
 def test_draws_do_not_overlap() -> None:
