@@ -11,6 +11,7 @@ from .calibration import CalibrationReport, SiteStatistics, calibrate
 from .card import CardDetails
 from .conversion import ConversionError, ConversionReport, convert
 from .export import VerificationError, save_relu_pretrained, verify_relu_pretrained
+from .fold import FoldError, FoldReport, fold
 from .functional import lambda_gelu, lambda_gelu_reference
 from .hardening import HardeningSchedule, sup_error, target_hardness
 from .hub import PushError, push_relu_to_hub
@@ -29,6 +30,8 @@ __all__ = [
     "CardDetails",
     "ConversionError",
     "ConversionReport",
+    "FoldError",
+    "FoldReport",
     "HardeningSchedule",
     "LambdaGELU",
     "LambdaGELUTrainer",
@@ -43,6 +46,7 @@ __all__ = [
     "attach_hardness_update",
     "calibrate",
     "convert",
+    "fold",
     "gates_as_relu",
     "hardness_profile",
     "hardness_sites",

@@ -116,8 +116,10 @@ def convert(model: PreTrainedModel, init_hardness: float = 1.0) -> ConversionRep
             claimed.add(name)
             if isinstance(model.get_submodule(name), LambdaGELU):  # a block that several names share has it already
                 continue
-            replace_module(model, name, LambdaGELU(init_hardness, base=base))
-            model.get_submodule(name)._is_hf_initialized = True  # a later init_weights() leaves it alone
+            made = LambdaGELU(init_hardness, base=base)
+            made.stock_key = attribute.value
+            replace_module(model, name, made)
+            made._is_hf_initialized = True  # a later init_weights() leaves it alone
             report.sites.append(Site(name, attribute.value, base, attribute.path))
     order = {name: index for index, name in enumerate(modules)}
     report.sites.sort(key=lambda site: order[site.name])

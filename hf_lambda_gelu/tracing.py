@@ -216,7 +216,7 @@ def _sources(tensor: Tensor, leaves: dict[int, str | None]) -> set[str]:
 
 def _read(model: nn.Module, names: Iterable[str], reached: Mapping[str, list[LinearCall]]) -> Trace:
     result = Trace(order=list(reached))
-    parameters = _Parameters(model)
+    parameters = Parameters(model)
     takers: dict[str, set[str]] = {}  # parameter → the sites whose output it takes up
     for site, calls in reached.items():
         unique = {call.key: call for call in calls}
@@ -234,7 +234,7 @@ def _read(model: nn.Module, names: Iterable[str], reached: Mapping[str, list[Lin
         elif shared := parameters.other_names(next(iter(held))):
             result.obstacles[site] = f"the weight that it feeds is shared with {shared[0]}"
         else:
-            result.maps[site] = _of_all_experts([m for m in found.values() if m is not None])
+            result.maps[site] = all_experts([m for m in found.values() if m is not None])
             takers.setdefault(next(iter(held)), set()).add(site)
     for name, several in takers.items():
         if len(several) > 1:
@@ -247,19 +247,20 @@ def _read(model: nn.Module, names: Iterable[str], reached: Mapping[str, list[Lin
     return result
 
 
-def _of_all_experts(maps: list[LinearMap]) -> list[LinearMap]:
+def all_experts(maps: list[LinearMap]) -> list[LinearMap]:
     """Also those of the experts that this batch did not reach: another one may."""
     first = maps[0]
     return maps if first.index is None else [replace(first, index=i) for i in range(len(first.parameter))]
 
 
-class _Parameters:
+class Parameters:
     """Finds the parameter that a weight is, or is a slice of."""
 
     def __init__(self, model: nn.Module) -> None:
         self.names: dict[nn.Parameter, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.names.setdefault(parameter, []).append(name)
+        for prefix, module in model.named_modules():  # a module that several names hold counts once
+            for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                self.names.setdefault(parameter, []).append(f"{prefix}.{leaf}" if prefix else leaf)
         self.by_pointer = {p.data_ptr(): p for p in self.names if p.numel()}
         self.stacks = [p for p in self.names if p.dim() == 3]
 

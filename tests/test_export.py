@@ -22,6 +22,7 @@ from datasets import load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from stock import stock_outputs
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -37,28 +38,7 @@ from transformers import (
 )
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.export import example_inputs, main_output
-
-STOCK = """
-import json, sys
-sys.modules["hf_lambda_gelu"] = None
-import tiny, torch, transformers
-from safetensors.torch import load_file, save_file
-torch.set_num_threads(2)
-try:
-    import hf_lambda_gelu
-except ImportError:
-    pass
-else:
-    sys.exit("the package can be imported")
-for folder, name in json.loads(sys.argv[1]):
-    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (name, info)
-    for parameter in model.parameters():  # where the mapped file puts a vector can change the last bit of a product with it
-        parameter.data = parameter.data.clone()
-    outputs = tiny.outputs(model.eval(), load_file(folder + ".inputs"))
-    save_file({f"{i:03}": tensor.contiguous() for i, tensor in enumerate(outputs)}, folder + ".outputs")
-"""
+from hf_lambda_gelu.batches import example_inputs, main_output
 
 
 class Saved(NamedTuple):
@@ -74,14 +54,9 @@ def reload_in_stock(models: dict[str, tuple[PreTrainedModel, dict[str, Tensor]]]
     """Save all, then load and run all in one stock process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)  # drawing took longer than all else
-        for name, (model, batch) in models.items():
+        for name, (model, _) in models.items():
             hlg.save_relu_pretrained(model, root / name)
-            save_file({key: tensor.contiguous() for key, tensor in batch.items()}, root / f"{name}.inputs")
-    work = json.dumps([(str(root / name), type(model).__name__) for name, (model, _) in models.items()])
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    process = subprocess.run([sys.executable, "-c", STOCK, work], capture_output=True, text=True, env=env, check=False)
-    assert process.returncode == 0, process.stderr[-3000:]
-    stock = {name: list(load_file(root / f"{name}.outputs").values()) for name in models}
+    stock = stock_outputs({name: (type(model).__name__, batch) for name, (model, batch) in models.items()}, root)
     return {name: Saved(model, root / name, batch, stock[name]) for name, (model, batch) in models.items()}
 
 
