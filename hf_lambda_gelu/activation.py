@@ -37,7 +37,9 @@ class LambdaGELU(nn.Module):
     """
 
     raw_hardness: nn.Parameter
-    stock_key: str = ""  # transformers' name of what it took the place of, if `convert` made it
+    # what it took the place of, if `convert` made it: transformers' name, or the module where no config attribute governs it
+    stock_key: str = ""
+    replaced: nn.Module | None = None
 
     def __init__(self, init_hardness: float = 1.0, temperature: float = 0.1, base: str = "gelu") -> None:
         super().__init__()

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -77,6 +78,42 @@ def base_of(module: nn.Module) -> str | None:
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     return _CLASS_BASES.get(type(module))
+
+
+def probed_base(module: nn.Module) -> str | None:
+    """The base whose λ = 1 the module computes, by its class or, of a class that is not known, by what it makes of numbers.
+
+    Only of a module without children, parameters and buffers, and not of torch's own others.
+    """
+    base = base_of(module)
+    if base is not None or type(module).__module__.startswith("torch.nn.") or isinstance(module, LambdaGELU):
+        return base
+    if any(True for _ in chain(module.children(), module.parameters(), module.buffers())):
+        return None
+    x = torch.linspace(-6.0, 6.0, 241)
+    with torch.no_grad(), torch.random.fork_rng(devices=()), torch.device("cpu"):
+        try:
+            y = module(x.clone())
+        except Exception:  # not a function of one tensor
+            return None
+        if not isinstance(y, torch.Tensor) or y.shape != x.shape or not y.is_floating_point():
+            return None
+        return next((b.name for b in BASES.values() if torch.allclose(y, b.activation(x), rtol=0.0, atol=2e-6)), None)
+
+
+def transformers_parts(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """{module name: model} of the outermost transformers models in `model`, itself under the name "" if it is one."""
+    found: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, PreTrainedModel) and not inside:
+            found[name] = module
+    return found
+
+
+def joined(prefix: str, name: str) -> str:
+    """`prefix.name`, or the one of them that is not empty."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
 def is_activation(module: nn.Module) -> bool:

@@ -15,11 +15,12 @@ import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 
 from torch import nn
 
 from .activation import LambdaGELU
-from .discovery import LAMBDA_KEYS, STOCK_KEYS, base_of, is_activation, named_modules
+from .discovery import LAMBDA_KEYS, STOCK_KEYS, is_activation, named_modules, probed_base
 
 _FUNCTIONS = {"gelu", "gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "silu", "swish"}
 
@@ -63,7 +64,7 @@ def smooth_activations(
 
 def smooth_modules(model: nn.Module, claimed: Collection[str] = ()) -> list[Unconverted]:
     """The GELU and SiLU modules of `model` outside those `claimed`."""
-    reason = "hard-coded: no config attribute tells a stock reload to build it otherwise"
+    reason = "hard-coded: no config attribute tells a stock reload to build it otherwise; convert(hard_coded=True) and fold"
     return [
         Unconverted(name, type(module).__name__, reason)
         for name, module in named_modules(model)
@@ -72,11 +73,10 @@ def smooth_modules(model: nn.Module, claimed: Collection[str] = ()) -> list[Unco
 
 
 def _is_smooth(module: nn.Module) -> bool:
-    # BloomGelu and its like are known by their names only
+    # those that take more than a tensor are known by their names only
     named = re.search(r"gelu|silu|swish", type(module).__name__, re.IGNORECASE) is not None
-    return base_of(module) is not None or (
-        named and not isinstance(module, LambdaGELU) and not any(module.children()) and not any(module.parameters())
-    )
+    bare = not any(True for _ in chain(module.children(), module.parameters()))
+    return probed_base(module) is not None or (named and bare and not isinstance(module, LambdaGELU))
 
 
 def _classes(model: nn.Module) -> dict[type, list[str]]:

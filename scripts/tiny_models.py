@@ -22,7 +22,10 @@ KEPT_TOKENS = 100  # token ids below this are kept, the others get the ids from 
 
 # The first pattern that is found in the name of an integer attribute caps it.
 CAPS: list[tuple[str, int]] = [
-    (r"token|kernel|stride|ratio|factor|temperature|num_channels|loss|_cost|patch_|_ids?$|_period|_seed|^seed$|interval", -1),
+    (
+        r"token|kernel|stride|ratio|factor|temperature|num_channels|loss|_cost|patch_|_ids?$|_period|_seed|^seed$|interval",
+        -1,
+    ),
     (r"mel_bins|sampling_rate|sample_rate|chunk_length|step|expand|hop_length|num_labels|merge_size|feature_levels", -1),
     (r"vocab(_size)?$|vocab_size_per|num_embeddings|num_classes|vocab_size_base", VOCABULARY),
     (r"codebook_size|codevectors|num_clusters", 64),
@@ -178,8 +181,12 @@ class _Shrinker:
         specs = type(config).sub_configs_defaults
         kwargs: dict[str, Any] = {}
         for name, default in defaults.items():
-            value = vars(config).get(name)
-            if isinstance(value, PreTrainedConfig):
+            value = getattr(config, name, None)
+            if name not in vars(config) and value is None:
+                continue
+            if name == "head_dim" and value is None and heads:
+                value = 16
+            elif isinstance(value, PreTrainedConfig):
                 inner = specs[name].init_kwargs if name in specs else {}
                 value = self.shrink(value, inner, f"{path}{name}.")
             elif value is None or isinstance(value, bool) or (isinstance(value, str)):
@@ -192,7 +199,9 @@ class _Shrinker:
             elif TOKEN.search(name):
                 value = self.token(value, vars(config).get("vocab_size"))
             elif isinstance(value, int):
-                value = len(chosen) if name in LAYERS and value == layers else self.number(name, value, heads, staged, config)
+                value = (
+                    len(chosen) if name in LAYERS and value == layers else self.number(name, value, heads, staged, config)
+                )
             elif isinstance(value, float):
                 if re.search(r"init\w*_(range|std)|init_std", name) and 0 < value < 0.1:
                     value = 0.1
