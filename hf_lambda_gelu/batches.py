@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class CalibrationError(ValueError):
@@ -20,7 +20,7 @@ class CalibrationError(ValueError):
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
 
-def forward_failed(model: PreTrainedModel, index: int, error: Exception) -> Exception:
+def forward_failed(model: nn.Module, index: int, error: Exception) -> Exception:
     """The error to raise when the model's forward raised `error` on a calibration batch."""
     if isinstance(error, CalibrationError):
         return error
@@ -29,45 +29,78 @@ def forward_failed(model: PreTrainedModel, index: int, error: Exception) -> Exce
     )
 
 
-def model_batches(model: PreTrainedModel, loader: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The batches of `loader`, cut to what `model.forward` takes and on the model's device.
+def model_batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """The batches of `loader` as keyword arguments: cut to what `model.forward` takes, on the model's device.
 
     Keys that forward does not take are dropped, as the Trainer does with columns. Labels stay: some models make their
-    decoder's input from them.
+    decoder's input from them. A tensor, or the tensors of a tuple, are forward's first arguments, for modules that are not
+    transformers models; what is over (labels) is dropped.
 
     Raises:
-        CalibrationError: a batch that is no mapping, holds no tensor that the model takes, or has another dtype or device
-            than the first; a loader that yields nothing, or nothing but padding.
+        CalibrationError: a batch that holds no tensor that the model takes, or has another dtype or device than the first;
+            a loader that yields nothing, or nothing but padding.
     """
-    accepted = set(inspect.signature(model.forward).parameters) - {"return_dict"}
+    accepted = _accepted(model)
+    main = getattr(model, "main_input_name", None)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     first: dict[str, tuple[torch.dtype, torch.device]] = {}
     count, seen = 0, False
     for count, batch in enumerate(loader, 1):
         where = f"calibration batch {count - 1}"
+        if main is None and isinstance(batch, (Tensor, tuple, list)):
+            batch = dict(zip(accepted or (), [batch] if isinstance(batch, Tensor) else batch, strict=False))
         if not isinstance(batch, Mapping):
             raise CalibrationError(f"{where} is a {type(batch).__name__}: expected a mapping of the model's inputs")
-        kept = {name: value for name, value in batch.items() if name in accepted}
+        kept = {name: value for name, value in batch.items() if accepted is None or name in accepted}
         tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
         if not any(value.numel() for name, value in tensors.items() if name != "labels"):
+            takes = repr(main or next(iter(accepted or ()), "nothing"))
             raise CalibrationError(
                 f"{where} holds {', '.join(map(repr, batch)) or 'nothing'}: no tensor in it is an input of "
-                f"{type(model).__name__}.forward, which takes {model.main_input_name!r}"
+                f"{type(model).__name__}.forward, which takes {takes}"
             )
         for name, value in tensors.items():
-            dtype, device = first.setdefault(name, (value.dtype, value.device))
-            if (value.dtype, value.device) != (dtype, device):
+            dtype, place = first.setdefault(name, (value.dtype, value.device))
+            if (value.dtype, value.device) != (dtype, place):
                 raise CalibrationError(
-                    f"{where}: {name} is {value.dtype} on {value.device}, in an earlier batch it was {dtype} on {device}. "
+                    f"{where}: {name} is {value.dtype} on {value.device}, in an earlier batch it was {dtype} on {place}. "
                     "Let the loader yield one dtype on one device"
                 )
         seen = seen or any_token(kept)
-        yield {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in kept.items()}
+        yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kept.items()}
     if not count:
         raise CalibrationError(
             "the calibration set yielded no batch: a generator that was consumed before, or an empty loader?"
         )
     if not seen:
         raise CalibrationError("the calibration set holds only padding: its attention mask is 0 everywhere")
+
+
+def _accepted(model: nn.Module) -> list[str] | None:
+    """The names of forward's arguments, in order; None if it takes any."""
+    parameters = inspect.signature(model.forward).parameters
+    names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and n != "return_dict"]
+    wraps = getattr(model, "get_base_model", None)  # PEFT passes on whatever it is given
+    if wraps is not None:
+        names += _accepted(wraps()) or []
+    elif not names and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return names
+
+
+def call(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What forward returns, as a mapping."""
+    extra = {"return_dict": True} if isinstance(model, PreTrainedModel) else {}
+    output = model(**batch, **extra)
+    if isinstance(output, Mapping):
+        return output
+    return {str(i): value for i, value in enumerate(output if isinstance(output, (tuple, list)) else [output])}
+
+
+def config_of(model: nn.Module) -> PreTrainedConfig | None:
+    """The config of a transformers model, or of one in a wrapper that shows it (PEFT's)."""
+    config = getattr(model, "config", None)
+    return config if isinstance(config, PreTrainedConfig) else None
 
 
 def any_token(batch: Mapping[str, Any]) -> bool:

@@ -16,11 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .activation import LambdaGELU, hardness_profile, hardness_sites
 from .bases import get_base
-from .batches import FORWARD_ERRORS, CalibrationError, evaluating, forward_failed, model_batches, rows, token_mask
+from .batches import (
+    FORWARD_ERRORS,
+    CalibrationError,
+    call,
+    config_of,
+    evaluating,
+    forward_failed,
+    model_batches,
+    rows,
+    token_mask,
+)
 from .functional import check_hardness
 from .hardening import DEFAULT_RELATIVE_TOLERANCE, check_relative_tolerance, target_hardness
 
@@ -136,7 +145,7 @@ class CalibrationReport:
 
 
 @torch.no_grad()
-def calibrate(model: PreTrainedModel, dataloader: Iterable[Mapping[str, Any]]) -> CalibrationReport:
+def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
     """Measure the pre-activations of every λ-GELU of `model`, with its present λ, in one pass over `dataloader`.
 
     The model is run in eval mode without gradients and left as it was. Padding does not count where the attention mask fits
@@ -187,21 +196,22 @@ def calibration_sites(model: nn.Module) -> dict[str, LambdaGELU]:
 
 
 @contextlib.contextmanager
-def measuring(model: PreTrainedModel) -> Iterator[None]:
+def measuring(model: nn.Module) -> Iterator[None]:
     """`evaluating`, and config.problem_type as it was, into which classifiers write when they first see labels."""
-    before = vars(model.config).get("problem_type")
+    config = config_of(model)
+    before = None if config is None else vars(config).get("problem_type")
     try:
         with evaluating(model):
             yield
     finally:
-        if "problem_type" in vars(model.config):
-            model.config.problem_type = before
+        if config is not None and "problem_type" in vars(config):
+            config.problem_type = before
 
 
-def run_batch(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> Any:
+def run_batch(model: nn.Module, batch: Mapping[str, Any], index: int) -> Any:
     """The model's output on the batch of that number; CalibrationError if its forward raises."""
     try:
-        return model(**batch, return_dict=True)
+        return call(model, batch)
     except CalibrationError:
         raise
     except FORWARD_ERRORS as error:
@@ -217,7 +227,7 @@ def pieces(x: Tensor) -> Iterator[Tensor]:
 
 def decoder_modules(model: nn.Module) -> set[nn.Module]:
     """The modules of the decoder of an encoder-decoder model; none for other models."""
-    if not getattr(model.config, "is_encoder_decoder", False):
+    if not getattr(config_of(model), "is_encoder_decoder", False):
         return set()
     decoder = model.get_decoder()
     return set() if decoder is model else set(decoder.modules())  # itself: transformers found none

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from .activation import hardness_profile, hardness_sites
+from .activation import LambdaGELU, hardness_profile, hardness_sites
 from .arguments import LambdaGELUTrainingArguments
 from .compensation import CompensationReport
+from .discovery import has_adapters
 from .hardening import HardeningSchedule
 from .switch import calibrated_targets, check_calibratable, l1_targets, refit_at_switch
 
@@ -22,17 +24,21 @@ logger = logging.get_logger(__name__)
 class HardeningCallback(TrainerCallback, ExportableState):
     """Sets λ by the schedule once learning is over.
 
-    Its only state is λ per site at the switch and, if they were calibrated there, the targets per site. `trainer_state.json`
-    carries both: with them, λ is a function of the step.
+    Its state is λ per site at the switch and, if they were calibrated there, the targets per site. `trainer_state.json`
+    carries both: with them, λ is a function of the step. Where checkpoints hold adapters alone (PEFT), the present λ too.
     """
 
     def __init__(self) -> None:
+        self.model: nn.Module | None = None
         self.at_switch: dict[str, float] | None = None
         self.calibrated: dict[str, float] | None = None
         self.refit: CompensationReport | None = None  # in this process; a resumed run has the weights, not the report
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"at_switch": self.at_switch, "calibrated": self.calibrated}}
+        attributes: dict[str, Any] = {"at_switch": self.at_switch, "calibrated": self.calibrated}
+        if self.model is not None and has_adapters(self.model):
+            attributes["raw"] = {name: site.raw_hardness.item() for name, site in hardness_sites(self.model).items()}
+        return {"args": {}, "attributes": attributes}
 
     def on_train_begin(
         self, args: LambdaGELUTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -43,13 +49,27 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self.at_switch = attributes.get("at_switch")
         self.calibrated = attributes.get("calibrated")  # absent in older checkpoints
         check_calibratable(args, kwargs["train_dataloader"].dataset)
+        self.model = kwargs["model"]
         sites = hardness_sites(kwargs["model"])
         if self.at_switch is not None and set(self.at_switch) != set(sites):
             raise ValueError(
                 f"the checkpoint was hardening {sorted(self.at_switch)}, the model has λ-GELU at {sorted(sites)}: resume "
                 "with the model that was converted for this run"
             )
+        self._restore(attributes.get("raw"), sites)
         self._apply(args, state, **kwargs)
+
+    def _restore(self, raw: dict[str, float] | None, sites: dict[str, LambdaGELU]) -> None:
+        if raw is None:
+            return
+        if set(raw) != set(sites):
+            raise ValueError(
+                f"the checkpoint holds λ of {sorted(raw)}, the model has λ-GELU at {sorted(sites)}: resume with the model "
+                "that was converted, and wrapped by PEFT, as it was for this run"
+            )
+        with torch.no_grad():
+            for name, site in sites.items():
+                site.raw_hardness.fill_(raw[name])
 
     def on_step_end(
         self, args: LambdaGELUTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .batches import CalibrationError, model_batches, token_mask
@@ -243,7 +242,7 @@ class Compensation(Twin):
 
 
 @contextmanager
-def compensation(model: PreTrainedModel, loader: Iterable[Mapping[str, Any]]) -> Iterator[Compensation]:
+def compensation(model: nn.Module, loader: Iterable[Any]) -> Iterator[Compensation]:
     """A `Compensation` with the calibration set taken in; the model is as it was if the block raises."""
     with tempfile.TemporaryDirectory(prefix="hf_lambda_gelu-") as folder:
         work = Compensation(model, Path(folder))

@@ -111,6 +111,11 @@ def transformers_parts(model: nn.Module) -> dict[str, PreTrainedModel]:
     return found
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters into the model: its checkpoints then hold these alone."""
+    return hasattr(model, "merge_and_unload") or bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 def joined(prefix: str, name: str) -> str:
     """`prefix.name`, or the one of them that is not empty."""
     return f"{prefix}.{name}" if prefix and name else prefix or name

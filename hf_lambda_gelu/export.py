@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from .activation import hardness_sites
 from .batches import evaluating, example_inputs, main_output
 from .card import CardDetails, card_record, render_card
-from .discovery import LAMBDA_KEYS, activation_attributes, governed_modules
+from .discovery import LAMBDA_KEYS, activation_attributes, governed_modules, has_adapters
 from .inventory import smooth_activations, smooth_modules
 from .plots import plot_hardness
 from .substitution import SubstitutionReport
@@ -113,6 +113,16 @@ def save_relu_pretrained(
 
 def check_relu(model: PreTrainedModel) -> None:
     """Raises ValueError unless the gates of `model` that its config governs are ReLU, and every tensor is finite."""
+    if has_adapters(model):
+        raise ValueError(
+            f"{type(model).__name__} has adapters, without which stock transformers would load it: model = "
+            "model.merge_and_unload() first"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"expected a transformers model, which a config can rebuild, got {type(model).__name__}: save its weights by "
+            "safetensors.torch.save_model"
+        )
     left = hardness_sites(model)
     if left:
         raise ValueError(

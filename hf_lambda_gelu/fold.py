@@ -18,9 +18,9 @@ from transformers.activations import ACT2FN
 
 from .activation import LambdaGELU, hardness_sites
 from .bases import BASES
-from .batches import evaluating, example_inputs
+from .batches import call, evaluating, example_inputs
 from .conversion import replace_module, update_config_copies
-from .discovery import LAMBDA_KEYS, STOCK_KEYS, activation_attributes, own_config, set_attribute
+from .discovery import LAMBDA_KEYS, STOCK_KEYS, activation_attributes, joined, own_config, set_attribute, transformers_parts
 from .scaling import Fold, Scale, plan
 from .tracing import eager_experts
 
@@ -70,7 +70,7 @@ def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None =
         model: a converted model on real devices, transformers' or any other.
         inputs: arguments of forward: a mapping, a tensor, or a tuple of tensors. By default a small batch made to fit a
             transformers model.
-        only: fold these sites alone; the others keep their λ.
+        only: fold these sites alone; the others keep their λ, and configs what they say.
 
     Returns:
         What was scaled, and by how much the outputs changed: rounding, as λW is rounded; less if λ is a power of two.
@@ -109,11 +109,12 @@ def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None =
             raise FoldError(_culprits(model, sites, folds, run, expected, report.difference))
     for name, site in sites.items():
         _replace(model, name, site)
-    if isinstance(model, PreTrainedModel) and not hardness_sites(model):
-        own_config(model)
-        for path, key in list(activation_attributes(model.config)):
-            if key in LAMBDA_KEYS:
-                report.attributes[path] = _to_stock(model, path, key, sites.values())
+    for prefix, part in transformers_parts(model).items():
+        if only is None:  # else sites remain, which the config tells of
+            own_config(part)
+            for path, key in list(activation_attributes(part.config)):
+                if key in LAMBDA_KEYS:
+                    report.attributes[joined(prefix, path)] = _to_stock(part, path, key, sites.values())
     for name, made in folds.items():
         report.scaled[name] = tuple(dict.fromkeys(s.label for s in made.scaled))
         report.divided[name] = tuple(dict.fromkeys(s.label for s in made.divided))
@@ -123,8 +124,7 @@ def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None =
 def forward(model: nn.Module, inputs: Any) -> Callable[[], Any]:
     """The model's forward on `inputs`, a mapping, a tensor or a tuple."""
     if isinstance(inputs, Mapping):
-        extra = {"return_dict": True} if isinstance(model, PreTrainedModel) else {}
-        return lambda: model(**{**inputs, **extra})
+        return lambda: call(model, inputs)
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     return lambda: model(*arguments)
 
@@ -232,7 +232,7 @@ def _culprits(
 def _replace(model: nn.Module, name: str, site: LambdaGELU) -> None:
     for other, module in list(model.named_modules(remove_duplicate=False)):
         if module is site:
-            replace_module(model, other, ACT2FN[_stock_keys(site.base, site)[0]])
+            replace_module(model, other, site.replaced or ACT2FN[_stock_keys(site.base, site)[0]])
 
 
 def _stock_keys(base: str, *sites: LambdaGELU) -> list[str]:

@@ -147,6 +147,9 @@ def push_trained(trainer: LambdaGELUTrainer, commit_message: str, details: CardD
             calibration=evaluation_sample(trainer),
         )
         report.compensation = trainer.compensation  # of the switch, for the card
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+            model._relu_report = report
     arguments = {
         name: value
         for name, value in vars(args).items()

@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from .activation import LambdaGELU, hardness_profile
-from .batches import CalibrationError, main_output, model_batches, rows, token_mask
+from .batches import CalibrationError, config_of, main_output, model_batches, rows, token_mask
 from .calibration import calibration_sites, measuring, pieces, run_batch
 
 
@@ -74,7 +73,7 @@ class SensitivityReport:
 
 
 @torch.no_grad()
-def sensitivity(model: PreTrainedModel, dataloader: Iterable[Mapping[str, Any]]) -> SensitivityReport:
+def sensitivity(model: nn.Module, dataloader: Iterable[Any]) -> SensitivityReport:
     """Measure, site by site, how the loss and the outputs change when only that site is ReLU. [derived]
 
     The model is run in eval mode without gradients, n_sites + 1 times a batch, and left as it was; the others keep their λ.
@@ -90,7 +89,7 @@ def sensitivity(model: PreTrainedModel, dataloader: Iterable[Mapping[str, Any]])
             or outputs that are not finite; the message names the batch and the site.
     """
     sites, profile = calibration_sites(model), hardness_profile(model)
-    decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    decoder = bool(getattr(config_of(model), "is_encoder_decoder", False))
     squares = dict.fromkeys(sites, 0.0)
     losses = dict.fromkeys(sites, 0.0)
     norm = loss = 0.0
@@ -132,7 +131,7 @@ def _as_relu(site: LambdaGELU) -> Iterator[None]:
 
 
 def _measured(
-    model: PreTrainedModel, batch: Mapping[str, Any], mask: Tensor | None, index: int, how: str = ""
+    model: nn.Module, batch: Mapping[str, Any], mask: Tensor | None, index: int, how: str = ""
 ) -> tuple[Tensor, float | None]:
     """The main output without padding, (rows, features), and the loss."""
     result = run_batch(model, batch, index)

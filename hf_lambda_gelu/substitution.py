@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import EvalPrediction, PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.trainer_pt_utils import nested_concat
 
 from .activation import hardness_profile, hardness_sites
-from .batches import main_output, model_batches, rows, token_mask
-from .calibration import decoder_modules, measuring, run_batch
+from .batches import model_batches
+from .calibration import measuring
 from .compensation import Compensate, CompensationReport, compensation
 from .conversion import replace_module, update_config_copies
-from .discovery import LAMBDA_KEYS, activation_attributes, own_config, put_attribute, set_attribute
+from .discovery import (
+    LAMBDA_KEYS,
+    activation_attributes,
+    governed_modules,
+    joined,
+    own_config,
+    put_attribute,
+    set_attribute,
+    transformers_parts,
+)
+from .fold import fold
 from .hardening import DEFAULT_TOLERANCE, sup_error, target_hardness
 from .inventory import Unconverted, smooth_activations
+from .measurement import Change, measure_change
 
+# of sites that stay GELU: a power of two, so that weights are scaled without rounding; 1e-5 from ReLU
+FOLDED_HARDNESS = 2.0**14
 # a ramp ends at its target to fp32's accuracy, not to the last bit
 _SLACK = 1e-3
 
@@ -51,6 +62,7 @@ class SubstitutionReport:
     forced: bool = False
     attributes: dict[str, str] = field(default_factory=dict)  # config path → λ key before
     left: list[Unconverted] = field(default_factory=list)
+    folded: dict[str, float] = field(default_factory=dict)  # site that no config can make ReLU → sup |f − ReLU| left
     compensation: CompensationReport | None = None
     relative_change: float | None = None
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)  # name → (before, after)
@@ -61,12 +73,19 @@ class SubstitutionReport:
         """{module name: λ before substitution}, in network order."""
         return {site.name: site.hardness for site in self.sites}
 
+    def take(self, change: Change) -> None:
+        """Take in what was measured."""
+        self.relative_change, self.metrics, self.zeros = change.relative_change, change.metrics, change.zeros
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
         width = max(len(site.name) for site in self.sites)
-        lines = [f"{len(self.sites)} activations are ReLU now" + (" (forced: gates were soft)" if self.forced else "")]
+        lines = [
+            f"{len(self.sites) - len(self.folded)} activations are ReLU now"
+            + (" (forced: gates were soft)" if self.forced else "")
+        ]
         lines.append(f"  {'site':<{width}}  {'λ before':>10}  sup |f − ReLU|")
         lines += [f"  {s.name:<{width}}  {s.hardness:>10.4g}  {s.sup_error:.2g}" for s in self.sites]
         if self.compensation is not None:
@@ -78,6 +97,13 @@ class SubstitutionReport:
             values = list(self.zeros.values())
             mean = sum(values) / len(values)
             lines.append(f"  zeros in what the ReLUs put out: {mean:.0%}, by site {min(values):.0%} to {max(values):.0%}")
+        if self.folded:
+            names = list(self.folded)
+            span = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+            lines.append(
+                f"{len(names)} that the model's class hard-codes stay smooth, at λ = {FOLDED_HARDNESS:g} in the weights: "
+                f"within {max(self.folded.values()):.1g} of ReLU, in units of the pre-activation   {span}"
+            )
         if self.left:
             lines += [f"{len(self.left)} smooth activations remain"] + [f"  {item}" for item in self.left]
         return "\n".join(lines)
@@ -106,25 +132,26 @@ def gates_as_relu(model: nn.Module) -> Iterator[None]:
 
 
 def relu_ize(
-    model: PreTrainedModel,
+    model: nn.Module,
     force: bool = False,
     *,
     tolerance: float = DEFAULT_TOLERANCE,
     targets: Mapping[str, float] | None = None,
-    calibration: Iterable[Mapping[str, Any]] | None = None,
+    calibration: Iterable[Any] | None = None,
     compensate: Compensate | None = None,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
 ) -> SubstitutionReport:
     """Replace, in place, every λ-GELU by ReLU and let the config say `relu`, so that stock transformers loads the model.
 
     Args:
-        model: a converted model, at any λ.
+        model: a converted model, at any λ. Sites that its class hard-codes stay smooth, at λ = 2¹⁴ in the weights (`fold`).
         force: substitute soft gates too. This is the naive swap: it costs a pretrained model several points.
         tolerance: ε; gates with λ < `target_hardness(ε)` count as soft. Give the one that the run was trained with.
         targets: {module name: λ} below which a gate counts as soft, in place of `tolerance`: `trainer.hardness_targets` of a
             run with `hardness_target="calibrated"`, or `calibrate(…).targets(…)`.
-        calibration: batches (mappings that the model's forward takes) like those that the model will meet. The change of the
-            outputs and the zeros of each ReLU are measured on them, and the loss if they hold labels. Iterated once.
+        calibration: batches like those that the model will meet, mappings of what its forward takes, or tensors where it is
+            no transformers model. The change of the outputs and the zeros of each ReLU are measured on them, and the loss if
+            they hold labels. Iterated once.
         compensate: "least_squares" refits, from the calibration batches and without labels, the linear map after each
             activation, so that the network computes with ReLU what it computed before (see `compensation`); "bias" only
             shifts that map's bias. Soft gates are what it is for: `force` is not needed.
@@ -137,6 +164,7 @@ def relu_ize(
         ValueError: no λ-GELU in the model, or a `compensate` that is unknown or lacks a calibration set.
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`.
+        FoldError: a hard-coded site whose weights cannot take λ up.
         In every case the model is as it was.
     """
     if compensate not in (None, *get_args(Compensate)):
@@ -162,31 +190,78 @@ def relu_ize(
             "compensate='least_squares' with a calibration set, or force=True to substitute all the same"
         )
     report.forced = bool(soft) and compensate is None
+    stay = hard_coded_sites(model)
     if compensate is not None:
         with measuring(model), compensation(model, calibration) as work:
             report.compensation = work.run(compensate)
+            if soft and not force and not report.compensation.sites:
+                name, reason = next(iter(report.compensation.uncompensated.items()))
+                raise SoftGateError(
+                    f"{len(soft)} gates are soft, and the map after none of the sites can be refit ({name}: {reason}). "
+                    "Merge adapters before; else force=True substitutes all the same"
+                )
             batches = map(work.batch, range(work.count))
-            _measure(model, batches, work.smooth, work.substituted, compute_metrics, report)
-    elif calibration is not None:
-        with measuring(model):
-            batches = model_batches(model, calibration)
-            _measure(model, batches, contextlib.nullcontext, lambda: gates_as_relu(model), compute_metrics, report)
+            report.take(measure_change(model, batches, work.smooth, work.substituted, compute_metrics))
+            _fold(model, stay, work.batch(0), report)
+    else:
+        first: list[Mapping[str, Any]] = []
+        if calibration is not None:
+            with measuring(model):
+                batches = _keeping_first(model_batches(model, calibration), first)
+                hard = partial(gates_as_relu, model)
+                report.take(measure_change(model, batches, contextlib.nullcontext, hard, compute_metrics))
+        _fold(model, stay, first[0] if first else None, report)
 
     modules = set(hardness_sites(model).values())
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in modules:
             replace_module(model, name, ACT2FN["relu"])
-    own_config(model)
-    for path, key in list(activation_attributes(model.config)):
-        if key in LAMBDA_KEYS and set_attribute(model.config, path, "relu"):
-            update_config_copies(model, path, key, "relu")
-            report.attributes[path] = key
-    report.left = smooth_activations(model)
+    for prefix, part in transformers_parts(model).items():
+        own_config(part)
+        for path, key in list(activation_attributes(part.config)):
+            if key in LAMBDA_KEYS and set_attribute(part.config, path, "relu"):
+                update_config_copies(part, path, key, "relu")
+                report.attributes[joined(prefix, path)] = key
+    report.left = [item for item in smooth_activations(model) if item.name not in report.folded]
     model._relu_report = report  # for save_relu_pretrained: λ is gone from the model itself
     return report
 
 
-def _check_sites(model: PreTrainedModel) -> list[SubstitutedSite]:
+def hard_coded_sites(model: nn.Module) -> list[str]:
+    """The λ-GELUs inside transformers models that no config attribute governs: a stock reload brings their GELU back."""
+    names: list[str] = []
+    for prefix, part in transformers_parts(model).items():
+        sites = hardness_sites(part)
+        governed = {name for attribute in governed_modules(part) for name in attribute.modules} if sites else set()
+        names += [joined(prefix, name) for name in sites if name not in governed]
+    return names
+
+
+def _fold(model: nn.Module, names: list[str], batch: Mapping[str, Any] | None, report: SubstitutionReport) -> None:
+    if not names:
+        return
+    sites = hardness_sites(model)
+    before = {name: sites[name].raw_hardness.detach().clone() for name in names}
+    try:
+        for name in names:
+            sites[name].set_hardness(FOLDED_HARDNESS)
+        fold(model, batch, only=names)
+    except BaseException:
+        with torch.no_grad():
+            for name, raw in before.items():
+                sites[name].raw_hardness.copy_(raw)
+        raise
+    report.folded = {name: sup_error(FOLDED_HARDNESS, sites[name].base) for name in names}
+
+
+def _keeping_first(batches: Iterable[Mapping[str, Any]], first: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    for batch in batches:
+        if not first:
+            first.append(batch)
+        yield batch
+
+
+def _check_sites(model: nn.Module) -> list[SubstitutedSite]:
     if any(site.raw_hardness.is_meta for site in hardness_sites(model).values()):
         raise ValueError("the model is on the meta device, where λ has no value: load its weights first")
     profile = hardness_profile(model)
@@ -196,73 +271,3 @@ def _check_sites(model: PreTrainedModel) -> list[SubstitutedSite]:
         raise ValueError(f"{type(model).__name__} has no λ-GELU to replace: {hint}")
     bases = {name: site.base for name, site in hardness_sites(model).items()}
     return [SubstitutedSite(name, bases[name], value, sup_error(value, bases[name])) for name, value in profile.items()]
-
-
-@torch.no_grad()
-def _measure(
-    model: PreTrainedModel,
-    batches: Iterable[Mapping[str, Any]],
-    before_: Callable[[], AbstractContextManager[None]],
-    after_: Callable[[], AbstractContextManager[None]],
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
-    report: SubstitutionReport,
-) -> None:
-    """Run the model on each batch within both contexts, and put what differs into the report."""
-    change = norm = 0.0
-    losses: list[tuple[float, float]] = []
-    logits: tuple[Tensor, Tensor] | None = None
-    labels: Tensor | None = None
-    zeros = _Zeros(model)
-    for index, batch in enumerate(batches):
-        with before_():
-            smooth = run_batch(model, batch, index)
-        with after_(), zeros.counting(batch):
-            hard = run_batch(model, batch, index)
-        before, after = main_output(smooth), main_output(hard)
-        for first, second in zip(before, after, strict=True):  # one by one: a language model's logits are large
-            change += float((second.float() - first.float()).square().sum(dtype=torch.float64))
-            norm += float(first.float().square().sum(dtype=torch.float64))
-        if batch.get("labels") is not None:
-            if smooth.get("loss") is not None:
-                size = len(batch["labels"])  # the mean over examples, as the Trainer reports it
-                losses += [(float(smooth["loss"]), float(hard["loss"]))] * size
-            if compute_metrics is None:
-                continue
-            # of unequal length under dynamic padding: padded with −100, as the Trainer does
-            both, truth = (before.float().cpu(), after.float().cpu()), batch["labels"].cpu()
-            logits = both if logits is None else nested_concat(logits, both)
-            labels = truth if labels is None else nested_concat(labels, truth)
-    report.zeros = zeros.fractions()
-    report.relative_change = (change / norm) ** 0.5 if norm else 0.0
-    if losses:
-        report.metrics["loss"] = tuple(sum(column) / len(losses) for column in zip(*losses, strict=True))  # type: ignore[assignment]
-    if logits is not None:
-        first, second = (compute_metrics(EvalPrediction(side.numpy(), labels.numpy())) for side in logits)
-        report.metrics.update({name: (first[name], second[name]) for name in first})
-
-
-class _Zeros:
-    """Counts, by site, what a ReLU makes 0."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.sites = hardness_sites(model)
-        self.decoder = decoder_modules(model)
-        self.counts = {name: [0, 0] for name in self.sites}  # zeros, elements
-
-    @contextlib.contextmanager
-    def counting(self, batch: Mapping[str, Any]) -> Iterator[None]:
-        masks = {in_decoder: token_mask(batch, in_decoder) for in_decoder in (False, True)}
-
-        def watch(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = rows(args[0], masks[module in self.decoder])
-            self.counts[name][0] += int((x <= 0).sum())
-            self.counts[name][1] += x.numel()
-
-        with contextlib.ExitStack() as hooks:
-            for name, site in self.sites.items():
-                hooks.enter_context(site.register_forward_pre_hook(partial(watch, name)))
-            yield
-
-    def fractions(self) -> dict[str, float]:
-        """Without the sites that no batch reached."""
-        return {name: zeros / total for name, (zeros, total) in self.counts.items() if total}

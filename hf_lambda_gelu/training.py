@@ -20,6 +20,7 @@ from .arguments import LambdaGELUTrainingArguments
 from .callback import HardeningCallback
 from .card import PAPER, CardDetails
 from .compensation import CompensationReport
+from .discovery import has_adapters
 from .optim import attach_hardness_update
 from .substitution import gates_as_relu
 
@@ -69,6 +70,8 @@ class LambdaGELUTrainer(Trainer):
                 f"{type(self.model).__name__} has no λ-GELU: call hf_lambda_gelu.convert(model) before building the trainer"
             )
         self.add_callback(HardeningCallback())
+        if has_adapters(self.model):
+            self._check_adapters()
         best = args.metric_for_best_model or ""
         if "relu_" in best and not args.eval_relu:
             raise ValueError(f"metric_for_best_model={best!r} is not measured with eval_relu=False: set eval_relu=True")
@@ -76,6 +79,20 @@ class LambdaGELUTrainer(Trainer):
             logger.warning(
                 f"load_best_model_at_end with metric_for_best_model={best!r} may bring back a checkpoint from before the "
                 f"gates were hard: choose by the ReLU metrics, e.g. 'eval_relu_{best.removeprefix('eval_')}'"
+            )
+
+    def _check_adapters(self) -> None:
+        if self.args.hardness_compensate != "none":
+            raise ValueError(
+                f"hardness_compensate={self.args.hardness_compensate!r} refits base weights, which checkpoints of adapters "
+                "do not hold: set hardness_compensate='none', for a ramp, or merge after training and substitute by "
+                "relu_ize(model, calibration=…, compensate='least_squares')"
+            )
+        frozen = [name for name, site in hardness_sites(self.model).items() if not site.raw_hardness.requires_grad]
+        if frozen:
+            logger.warning(
+                f"λ of {len(frozen)} sites is frozen, {frozen[0]} the first: PEFT freezes what is there when it wraps a "
+                "model. To learn λ, call convert after it"
             )
 
     @property

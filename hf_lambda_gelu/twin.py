@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from .activation import hardness_sites
-from .batches import FORWARD_ERRORS, CalibrationError, forward_failed
+from .batches import FORWARD_ERRORS, CalibrationError, call, config_of, forward_failed
 from .chains import Arguments, Chain, Store, capture, with_hidden, without_hidden
 from .discovery import bias_attribute, get_attribute, own_config, put_attribute
 from .streams import observe
@@ -28,10 +28,10 @@ class Twin:
     `undo` brings the model back to the bit.
     """
 
-    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+    def __init__(self, model: nn.Module, folder: Path) -> None:
         self.model = model
         self.sites = hardness_sites(model)
-        self.store = Store(folder, model.device)
+        self.store = Store(folder, next((p.device for p in model.parameters()), torch.device("cpu")))
         self.count = self.examples = 0  # batches in the store, and examples in them
         self.hard: set[str] = set()  # sites that are ReLU by now
         self.originals: dict[nn.Parameter, Tensor] = {}  # of the parameters that were refit
@@ -92,7 +92,7 @@ class Twin:
     def forward(self, index: int) -> Callable[[], Any]:
         """The model's forward on a batch, the same each time even if the model draws random numbers."""
         batch = self.batch(index)
-        extra = {"return_dict": True}
+        extra: dict[str, Any] = {}
         if "use_cache" in _parameters(self.model) and "use_cache" not in batch:
             extra["use_cache"] = False  # a cache would carry state from call to call
 
@@ -100,7 +100,7 @@ class Twin:
             with torch.random.fork_rng(), warnings.catch_warnings():
                 torch.manual_seed(0)
                 try:
-                    return self.model(**batch, **extra)
+                    return call(self.model, {**batch, **extra})
                 except FORWARD_ERRORS as error:
                     raise forward_failed(self.model, index, error) from error
 
@@ -169,7 +169,8 @@ class Twin:
     def give_biases(self, maps: Iterable[LinearMap]) -> str | None:
         """Give the maps a bias of zeros if a config attribute can; its path, or None with nothing changed."""
         lacking = {m.name.removesuffix("weight") + "bias": m for m in maps if m.bias is None and m.index is None}
-        found = bias_attribute(self.model, set(lacking)) if lacking else None
+        own = isinstance(self.model, PreTrainedModel)
+        found = bias_attribute(self.model, set(lacking)) if lacking and own else None
         if found is None:
             return None
         path, lengths = found
@@ -197,22 +198,22 @@ class Twin:
                 setattr(config, leaf, value)
 
 
-def batch_size(model: PreTrainedModel, batch: Mapping[str, Any]) -> int:
+def batch_size(model: nn.Module, batch: Mapping[str, Any]) -> int:
     """How many examples a batch holds."""
-    main = batch.get(model.main_input_name)
+    main = batch.get(getattr(model, "main_input_name", ""))
     tensor = main if isinstance(main, Tensor) else next(value for value in batch.values() if isinstance(value, Tensor))
     return max(1, len(tensor))
 
 
-def in_decoder(model: PreTrainedModel, block: nn.Module) -> bool:
+def in_decoder(model: nn.Module, block: nn.Module) -> bool:
     """Whether the block is part of the decoder of an encoder-decoder model."""
-    if not getattr(model.config, "is_encoder_decoder", False):
+    if not getattr(config_of(model), "is_encoder_decoder", False):
         return False
     decoder = model.get_decoder()
     return decoder is not None and any(module is block for module in decoder.modules())
 
 
-def _parameters(model: PreTrainedModel) -> Mapping[str, Any]:
+def _parameters(model: nn.Module) -> Mapping[str, Any]:
     return inspect.signature(model.forward).parameters
 
 
