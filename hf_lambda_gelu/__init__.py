@@ -6,6 +6,7 @@ transformers' activation tables, and does nothing else.
 
 from .activation import LambdaGELU, hardness_profile, hardness_sites
 from .arguments import LambdaGELUTrainingArguments
+from .audit import AuditReport, audit
 from .batches import CalibrationError
 from .calibration import CalibrationReport, SiteStatistics, calibrate
 from .card import CardDetails
@@ -25,6 +26,7 @@ from .training import LambdaGELUTrainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "AuditReport",
     "CalibrationError",
     "CalibrationReport",
     "CardDetails",
@@ -44,6 +46,7 @@ __all__ = [
     "SubstitutionReport",
     "VerificationError",
     "attach_hardness_update",
+    "audit",
     "calibrate",
     "convert",
     "fold",

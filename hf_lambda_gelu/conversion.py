@@ -178,7 +178,7 @@ def _convert_governed(
         names = [joined(prefix, name) for name in attribute.modules]
         path = joined(prefix, attribute.path)
         if attribute.failure:
-            reason = f"the model cannot be rebuilt with another activation there ({attribute.failure})"
+            reason = f"the model cannot be rebuilt with another activation there: {attribute.failure}"
             report.unconverted.append(Unconverted(f"config.{path}", attribute.value, reason))
         if not names or attribute.value in LAMBDA_KEYS or names[0] in chosen.left:
             continue

@@ -64,7 +64,8 @@ class Governed:
         path: the attribute as a dotted path from the model's config, e.g. "text_config.hidden_act".
         value: its value, a key of transformers' activation table.
         modules: names of the modules that are built from it, in network order; a shared instance under all its names.
-        failure: why that could not be found out: the model class takes no other activation there.
+        failure: why that could not be found out, or cannot be used: the model class takes no other activation there, or
+            keeps the name itself.
     """
 
     path: str
@@ -263,18 +264,25 @@ def _reloaded(config: PreTrainedConfig, path: str) -> object:
 
 def _governed(model: PreTrainedModel, path: str, value: str) -> Governed:
     try:
-        return Governed(path, value, tuple(_probed(model, path)))
+        names, holders = _probed(model, path)
+        if holders:  # Mamba's convolutions: kernels that know the name "silu", and something else for any other
+            failure = f"{holders[0]} keeps its name, for code that may do something else than look it up"
+            return Governed(path, value, (), failure)
+        return Governed(path, value, tuple(names))
     except Exception as error:  # modelling code of its own kind (openai-gpt has its own table): not ours to crash on
         return Governed(path, value, (), f"{type(error).__name__}: {error}")
 
 
-def _probed(model: PreTrainedModel, path: str) -> list[str]:
+def _probed(model: PreTrainedModel, path: str) -> tuple[list[str], list[str]]:
+    """The modules that are built from the attribute, and attributes of modules that keep its value."""
     config = copy.deepcopy(model.config)
     owner, name = _owner(config, path)
     setattr(owner, name, _PROBE_KEY)
     with _probe_registered(), torch.device("meta"):
         rebuilt = type(model)(config)
-    return [name for name, module in named_modules(rebuilt) if isinstance(module, _Probe)]
+    modules = list(named_modules(rebuilt))
+    holders = [joined(n, a) for n, m in modules for a, v in vars(m).items() if isinstance(v, str) and v == _PROBE_KEY]
+    return [name for name, module in modules if isinstance(module, _Probe)], holders
 
 
 @contextmanager

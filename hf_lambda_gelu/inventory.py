@@ -115,6 +115,8 @@ def calls_in_class(cls: type) -> tuple[str, ...]:
 
 
 def _is_activation_call(node: ast.AST) -> bool:
+    if isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.Mult):
+        return _is_silu(node)
     if isinstance(node, ast.Subscript):
         return _leaf(node.value) in ("ACT2FN", "ACT2CLS")
     if isinstance(node, ast.Call):
@@ -122,6 +124,17 @@ def _is_activation_call(node: ast.AST) -> bool:
         # `self.gelu(x)` is a call of a module, which the module swap sees
         own = isinstance(node.func, ast.Attribute) and _root(node.func) == "self"
         return leaf == "get_activation" or (leaf in _FUNCTIONS and not own)
+    return False
+
+
+def _is_silu(node: ast.BinOp | ast.AugAssign) -> bool:
+    """x * sigmoid(x), in either order or in place."""
+    sides = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.target, node.value)
+    texts = [ast.unparse(side) for side in sides]
+    for side, other in zip(sides, reversed(texts), strict=True):
+        if isinstance(side, ast.Call) and _leaf(side.func) == "sigmoid":
+            argument = side.args[0] if side.args else getattr(side.func, "value", None)  # sigmoid(x), or x.sigmoid()
+            return argument is not None and ast.unparse(argument).rpartition("* ")[2] == other
     return False
 
 

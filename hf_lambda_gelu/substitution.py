@@ -232,7 +232,7 @@ def hard_coded_sites(model: nn.Module) -> list[str]:
     names: list[str] = []
     for prefix, part in transformers_parts(model).items():
         sites = hardness_sites(part)
-        governed = {name for attribute in governed_modules(part) for name in attribute.modules} if sites else set()
+        governed = {name for a in governed_modules(part) if a.value in LAMBDA_KEYS for name in a.modules} if sites else set()
         names += [joined(prefix, name) for name in sites if name not in governed]
     return names
 

@@ -19,6 +19,8 @@ from transformers import (
     BloomForCausalLM,
     FlaubertConfig,
     FlaubertModel,
+    MambaConfig,
+    MambaModel,
     OpenAIGPTConfig,
     OpenAIGPTModel,
     PreTrainedModel,
@@ -31,6 +33,7 @@ from transformers import (
 from transformers.activations import ACT2CLS, ACT2FN
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.inventory import calls_in_class
 
 KEYS = {"gelu": "lambda_gelu", "gelu_tanh": "lambda_gelu_tanh", "quick_gelu": "lambda_quick_gelu", "silu": "lambda_silu"}
 TEXT = tiny.MODELS["bert"][2]
@@ -309,6 +312,30 @@ def test_hard_coded_converted_when_asked() -> None:
         ("transformer.h.1.mlp.gelu_impl", "gelu_tanh", ""),
     ]
     assert tiny.relative_difference(expected, tiny.outputs(model, batch)) <= 1e-5
+
+
+def test_name_that_a_module_keeps() -> None:
+    """Mamba hands "silu" to kernels by its name: nothing there is converted, and the reason is told."""
+    torch.manual_seed(0)
+    model = MambaModel(MambaConfig(vocab_size=99, hidden_size=32, state_size=4, num_hidden_layers=2)).eval()
+    before = tiny.snapshot(model)
+    with pytest.raises(
+        hlg.ConversionError, match=r"config\.hidden_act: silu: .*layers\.0\.mixer\.activation keeps its name"
+    ):
+        hlg.convert(model)
+    assert tiny.snapshot(model) == before
+
+
+def test_calls_are_read() -> None:
+    """SiLU and quick GELU written as products, gates that are neither."""
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            x *= torch.sigmoid(x)
+            z = x * torch.sigmoid(1.702 * x) + y.sigmoid() * y
+            return z + x * torch.sigmoid(y) + torch.sigmoid(z)
+
+    assert calls_in_class(Model) == ("x *= torch.sigmoid(x)", "x * torch.sigmoid(1.702 * x)", "y.sigmoid() * y")
 
 
 def test_only() -> None:

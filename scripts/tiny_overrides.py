@@ -1,2 +1,0 @@
-OVERRIDES = {}
-UNBUILDABLE = {}
