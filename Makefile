@@ -5,13 +5,15 @@ SIZE ?= small
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: help demo demo-vision cards test assets lint clean
+.PHONY: help demo demo-vision cards test assets lint coverage coverage-latest clean
 
 help:
 	@echo "make demo          MiniLM on movie reviews: fine-tune, harden, substitute, reload in stock transformers"
 	@echo "make demo-vision   DINOv2-small on Fashion-MNIST, likewise      (SIZE=full for more data and epochs)"
 	@echo "make test          set up, fetch the test models, run the test suite offline"
 	@echo "make cards         the demos' model cards into model_cards/, after both demos"
+	@echo "make coverage      every architecture of transformers: converted, substituted, folded, reloaded; what is not done yet"
+	@echo "make coverage-latest   the same with the newest transformers, in .venv-latest; prints what changed"
 	@echo "make lint          ruff"
 
 # torch first and pinned: its CPU build is taken where one is offered, and nothing later pulls in another
@@ -40,5 +42,18 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+coverage: $(STAMP)
+	$(BIN)/python scripts/coverage.py
+	$(BIN)/python scripts/coverage.py --heads
+
+# a new release of transformers must not break a conversion in silence
+coverage-latest:
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-latest/bin/python -m pip install --quiet --upgrade --editable '.[test]' transformers
+	.venv-latest/bin/python scripts/coverage.py --results runs/coverage-latest.csv
+	.venv-latest/bin/python scripts/coverage.py --heads --results runs/coverage-latest.csv
+	.venv-latest/bin/python scripts/coverage.py --results runs/coverage-latest.csv --compare scripts/results/coverage.csv
+
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) .venv-latest runs build dist *.egg-info

@@ -19,6 +19,7 @@ from .hub import PushError, push_relu_to_hub
 from .optim import attach_hardness_update
 from .plots import plot_hardness, plot_sensitivity
 from .registry import register
+from .remote import save_with_code
 from .sensitivity import SensitivityReport, SiteSensitivity, sensitivity
 from .substitution import SoftGateError, SubstitutionReport, gates_as_relu, relu_ize
 from .training import LambdaGELUTrainer
@@ -61,6 +62,7 @@ __all__ = [
     "register",
     "relu_ize",
     "save_relu_pretrained",
+    "save_with_code",
     "sensitivity",
     "sup_error",
     "target_hardness",

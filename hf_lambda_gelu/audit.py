@@ -188,7 +188,7 @@ def audit(model_or_path: nn.Module | str | os.PathLike[str], inputs: Any = None)
     _check_runnable(model)
     args, kwargs = _arguments(model, inputs)
     trace = _Trace(model)
-    with _random_state_kept(model), measuring(model), torch.no_grad(), _fused_layers_off():
+    with _random_state_kept(model), measuring(model), torch.no_grad():
         try:
             with trace.watching(model), trace:
                 model(*args, **kwargs)
@@ -520,14 +520,3 @@ def _random_state_kept(model: nn.Module | None) -> Iterator[None]:
     finally:
         random.setstate(state)
         np.random.set_state(numbers)
-
-
-@contextlib.contextmanager
-def _fused_layers_off() -> Iterator[None]:
-    """nn.TransformerEncoderLayer in eval mode is one operation otherwise, its activation inside."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)

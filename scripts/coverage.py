@@ -17,6 +17,7 @@ import csv
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -254,10 +255,19 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def _short(row: dict[str, str]) -> str:
-    text = row["reason"].replace("|", "/").replace("\n", " ")
+    told = row["reason"].partition("not convertible: ")[2] or row["reason"]
+    told = re.sub(r"hard-coded: no config attribute.*? and fold", "hard-coded", told).replace("|", "/")
+    told = told.replace("the model cannot be rebuilt with another activation there: ", "")
+    text = "; ".join(dict.fromkeys(re.sub(r"\d+", "0", part) for part in told.split("; ")))
+    text = text if len(text) < 160 else text[:157] + "…"
     if row["folded_hard_coded"].endswith("sites"):
         text += f" (with hard_coded=True: {row['folded_hard_coded']} folded)"
-    return text if len(text) < 240 else text[:237] + "…"
+    numbers = [f"{k.replace('_', ' ')} {row[k]}" for k in ("convert", "stock_reload", "relu_reload", "folded_reload")]
+    return (
+        text
+        if row["verdict"] in ("refused", "crash")
+        else ", ".join(numbers) + (f", untold {row['untold']}" * bool(row["untold"]))
+    )
 
 
 def compare(old: list[dict[str, str]], new: list[dict[str, str]]) -> str:

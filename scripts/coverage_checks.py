@@ -27,25 +27,27 @@ def convert_and_save(model_type: str, auto: str, folder: Path) -> dict[str, Any]
         model = tiny_model(model_type, auto)
     except CannotBuild as error:
         return {**row, "verdict": "not built", "reason": str(error)}
-    batch = example_inputs(model)
-    torch.save(batch, folder / "batch.pt")
     try:
+        batch = example_inputs(model)
         expected = outputs(model, batch)
     except Exception as error:
         return {**row, "verdict": "not run", "reason": f"{type(error).__name__}: {error}"}
+    torch.save(batch, folder / "batch.pt")
     fresh = copy.deepcopy(model)
     try:
         report = hlg.convert(model)
     except hlg.ConversionError as error:
         told = importlib.import_module("hf_lambda_gelu.inventory").smooth_activations(model)
-        row["left"], row["reason"] = len(told), str(error).partition("not convertible: ")[2] or str(error)
-        if not told:
+        row["left"], row["reason"] = len(told), str(error)
+        if not told and "not convertible" not in row["reason"]:
             return {**row, "verdict": "no GELU or SiLU", "reason": ""}
         return {**row, "verdict": "refused", "folded_hard_coded": _hard_coded(hlg, fresh, batch)}
     row["sites"], row["left"] = len(report.sites), len(report.unconverted)
     row["attributes"] = " ".join(f"{path}={before}" for path, (before, _) in report.attributes.items())
     row["reason"] = "; ".join(dict.fromkeys(f"{item.what}: {item.reason}" for item in report.unconverted))
     row["convert"] = difference(expected, outputs(model, batch))
+    if row["convert"] > 1e-5:  # random networks may blow rounding up
+        row["convert"] = _in_double(hlg, fresh, batch)
     _save(fresh, folder / "stock", expected)
 
     soft = copy.deepcopy(model)
@@ -114,16 +116,25 @@ def difference(first: list[Tensor], second: list[Tensor]) -> float:
     return worst
 
 
+def _in_double(hlg: Any, model: nn.Module, batch: dict[str, Tensor]) -> float:
+    model = copy.deepcopy(model).double()
+    batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+    expected = outputs(model, batch)
+    hlg.convert(model)
+    return difference(expected, outputs(model, batch))
+
+
 def _save(model: Any, folder: Path, expected: list[Tensor]) -> None:
     model.save_pretrained(folder)
     torch.save(expected, folder.with_suffix(".outputs"))
 
 
 def _untold(hlg: Any, model: nn.Module, batch: dict[str, Tensor], told: list[str]) -> str:
-    """Smooth activations that a forward pass runs, though the report of the substitution does not name them."""
+    """Smooth activations that a forward pass runs, though the substitution reports neither them nor their class."""
+    classes = {type(model.get_submodule(name.partition(" (")[0])) for name in told if not name.startswith("config.")}
     with contextlib.suppress(ValueError):
         found = [entry.name for entry in hlg.audit(model, batch).smooth if entry.kind in FAMILY]
-        return " ".join(name for name in found if not any(name == t or name in t.split(" (")[0] for t in told))
+        return " ".join(name for name in dict.fromkeys(found) if type(model.get_submodule(name)) not in classes)
     return ""
 
 

@@ -15,6 +15,7 @@ SOUND = 3840  # samples of a sound
 FRAMES = 64  # frames of a spectrogram
 GRID = 4  # patches by side of an image that comes as patches
 
+# Where a configuration keeps those of its senses, and the names of the width of a spectrogram.
 VISION = (
     "vision_config",
     "vision_encoder_config",
@@ -32,16 +33,8 @@ AUDIO = (
     "encoder",
     "acoustic_tokenizer_encoder_config",
 )
-BINS = (
-    "input_size",
-    "num_mel_bins",
-    "n_mels",
-    "input_feat_size",
-    "feature_projection_input_dim",
-    "input_feat_per_channel",
-    "n_mel_bins",
-)
-BINS = (*BINS, "mel_bins", "feature_size", "input_dim", "model_in_channels", "num_mels", "audio_embed_dim")
+BINS = ("input_size", "num_mel_bins", "n_mels", "input_feat_size", "feature_projection_input_dim", "input_feat_per_channel")
+BINS = (*BINS, "n_mel_bins", "mel_bins", "feature_size", "input_dim", "model_in_channels", "num_mels", "audio_embed_dim")
 
 
 def subconfigs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -110,11 +103,11 @@ class _Inputs:
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=self.generator)
 
-    def text(self, length: int = TEXT, config: PreTrainedConfig | None = None, vocabulary: int | None = None) -> Tensor:
+    def text(self, length: int = TEXT, config: PreTrainedConfig | None = None) -> Tensor:
         """Tokens without a meaning of their own, and the one of the end, if any."""
         config = config or self.config
         inner = config.get_text_config()
-        size = vocabulary or getattr(inner, "vocab_size", None) or find(config, "vocab_size", default=100)
+        size = getattr(inner, "vocab_size", None) or find(config, "vocab_size", default=100)
         special = special_tokens(self.config)
         plain = torch.tensor([token for token in range(2, size) if token not in special] or [0])
         ids = plain[self.integers(0, len(plain), self.batch, length)]
@@ -133,7 +126,7 @@ class _Inputs:
         patch = find(config, "patch_size", default=16)
         return patch[-1] if isinstance(patch, (list, tuple)) else patch
 
-    def image(self, *before: int) -> Tensor:
+    def image(self) -> Tensor:
         """Images, or what stands for them: flat patches, tiles of images or frames of a video."""
         vision, names = self.vision, self.names
         channels = find(vision, "num_channels", "in_channels", "in_chans", default=3)
@@ -196,12 +189,7 @@ class _Inputs:
 
     def sound(self) -> Tensor:
         """A sound, with its channels where a model names them."""
-        if {
-            "padding_mask",
-            "audio_codes",
-            "n_quantizers",
-            "sample",
-        } & self.names and self.config.model_type != "moonshine":
+        if self.names & {"padding_mask", "audio_codes", "n_quantizers", "sample"}:
             return self.normal(self.batch, find(self.audio, "audio_channels", "channels", default=1), SOUND)
         return self.normal(self.batch, SOUND)
 
@@ -275,7 +263,7 @@ class _Inputs:
                 made["feature_attention_mask"] = torch.ones(batch, made["input_features"].shape[-1], dtype=torch.long)
         if "input_values" in names and "decoder_input_values" not in names:
             made["input_values"] = self.sound()
-        if "padding_mask" in names and "input_values" in made and "input_ids" in names:
+        if names >= {"padding_mask", "input_ids"} and made.keys() & {"input_values", "input_features"}:
             made["padding_mask"] = torch.ones(batch, SOUND, dtype=torch.bool)
         if "merge_sizes" in names or "image_merge_sizes" in names:
             made["merge_sizes" if "merge_sizes" in names else "image_merge_sizes"] = torch.ones(batch, dtype=torch.long)
@@ -368,7 +356,7 @@ def _patches(x: _Inputs) -> dict[str, Any]:
 
 def _kosmos(x: _Inputs) -> dict[str, Any]:
     """Tokens of which the second to the last but one are an image's."""
-    latents, made = x.config.latent_query_num, {}
+    latents = x.config.latent_query_num
     ids = x.text(latents + 6)
     mask = torch.zeros_like(ids)
     mask[:, 1 : 1 + latents] = 1
@@ -595,70 +583,70 @@ def _mel(x: _Inputs) -> dict[str, Any]:
     return {"audio_mel": x.normal(x.batch, FRAMES, bins), "audio_mel_mask": torch.zeros(x.batch, FRAMES, dtype=torch.bool)}
 
 
+# The inputs of those whose signature does not tell them.
 SPECIAL: dict[str, Callable[[_Inputs], dict[str, Any]]] = {
     "audio-spectrogram-transformer": _audio_spectrogram,
     "blip_2_qformer": _qformer,
     "clap": _clap,
+    "clap_audio_model": _clap,
     "colqwen2": _colqwen,
     "csm": _words,
-    "gemma3n_audio": _mel,
-    "glm_image": _words,
-    "inkling2": _inkling,
-    "inkling2_vision": _inkling,
-    "kimi_k25": _square_patches,
-    "kimi_k25_vision": _square_patches,
-    "molmo2": _words,
-    "moss_transcribe_diarize": _words,
-    "musicflamingo": _words,
-    "neomme": _neomme,
-    "muse_glimmer_assistant": _drafts,
-    "depth_pro": _large,
-    "pp_ocrv5_mobile_rec": _large,
-    "kyutai_speech_to_text": _codes,
-    "paddleocr_vl": _square_patches,
-    "qwen2_audio": _qwen_audio,
-    "tvp": _one_video,
-    "unlimited_ocr": _words,
-    "deepseek_ocr2": _words,
-    "vibevoice_acoustic_tokenizer_encoder": _waves,
-    "voxtral_realtime": _realtime,
-    "clap_audio_model": _clap,
     "decision_transformer": _decision,
+    "deepseek_ocr2": _words,
+    "depth_pro": _large,
     "dia": _dia,
     "efficientloftr": _pair,
     "fuyu": _fuyu,
+    "gemma3n_audio": _mel,
+    "glm_image": _words,
     "idefics": _idefics,
+    "inkling2": _inkling,
+    "inkling2_vision": _inkling,
+    "inkling_mm_model": _inkling_mm,
     "instructblip": _instruct,
     "instructblipvideo": _instruct_video,
     "jev": _jev,
+    "kimi_k25": _square_patches,
+    "kimi_k25_vision": _square_patches,
     "kosmos-2": _kosmos,
     "kosmos-2.5": _kosmos,
+    "kyutai_speech_to_text": _codes,
     "lightglue": _pair,
     "lxmert": _lxmert,
     "mimi_decoder": _latents,
     "mllama": _mllama,
+    "molmo2": _words,
+    "muse_glimmer_assistant": _drafts,
+    "musicflamingo": _words,
     "musicgen": _musicgen,
     "musicgen_melody": _musicgen,
     "nemotron3_5_transcribe_word_timestamp": _embeddings,
+    "neomme": _neomme,
     "omdet-turbo": _omdet,
     "oneformer": _oneformer,
+    "paddleocr_vl": _square_patches,
     "perceiver": _perceiver,
     "pi0": _pi0,
     "pix2struct": _patches,
     "pocket_tts_audio_tokenizer_decoder": _latents,
     "pop2piano": _pop2piano,
+    "pp_ocrv5_mobile_rec": _large,
+    "qwen2_audio": _qwen_audio,
     "seggpt": _seggpt,
     "speech-encoder-decoder": _speech_encoder_decoder,
     "speecht5": _speecht5,
     "superglue": _pair,
     "timesfm": _timesfm,
+    "tvp": _one_video,
+    "unlimited_ocr": _words,
     "vibevoice_acoustic_tokenizer_decoder": _latents,
+    "vibevoice_acoustic_tokenizer_encoder": _waves,
     "videomt": _frames,
     "videoprism": _frames,
     "visual_bert": _visual_bert,
+    "voxtral_realtime": _realtime,
     "voxtral_realtime_text": _conditioned,
     "xcodec2": _xcodec,
-    "inkling_mm_model": _inkling_mm,
 }
 
 
