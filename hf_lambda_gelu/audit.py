@@ -70,6 +70,7 @@ _NO_ACTIVATION = (nn.Softmax, nn.Softmin, nn.Softmax2d, nn.LogSoftmax, LinearAct
 
 _SAMPLES = 1024  # elements that are compared
 _FEWEST = 4  # below, anything is proportional to anything
+_FEWEST_TO_SORT = 16
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}  # a few roundings
 _FP32_TOLERANCE = 2e-4
 
@@ -340,7 +341,8 @@ class _Trace(TorchDispatchMode):
             if found is not None:  # the formula is the work of the module that multiplies
                 tag.event.kind, tag.event.hardness = found
                 tag.event.name = self.stack[-1][0]
-            elif tag.event.kind == "sigmoid" and operation == "mul":
+                return
+            if tag.event.kind == "sigmoid" and operation == "mul":
                 tag.event.kind = "sigmoid gate"
 
     def _power(self, x: object, exponent: object) -> None:
@@ -395,9 +397,10 @@ def _sample(x: Tensor) -> Tensor:
 
 
 def _formula(tag: _Tag, x: Tensor, gate: Tensor) -> tuple[str, float | None] | None:
-    """(base, λ) if x · gate is an activation c · x · gate(λx) of the family; λ is None where it is 1.
+    """(base, λ) if x · gate is an activation c · x · gate(λx) of the family; λ is None where it is 1. None if it is none.
 
-    The gate must be proportional to erf's, tanh's or sigmoid's, and the inverse of its argument to x. [derived]
+    The gate must be proportional to erf's, tanh's or sigmoid's, and the inverse of its argument to x. [derived] Where the
+    argument only grows with x (a SwiGLU with capped factors, mish as a formula), it is "self_gated".
     """
     dtypes = (tag.argument.dtype, tag.value.dtype, x.dtype, gate.dtype)
     tolerance = max(_TOLERANCE.get(dtype, _FP32_TOLERANCE) for dtype in dtypes)
@@ -406,17 +409,25 @@ def _formula(tag: _Tag, x: Tensor, gate: Tensor) -> tuple[str, float | None] | N
     p, t, x, gate = (tensor[finite] for tensor in (p, t, x, gate))
     bases, wholes = _CANDIDATES[tag.operation]
     scale = next((c for whole in wholes if (c := _proportion(gate, whole(t), tolerance)) is not None), None)
-    if scale is None:
-        return None
     fits: list[tuple[str, float]] = []
-    for base, inverse in bases.items():
+    for base, inverse in bases.items() if scale is not None else ():
         slope = _proportion(inverse(p), x, tolerance)
         # 0.5 * x may come first, so that x here is half of it, or 0.5 may come last
         fits += [] if slope is None else [(base, slope / scale), (base, slope)]
     for base, hardness in fits:
         if abs(hardness - 1.0) < 0.01:
             return base, None
-    return next(((base, hardness) for base, hardness in fits if hardness > 1.0), fits[-1] if fits else None)
+    if fits:
+        return next(((base, hardness) for base, hardness in fits if hardness > 1.0), fits[-1])
+    return ("self_gated", None) if tag.operation != "exp" and _rise_together(p, x, tolerance) else None
+
+
+def _rise_together(p: Tensor, x: Tensor, tolerance: float) -> bool:
+    """Whether x is a monotone function of p: a gate of another origin is not, by any chance."""
+    if len(x) < _FEWEST_TO_SORT or not bool((x != x[0]).any()) or not bool((p != p[0]).any()):
+        return False
+    ordered = x[p.argsort()]
+    return bool((ordered.cummax(0).values - ordered).max() <= tolerance * x.abs().max())
 
 
 def _proportion(y: Tensor, x: Tensor, tolerance: float) -> float | None:

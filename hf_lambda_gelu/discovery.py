@@ -117,6 +117,14 @@ def has_adapters(model: nn.Module) -> bool:
     return hasattr(model, "merge_and_unload") or bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
+def quantised_weight(model: nn.Module) -> str | None:
+    """The name of a weight that is quantised (bitsandbytes, torchao): its elements cannot be scaled or refit."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or type(parameter).__module__.startswith("torchao"):
+            return name
+    return None
+
+
 def joined(prefix: str, name: str) -> str:
     """`prefix.name`, or the one of them that is not empty."""
     return f"{prefix}.{name}" if prefix and name else prefix or name

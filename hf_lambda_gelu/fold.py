@@ -20,7 +20,16 @@ from .activation import LambdaGELU, hardness_sites
 from .bases import BASES
 from .batches import call, evaluating, example_inputs
 from .conversion import replace_module, update_config_copies
-from .discovery import LAMBDA_KEYS, STOCK_KEYS, activation_attributes, joined, own_config, set_attribute, transformers_parts
+from .discovery import (
+    LAMBDA_KEYS,
+    STOCK_KEYS,
+    activation_attributes,
+    joined,
+    own_config,
+    quantised_weight,
+    set_attribute,
+    transformers_parts,
+)
 from .scaling import Fold, Scale, plan
 from .tracing import eager_experts
 
@@ -90,6 +99,9 @@ def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None =
         raise ValueError(f"{type(model).__name__} has no λ-GELU to fold: call convert(model) first")
     if any(tensor.is_meta for tensor in model.parameters()):
         raise ValueError("the model is on the meta device, where weights have no values: load them first")
+    quantised = quantised_weight(model)
+    if quantised is not None:
+        raise FoldError(f"{quantised} is quantised, so λ cannot go into it: fold the model first, then quantise it")
     if inputs is None:
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"no inputs can be guessed for {type(model).__name__}: pass inputs=…, what its forward takes")

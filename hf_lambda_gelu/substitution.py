@@ -25,6 +25,7 @@ from .discovery import (
     joined,
     own_config,
     put_attribute,
+    quantised_weight,
     set_attribute,
     transformers_parts,
 )
@@ -174,6 +175,9 @@ def relu_ize(
             f"compensate={compensate!r} learns from data: pass calibration=…, batches like those that the model will meet. "
             "A few hundred unlabelled examples do"
         )
+    quantised = quantised_weight(model)
+    if compensate is not None and quantised is not None:
+        raise ValueError(f"{quantised} is quantised and cannot be refit: substitute first, then quantise the ReLU model")
     sites = _check_sites(model)
     report = SubstitutionReport(sites, tolerance)
     wanted = {s.name: target_hardness(tolerance, s.base) for s in sites} if targets is None else targets

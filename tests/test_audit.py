@@ -179,7 +179,8 @@ OTHERS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
     "glu": ("sigmoid gate", "other", lambda x: F.glu(x).repeat(1, 2)),
     "written glu": ("sigmoid gate", "other", lambda x: (halves(x)[0] * halves(x)[1].sigmoid()).repeat(1, 2)),
     "normed gate": ("sigmoid gate", "other", lambda x: x * torch.sigmoid(F.layer_norm(x, (64,)))),
-    "reversed gate": ("sigmoid gate", "other", lambda x: x * (1 - torch.sigmoid(x))),
+    "reversed": ("self_gated", "smooth", lambda x: x * (1 - torch.sigmoid(x))),
+    "clamped": ("self_gated", "smooth", lambda x: x.clamp(max=2.0) * torch.sigmoid(x)),
     "tanh times another": ("tanh", "other", lambda x: (halves(x)[0] * halves(x)[1].tanh()).repeat(1, 2)),
     "laplace": ("erf", "other", ACT2FN["laplace"]),
     "relu": ("relu", "piecewise", F.relu),
@@ -215,6 +216,12 @@ def test_kinds(name: str) -> None:
     kind, group, function = OTHERS[name]
     (entry,) = audit(network(function), x_of()).entries
     assert (entry.kind, entry.group) == (kind, group)
+
+
+def test_factors_with_a_soft_cap() -> None:
+    report = audit(network(lambda x: 3.0 * torch.tanh(x / 3.0) * torch.sigmoid(x)), x_of())
+    assert report.counts == {"tanh": 1, "self_gated": 1}
+    assert [entry.calls for entry in report.entries] == [1, 1]
 
 
 def test_no_activation() -> None:
