@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -141,12 +142,11 @@ def rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def main_output(output: Mapping[str, Any]) -> Tensor:
-    """The logits of a model output, or its first floating point tensor other than the loss."""
-    if isinstance(output.get("logits"), Tensor):
-        return output["logits"]
-    for name, value in output.items():
-        if name != "loss" and isinstance(value, Tensor) and value.is_floating_point():
-            return value
+    """The logits of a model output, or its first floating point tensor other than the loss; of several, the first."""
+    named = {"logits": output.get("logits"), **{name: value for name, value in output.items() if name != "loss"}}
+    for leaf in pytree.tree_leaves(list(named.values())):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
     raise ValueError(f"the model's output holds no tensor to compare: {', '.join(output)}")
 
 

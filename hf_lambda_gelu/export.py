@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .activation import hardness_sites
+from .audit import audit
 from .batches import evaluating, example_inputs, main_output
 from .card import CardDetails, card_record, render_card
 from .discovery import LAMBDA_KEYS, activation_attributes, governed_modules, has_adapters
@@ -228,6 +229,7 @@ def verify_relu_pretrained(
             "scale_of_outputs": scale,
             "identical_tensors": len(digests),
             "smooth_activations_left": [item.name for item in smooth_activations(model)],
+            "activations_that_ran": audit(model, inputs).counts,
         }
         _write_record(Path(folder), json.loads(path.read_text(encoding="utf-8")) | {"checks": checks})
     return difference

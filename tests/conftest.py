@@ -1,4 +1,4 @@
-"""Offline, two threads, real models from the cache that `make assets` fills."""
+"""Offline, one thread a worker, real models from the cache that `make assets` fills."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from assets import available
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two workers share two cores
 
 
 @pytest.fixture(scope="session")

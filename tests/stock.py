@@ -16,7 +16,7 @@ import json, sys
 sys.modules["hf_lambda_gelu"] = None
 import tiny, torch, transformers
 from safetensors.torch import load_file, save_file
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 try:
     import hf_lambda_gelu
 except ImportError:

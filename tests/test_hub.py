@@ -76,6 +76,7 @@ def test_push_and_load_without_the_package(hub: HubServer, tmp_path: Path) -> No
     assert record["checks"]["largest_difference_of_outputs"] == 0.0
     assert record["checks"]["identical_tensors"] == len(model.state_dict())
     assert record["checks"]["smooth_activations_left"] == []
+    assert record["checks"]["activations_that_ran"] == {"relu": 2, "tanh": 1}
     assert record["details"]["results"] == DETAILS.results
     assert TOKEN.encode() not in b"".join(repo.files.values())
 
@@ -87,7 +88,7 @@ def test_push_and_load_without_the_package(hub: HubServer, tmp_path: Path) -> No
         import torch
         from safetensors.torch import load_file, save_file
         from transformers import AutoModelForSequenceClassification
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
         model = AutoModelForSequenceClassification.from_pretrained("tester/relu-bert")
         assert model.config.hidden_act == "relu", model.config.hidden_act
         with torch.no_grad():
