@@ -15,7 +15,7 @@ from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_concat
 
 from .activation import hardness_sites
-from .batches import main_output, rows, token_mask
+from .batches import CalibrationError, main_output, rows, token_mask
 from .calibration import decoder_modules, run_batch
 
 
@@ -48,6 +48,12 @@ def measure_change(
         with after_(), zeros.counting(batch):
             hard = run_batch(model, batch, index)
         before, after = main_output(smooth), main_output(hard)
+        if before.shape != after.shape:  # durations that the model predicts, for one
+            raise CalibrationError(
+                f"calibration batch {index}: as ReLU the output has the shape {tuple(after.shape)}, before "
+                f"{tuple(before.shape)}: "
+                "the change cannot be measured. Substitute without calibration, or pass inputs that fix the length"
+            )
         for first, second in zip(before, after, strict=True):  # one by one: a language model's logits are large
             change += float((second.float() - first.float()).square().sum(dtype=torch.float64))
             norm += float(first.float().square().sum(dtype=torch.float64))

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def convert_and_save(model_type: str, auto: str, folder: Path) -> dict[str, Any]
     substituted = hlg.relu_ize(model)
     after = outputs(model, batch)
     row["hardened"], row["effect"] = difference(hard, after), difference(expected, after)
-    row["untold"] = _untold(hlg, model, batch, [item.name for item in substituted.left])
+    row["untold"] = _untold(hlg, model, batch, [*report.unconverted, *substituted.left])
     _save(model, folder / "relu", after)
 
     for index, site in enumerate(hlg.hardness_sites(soft).values()):
@@ -129,9 +130,11 @@ def _save(model: Any, folder: Path, expected: list[Tensor]) -> None:
     torch.save(expected, folder.with_suffix(".outputs"))
 
 
-def _untold(hlg: Any, model: nn.Module, batch: dict[str, Tensor], told: list[str]) -> str:
-    """Smooth activations that a forward pass runs, though the substitution reports neither them nor their class."""
-    classes = {type(model.get_submodule(name.partition(" (")[0])) for name in told if not name.startswith("config.")}
+def _untold(hlg: Any, model: nn.Module, batch: dict[str, Tensor], told: list[Any]) -> str:
+    """Smooth activations that a forward pass runs, though the reports name neither them nor their class."""
+    names = [item.name.partition(" (")[0] for item in told if not item.name.startswith("config.")]
+    names += [match[1] for item in told if (match := re.search(r"(\S+)\.\w+ keeps its name", item.reason))]
+    classes = {type(model.get_submodule("" if name == type(model).__name__ else name)) for name in names}
     with contextlib.suppress(ValueError):
         found = [entry.name for entry in hlg.audit(model, batch).smooth if entry.kind in FAMILY]
         return " ".join(name for name in dict.fromkeys(found) if type(model.get_submodule(name)) not in classes)
