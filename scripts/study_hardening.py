@@ -76,12 +76,6 @@ def _refit(run: Run, switch: float) -> Result:
 
 
 @recipe
-def refit_quarter(run: Run) -> dict[str, Result]:
-    """λ learned for a quarter; then the refit, and λ = 160 at once."""
-    return {"refit_quarter": _refit(run, 0.25)}
-
-
-@recipe
 def refit_half(run: Run) -> dict[str, Result]:
     """λ learned for half of the steps; then the refit, and λ = 160 at once."""
     return {"refit_half": _refit(run, 0.5)}

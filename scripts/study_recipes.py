@@ -173,9 +173,3 @@ def _midway(run: Run, fraction: float) -> Result:
 def midway(run: Run) -> dict[str, Result]:
     """Fine-tune GELU for half of the steps, substitute with compensation, fine-tune ReLU for the rest."""
     return {"midway": _midway(run, 0.5)}
-
-
-@recipe
-def quarter(run: Run) -> dict[str, Result]:
-    """The same at a quarter of the steps, where the hardness method has its switch point."""
-    return {"quarter": _midway(run, 0.25)}

@@ -109,6 +109,8 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
         n: m.base for n, m in hlg.hardness_sites(model).items()
     }
     batch = tiny.inputs(model)
+    for parameter in loaded.parameters():  # where the mapped file puts a vector can change the last bit of a product with it
+        parameter.data = parameter.data.clone()
     assert tiny.relative_difference(tiny.outputs(model, batch), tiny.outputs(loaded.eval(), batch)) == 0.0
 
 
