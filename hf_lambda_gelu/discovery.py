@@ -192,7 +192,7 @@ def bias_attribute(model: PreTrainedModel, wanted: set[str]) -> tuple[str, dict[
         if _reloaded(config, path) is not True:
             continue
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), torch.random.fork_rng(devices=()):
                 rebuilt = type(model)(config)
         except Exception:  # a class that does not take it
             continue
@@ -286,7 +286,7 @@ def _probed(model: PreTrainedModel, path: str) -> tuple[list[str], list[str]]:
     config = copy.deepcopy(model.config)
     owner, name = _owner(config, path)
     setattr(owner, name, _PROBE_KEY)
-    with _probe_registered(), torch.device("meta"):
+    with _probe_registered(), torch.device("meta"), torch.random.fork_rng(devices=()):  # some draw on the CPU all the same
         rebuilt = type(model)(config)
     modules = list(named_modules(rebuilt))
     holders = [joined(n, a) for n, m in modules for a, v in vars(m).items() if isinstance(v, str) and v == _PROBE_KEY]

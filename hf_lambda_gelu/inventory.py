@@ -11,6 +11,7 @@ import ast
 import inspect
 import operator
 import re
+import sys
 import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -99,19 +100,38 @@ def _looks_up_smooth(module: nn.Module, call: str) -> bool:
 
 @cache
 def calls_in_class(cls: type) -> tuple[str, ...]:
-    """The calls in the methods that `cls` itself or its model-code ancestors define, construction aside."""
+    """The calls in the methods that `cls` itself or its model-code ancestors define, construction aside.
+
+    Those in functions of the same file that these methods call count too.
+    """
     calls: dict[str, None] = {}
     for owner in cls.__mro__:
         if owner is object or owner.__module__.startswith("torch.") or _is_library_plumbing(owner):
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-        except (OSError, TypeError, SyntaxError):  # defined interactively, or in C: nothing to read
-            continue
-        for method in ast.walk(tree):
+        for method in ast.walk(_tree(owner)):
             if isinstance(method, ast.FunctionDef) and method.name not in ("__init__", "_init_weights"):
-                calls.update((ast.unparse(node), None) for node in ast.walk(method) if _is_activation_call(node))
+                calls.update(_calls(method, owner.__module__, set()))
     return tuple(calls)
+
+
+def _tree(source: object) -> ast.AST:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(source)))  # type: ignore[arg-type]
+    except (OSError, TypeError, SyntaxError):  # defined interactively, or in C: nothing to read
+        return ast.Module([], [])
+
+
+def _calls(tree: ast.AST, module: str, seen: set[str]) -> dict[str, None]:
+    found: dict[str, None] = {}
+    for node in ast.walk(tree):
+        if _is_activation_call(node):
+            found[ast.unparse(node)] = None
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in seen:
+            function = inspect.unwrap(value) if callable(value := vars(sys.modules[module]).get(node.func.id)) else None
+            if inspect.isfunction(function) and function.__module__ == module:
+                seen.add(node.func.id)
+                found.update(_calls(_tree(function), module, seen))
+    return found
 
 
 def _is_activation_call(node: ast.AST) -> bool:
@@ -134,7 +154,9 @@ def _is_silu(node: ast.BinOp | ast.AugAssign) -> bool:
     for side, other in zip(sides, reversed(texts), strict=True):
         if isinstance(side, ast.Call) and _leaf(side.func) == "sigmoid":
             argument = side.args[0] if side.args else getattr(side.func, "value", None)  # sigmoid(x), or x.sigmoid()
-            return argument is not None and ast.unparse(argument).rpartition("* ")[2] == other
+            scaled = isinstance(argument, ast.BinOp) and isinstance(argument.op, ast.Mult)
+            factors = (argument.left, argument.right) if scaled else (argument,)
+            return any(factor is not None and ast.unparse(factor) == other for factor in factors)
     return False
 
 

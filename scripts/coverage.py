@@ -245,29 +245,34 @@ def table(rows: list[dict[str, str]]) -> str:
         sites = sum(int(row["sites"]) for row in exact)
         folded = sum(row["folded_reload"] != "" for row in exact)
         lines += ["", f"Exact: {sites} sites; {folded} of {len(exact)} also folded, the others say why not.", ""]
-        lines += ["| model | verdict | what |", "|---|---|---|"]
+        reasons: dict[str, list[str]] = {}
         for row in chosen:
             if row["verdict"] in ("refused", "wrong", "crash", "stock reload differs"):
-                name = row["model_type"] if not heads else f"{row['model_type']} {row['class']}"
-                lines.append(f"| {name} | {row['verdict']} | {_short(row)} |")
-        lines.append("")
-    return "\n".join(lines)
+                reasons.setdefault(_why(row), []).append(
+                    row["model_type"] if not heads else f"{row['model_type']} {row['class']}"
+                )
+        if reasons:
+            lines += ["| not exact because | models |", "|---|---|"]
+            lines += [f"| {why} | {', '.join(names)} |" for why, names in sorted(reasons.items())]
+            lines.append("")
+    return "\n".join(lines).rstrip()
 
 
-def _short(row: dict[str, str]) -> str:
-    told = row["reason"].partition("not convertible: ")[2] or row["reason"]
-    told = re.sub(r"hard-coded: no config attribute.*? and fold", "hard-coded", told).replace("|", "/")
-    told = told.replace("the model cannot be rebuilt with another activation there: ", "")
-    text = "; ".join(dict.fromkeys(re.sub(r"\d+", "0", part) for part in told.split("; ")))
-    text = text if len(text) < 160 else text[:157] + "…"
-    if row["folded_hard_coded"].endswith("sites"):
-        text += f" (with hard_coded=True: {row['folded_hard_coded']} folded)"
-    numbers = [f"{k.replace('_', ' ')} {row[k]}" for k in ("convert", "stock_reload", "relu_reload", "folded_reload")]
-    return (
-        text
-        if row["verdict"] in ("refused", "crash")
-        else ", ".join(numbers) + (f", untold {row['untold']}" * bool(row["untold"]))
-    )
+_WHY = {
+    "keeps its name": "refused: a module keeps the activation's name, for kernels that know few",
+    "supports 'gelu'|Value must be one of|ValidationError": "refused: the config takes no ReLU",
+    "KeyError": "refused: an activation table of its own",
+    "Hardswish: hard-coded": "refused: hard-swish, hard-coded, not of the family",
+    "function call": "refused: a function call in the modelling code",
+    "hard-coded": "refused: hard-coded modules",
+}
+
+
+def _why(row: dict[str, str]) -> str:
+    if row["verdict"] != "refused":
+        return f"**{row['verdict']}**"
+    why = next((why for pattern, why in _WHY.items() if re.search(pattern, row["reason"])), "refused: " + row["reason"][:80])
+    return why + ("; `hard_coded=True` folds them" if row["folded_hard_coded"].endswith("sites") else "")
 
 
 def compare(old: list[dict[str, str]], new: list[dict[str, str]]) -> str:

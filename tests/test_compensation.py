@@ -1052,10 +1052,14 @@ def test_arguments() -> None:
 
 
 def test_no_site_can_be_refit() -> None:
-    """A model in which nothing can be made up for is substituted all the same, and the report says why."""
+    """A model in which nothing can be made up for is substituted only by force, and the report says why."""
     model = randomized(Handmade(HandmadeConfig("two")))
     batches = [{"inputs_embeds": torch.randn(2, 5, 8)} for _ in range(3)]
-    report = hlg.relu_ize(model, calibration=batches, compensate="least_squares").compensation
+    before = tiny.snapshot(model)
+    with pytest.raises(hlg.SoftGateError, match=r"can be refit \(act: it feeds several linear maps"):
+        hlg.relu_ize(model, calibration=batches, compensate="least_squares")
+    assert tiny.snapshot(model) == before
+    report = hlg.relu_ize(model, force=True, calibration=batches, compensate="least_squares").compensation
     assert report is not None
     assert (report.sites, list(report.uncompensated)) == ([], ["act"])
     assert str(report).splitlines()[1:] == [

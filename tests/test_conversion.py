@@ -328,16 +328,30 @@ def test_name_that_a_module_keeps() -> None:
     assert tiny.snapshot(model) == before
 
 
+def gated(x: Tensor) -> Tensor:
+    """A function of the file, which calls another one."""
+    return deeper(x) * x
+
+
+def deeper(x: Tensor) -> Tensor:
+    return nn.functional.silu(x)
+
+
 def test_calls_are_read() -> None:
-    """SiLU and quick GELU written as products, gates that are neither."""
+    """SiLU and quick GELU written as products, gates that are neither, functions that a method calls."""
 
     class Model(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             x *= torch.sigmoid(x)
-            z = x * torch.sigmoid(1.702 * x) + y.sigmoid() * y
-            return z + x * torch.sigmoid(y) + torch.sigmoid(z)
+            z = x * torch.sigmoid(x * self.alpha) + y.sigmoid() * y
+            return z + x * torch.sigmoid(y) + torch.sigmoid(gated(z))
 
-    assert calls_in_class(Model) == ("x *= torch.sigmoid(x)", "x * torch.sigmoid(1.702 * x)", "y.sigmoid() * y")
+    assert calls_in_class(Model) == (
+        "x *= torch.sigmoid(x)",
+        "x * torch.sigmoid(x * self.alpha)",
+        "y.sigmoid() * y",
+        "nn.functional.silu(x)",
+    )
 
 
 def test_only() -> None:

@@ -71,4 +71,5 @@ def test_comparison_and_table(rows: dict[str, dict[str, str]]) -> None:
     assert coverage.compare([bert], [bert]) == "nothing changed"
     text = coverage.table([bert, bloom, t5])
     assert "| exact | 1 |" in text
-    assert "(with hard_coded=True: 2 sites folded)" in text
+    assert "| refused: hard-coded modules; `hard_coded=True` folds them | bloom |" in text
+    assert "| **wrong** | bert |" in coverage.table(new)
