@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+_MODULES = tempfile.TemporaryDirectory(prefix="hf_modules-")  # code of checkpoints is copied there when it is loaded
+os.environ["HF_MODULES_CACHE"] = _MODULES.name
 
 from collections.abc import Callable
 from pathlib import Path

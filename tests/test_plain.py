@@ -145,3 +145,14 @@ def test_hard_coded_that_cannot_be_folded() -> None:
     with pytest.raises(hlg.FoldError, match="weights are too large for the dtype"):
         hlg.relu_ize(model, calibration=[tiny.inputs(model)])
     assert tiny.snapshot(model) == before
+
+
+def test_quantised_weights() -> None:
+    """Integers cannot be scaled or refit: told by the name of the weight; a mere substitution does not need them."""
+    net = converted()
+    codes = torch.zeros(5, 16, dtype=torch.int8)
+    net.head.weight = nn.Parameter(codes, requires_grad=False)
+    for act in (lambda: hlg.fold(net, data()), lambda: hlg.relu_ize(net, calibration=[data()], compensate="bias")):
+        with pytest.raises(ValueError, match=r"head\.weight is quantised"):
+            act()
+    assert len(hlg.relu_ize(net, force=True).sites) == 3

@@ -14,6 +14,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoConfig, AutoModel
 
 import hf_lambda_gelu as hlg
 
@@ -99,3 +100,51 @@ def test_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             hlg.save_with_code(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+CUSTOM = """
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own-architecture"
+    def __init__(self, hidden_act="gelu", size=16, **kwargs):
+        self.hidden_act, self.size = hidden_act, size
+        super().__init__(**kwargs)
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+    main_input_name = "features"
+    def __init__(self, config):
+        super().__init__(config)
+        self.up, self.act = nn.Linear(8, config.size), ACT2FN[config.hidden_act]
+        self.down, self.last = nn.Linear(config.size, 8), nn.GELU()
+        self.post_init()
+    def forward(self, features, return_dict=None):
+        return {"logits": self.last(self.down(self.act(self.up(features))))}
+"""
+
+
+def test_an_architecture_under_trust_remote_code(tmp_path: Path) -> None:
+    """Code that came with a checkpoint is probed like any other; what it hard-codes is told; the ReLU checkpoint loads."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "modeling_own.py").write_text(CUSTOM)
+    auto = {"AutoConfig": "modeling_own.OwnConfig", "AutoModel": "modeling_own.OwnModel"}
+    (tmp_path / "own" / "config.json").write_text(json.dumps({"model_type": "own-architecture", "auto_map": auto}))
+    config = AutoConfig.from_pretrained(tmp_path / "own", trust_remote_code=True)
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config, trust_remote_code=True).eval()
+    features = torch.randn(4, 8)
+    expected = model(features)["logits"]
+    report = hlg.convert(model)
+    assert [site.name for site in report.sites] == ["act"]
+    assert [item.name for item in report.unconverted] == ["last"]
+    torch.testing.assert_close(model(features)["logits"], expected)
+    hlg.relu_ize(model, force=True)
+    model.save_pretrained(tmp_path / "relu")
+    loaded = AutoModel.from_pretrained(tmp_path / "relu", trust_remote_code=True).eval()
+    assert (loaded.config.hidden_act, type(loaded.act).__name__) == ("relu", "ReLU")
+    assert torch.equal(loaded(features)["logits"], model(features)["logits"])
