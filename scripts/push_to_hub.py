@@ -14,6 +14,7 @@ $HF_TOKEN.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -37,6 +38,9 @@ class PushArguments:
     )
     collection: str | None = field(default=None, metadata={"help": "Title of a collection to put the repositories into."})
     dry_run: bool = field(default=False, metadata={"help": "Prove the models, show what would be uploaded, upload nothing."})
+    save_to: str | None = field(
+        default=None, metadata={"help": "Folder to keep the proven ones in, and results.md; with --dry_run, that is all."}
+    )
     no_processor: bool = field(default=False, metadata={"help": "Publish without a tokenizer or image processor."})
     base_model: str | None = field(default=None, metadata={"help": "Hub name of the pretrained model, for the card."})
     dataset: str | None = field(default=None, metadata={"help": "Hub name of the data, for the card."})
@@ -52,6 +56,10 @@ class PushArguments:
 def main(argv: list[str] | None = None) -> None:
     (options,) = HfArgumentParser(PushArguments).parse_args_into_dataclasses(argv)
     targets = names(options.folder, options.repo_id)
+    kept = {repo_id: Path(options.save_to) / repo_id.rpartition("/")[2] for repo_id in targets.values() if options.save_to}
+    there = next((path for path in kept.values() if path.exists()), None)
+    if there is not None:
+        sys.exit(f"--save_to: {str(there)!r} exists, choose another folder")
     api = HfApi()
     if not options.dry_run:
         for repo_id in targets.values():
@@ -62,10 +70,16 @@ def main(argv: list[str] | None = None) -> None:
             path = as_relu(Path(folder), Path(scratch) / str(len(saved)), repo_id, options)
             if not options.no_processor:
                 check_processor(path)
-            if options.dry_run or len(targets) > 1:  # all before the first upload; a single one is proven by the push
+            if (
+                options.dry_run or kept or len(targets) > 1
+            ):  # all before the first upload; a single one is proven by the push
                 hlg.verify_relu_pretrained(load_saved(path), path)
             saved[repo_id] = path
         print(table(saved))
+        for repo_id, path in kept.items():
+            shutil.copytree(saved[repo_id], path)
+        if options.save_to:
+            (Path(options.save_to) / "results.md").write_text(table(saved) + "\n", encoding="utf-8")
         if options.dry_run:
             print(contents(saved))
             return

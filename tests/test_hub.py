@@ -301,7 +301,7 @@ PUSH_SCRIPT = """
 import sys
 import push_to_hub
 try:
-    push_to_hub.main(sys.argv[1:] + ["--dry_run"])
+    push_to_hub.main(sys.argv[1:] + ["--dry_run", "--save_to", "kept"])
 finally:
     print("=====")
 push_to_hub.main(sys.argv[1:])
@@ -321,7 +321,7 @@ def test_several_as_a_collection(hub: HubServer, tmp_path: Path) -> None:
     env = hub.env(tmp_path / "home") | {"PYTHONPATH": str(Path(__file__).parent.parent / "scripts")}
     command = [sys.executable, "-c", PUSH_SCRIPT, "--folder", *folders, "--repo_id", "tester/bert-{run}", "--no_processor"]
     command += ["--collection", "Two BERTs"]
-    process = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, env=env, check=False, cwd=tmp_path)
     assert process.returncode == 0, process.stderr[-3000:]
     dry, first = process.stdout.split("=====\n")
     expected = ["| tester/bert-seed0 | 0.8100 |", "| tester/bert-seed1 | 0.8300 |"]
@@ -329,6 +329,10 @@ def test_several_as_a_collection(hub: HubServer, tmp_path: Path) -> None:
         assert [line for line in printed.splitlines() if line.startswith("| tester")] == expected
     assert "model.safetensors  " in dry
     assert "http" not in dry
+    for seed in (0, 1):
+        kept, pushed = tmp_path / f"kept/bert-seed{seed}", hub.repos[f"tester/bert-seed{seed}"].files
+        assert (kept / "model.safetensors").read_bytes() == pushed["model.safetensors"]
+    assert (tmp_path / "kept" / "results.md").read_text().splitlines()[2:] == expected
     (collection,) = hub.collections.values()
     assert (collection.title, collection.items) == ("Two BERTs", ["tester/bert-seed0", "tester/bert-seed1"])
     weights = [hub.repos[name].files["model.safetensors"] for name in collection.items]
@@ -342,12 +346,14 @@ def test_several_as_a_collection(hub: HubServer, tmp_path: Path) -> None:
         ("tester/same", ["--no_processor"], "let --repo_id hold {run}"),
         ("tester/{run}", [], "holds no tokenizer"),
         ("a/b/{run}", ["--no_processor"], "expected 'name' or 'owner/name'"),
+        ("tester/{run}", ["--no_processor", "--save_to", "."], "--save_to: 'a' exists"),
     ],
 )
 def test_several_refused(
     hub: HubServer, tmp_path: Path, repo_id: str, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the first request, and before the first upload of several."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hf_lambda_gelu.hub.get_token", lambda: TOKEN)
     folders = [str(hlg.save_relu_pretrained(relu_model(), tmp_path / name)) for name in ("a", "b")]
     with pytest.raises((ValueError, SystemExit), match=message):
