@@ -208,6 +208,8 @@ def _child(step: Callable[..., dict[str, Any]], model_type: str, auto: str, fold
 
 def verdict(row: dict[str, Any]) -> str:
     """exact; or wrong. A model that stock transformers itself does not reload exactly is measured by what it makes of it."""
+    if row["effect"] < 1e-6:
+        return "not reached"  # converted, but the inputs do not come there, so that the reload proves nothing
     base = row.get("stock_reload", 0.0)
     if isinstance(base, str) or base > EXACT:
         return "stock reload differs"
@@ -247,7 +249,7 @@ def table(rows: list[dict[str, str]]) -> str:
         lines += ["", f"Exact: {sites} sites; {folded} of {len(exact)} also folded, the others say why not.", ""]
         reasons: dict[str, list[str]] = {}
         for row in chosen:
-            if row["verdict"] in ("refused", "wrong", "crash", "stock reload differs"):
+            if row["verdict"] in ("refused", "wrong", "crash", "stock reload differs", "not reached"):
                 reasons.setdefault(_why(row), []).append(
                     row["model_type"] if not heads else f"{row['model_type']} {row['class']}"
                 )

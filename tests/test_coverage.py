@@ -10,7 +10,7 @@ import coverage
 import pytest
 
 SCRIPT = Path(coverage.__file__)
-GOOD = {"convert": 1e-7, "stock_reload": 0.0, "relu_reload": 0.0, "folded_reload": 1e-6, "untold": ""}
+GOOD = {"effect": 0.1, "convert": 1e-7, "stock_reload": 0.0, "relu_reload": 0.0, "folded_reload": 1e-6, "untold": ""}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,7 @@ def test_verdict(change: dict[str, object]) -> None:
     assert coverage.verdict({k: v for k, v in GOOD.items() if k != "folded_reload"}) == "exact"  # fold said why not
     assert coverage.verdict({**GOOD, **change}) == "wrong"
     assert coverage.verdict({**GOOD, "stock_reload": 1.0}) == "stock reload differs"
+    assert coverage.verdict({**GOOD, "effect": 0.0}) == "not reached"
 
 
 def test_comparison_and_table(rows: dict[str, dict[str, str]]) -> None:
