@@ -158,7 +158,7 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(asset(name))
 
 
-_TEXT = (1e-4, 5e-5)
+_TEXT = (1e-4, 2e-4)
 PRETRAINED = (
     TextTask("movies", "MiniLM-L6, movie reviews", 1000, 1000, 2, _TEXT, ("minilm", "movie_reviews"), 48),
     TextTask("amazon", "MiniLM-L6, product reviews", 1000, 1000, 2, _TEXT, ("minilm", "amazon_reviews"), 48),
