@@ -16,6 +16,7 @@ from .fold import FoldError, FoldReport, fold
 from .functional import lambda_gelu, lambda_gelu_reference
 from .hardening import HardeningSchedule, sup_error, target_hardness
 from .hub import PushError, push_relu_to_hub
+from .kernels import KernelUnavailable, set_kernels
 from .optim import attach_hardness_update
 from .plots import plot_hardness, plot_sensitivity
 from .registry import register
@@ -36,6 +37,7 @@ __all__ = [
     "FoldError",
     "FoldReport",
     "HardeningSchedule",
+    "KernelUnavailable",
     "LambdaGELU",
     "LambdaGELUTrainer",
     "LambdaGELUTrainingArguments",
@@ -64,6 +66,7 @@ __all__ = [
     "save_relu_pretrained",
     "save_with_code",
     "sensitivity",
+    "set_kernels",
     "sup_error",
     "target_hardness",
     "verify_relu_pretrained",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .bases import get_base
 from .kernels import LambdaGELUFunction
+from .kernels_torch import value
 
 
 def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tensor:
@@ -22,10 +23,11 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
         base: "gelu" (erf), "gelu_tanh" (`gelu_new`, `gelu_pytorch_tanh`), "quick_gelu" or "silu" (λ is Swish's β).
 
     Returns:
-        Same shape and dtype as `x`; differentiable in x and λ, twice.
+        Same shape and dtype as `x`, laid out as `x`; differentiable in x and λ, twice. Under torch.func (grad, vmap, jvp …)
+        and in a compiler torch's own operations run, elsewhere the kernel that `set_kernels` tells of.
 
     Raises:
-        ValueError: unknown base, or a number λ that is below 1 or not finite.
+        ValueError: unknown base, a number λ that is below 1 or not finite, or a tensor λ that does not broadcast to `x`.
         TypeError: `x` is not a floating point tensor.
     """
     member = get_base(base)
@@ -33,15 +35,26 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"lambda_gelu expects a floating point tensor, got {got}: convert it with .float() first")
     if not isinstance(hardness, Tensor):
-        hardness = torch.tensor(check_hardness(hardness), dtype=torch.float64, device=x.device)
-    if hardness.numel() == 1:
+        hardness = torch.full((), check_hardness(hardness), dtype=torch.float64, device=x.device)
+    if hardness.numel() > 1 and not _broadcasts(hardness.shape, x.shape):
+        raise ValueError(
+            f"hardness of shape {tuple(hardness.shape)} does not broadcast to x of shape {tuple(x.shape)}: expected one λ, "
+            f"or shape (features,) = {tuple(x.shape[-1:])} for one per neuron"
+        )
+    if hardness.dim() > x.dim():
         hardness = hardness.reshape(())  # shape (1,) would broadcast a zero-dim x
-    return LambdaGELUFunction.apply(x, hardness, member)
+    if torch._C._are_functorch_transforms_active():
+        return value(x, hardness, member)  # every transform knows torch's operations
+    return LambdaGELUFunction.apply(x, hardness, base)
 
 
 def lambda_gelu_reference(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tensor:
     """The same function as plain autograd operations: slower, four times the saved memory, and obviously right."""
     return x * get_base(base).gate(x * hardness)
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
 
 
 def check_hardness(value: float) -> float:

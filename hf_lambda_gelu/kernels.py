@@ -1,93 +1,154 @@
-"""The differentiable kernel behind `lambda_gelu`.
+"""The registered operators behind `lambda_gelu`, and the choice of the kernel that runs them.
 
-It saves x and λ for the backward pass and nothing else, which is what `F.gelu` keeps, where autograd through the written
-formula would keep four tensors of x's size.
+`torch.ops.hf_lambda_gelu.forward(x, hardness, base)` and `.backward(grad, x, hardness, base)` run a fused kernel where one
+serves (C++ for fp32 and bf16 on a CPU, Triton on CUDA), and torch's own operations elsewhere. A compiler sees those
+operations, not the operators, and fuses them with what stands around.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .bases import SATURATION, Base
+from . import kernels_cpu, kernels_torch
+from .bases import get_base
 
-_HALF = (torch.float16, torch.bfloat16)
-# Elements per block on a CPU: temporaries of this size stay in the cache. Forward and backward of 2.4M elements took 9.7
-# times as long as F.gelu in one piece and 4.1 times in blocks (fp32, 2 threads, one run each); 2¹⁶ to 2¹⁸ are alike.
-_BLOCK = 1 << 17
+_NAME = "hf_lambda_gelu"
+Choice = Literal["auto", "fused", "torch"]
+_choice: Choice = "auto"
+
+
+class KernelUnavailable(RuntimeError):
+    """A fused kernel was asked for and cannot run; the message says what is missing."""
+
+
+def set_kernels(choice: Choice) -> Choice:
+    """Choose what runs λ-GELU in eager mode, in this process; returns the choice before.
+
+    "auto" (the default) takes the fused kernel where there is one and says once, in a warning, what keeps it from running.
+    "fused" raises instead. "torch" takes torch's own operations: about four times the time of F.gelu on a CPU.
+
+    Raises:
+        ValueError: none of the three.
+    """
+    global _choice
+    if choice not in ("auto", "fused", "torch"):
+        raise ValueError(f"unknown choice of kernels {choice!r}: expected 'auto', 'fused' or 'torch'")
+    before, _choice = _choice, choice
+    return before
 
 
 class LambdaGELUFunction(torch.autograd.Function):
-    """f = x gate(λx);  ∂f/∂x = gate(u) + u gate'(u);  ∂f/∂λ = x² gate'(u), with u = λx. [derived]
+    """f = x gate(λx), with ∂f/∂x = gate(u) + u gate'(u) and ∂f/∂λ = x² gate'(u), u = λx. [derived]
 
-    Shapes: x any, λ broadcastable to x; the λ-gradient is summed back to λ's shape in fp32 (float64 for float64). Second
-    derivatives work too.
+    Saves x and λ for the backward pass and nothing else, which is what `F.gelu` keeps. Under `create_graph` the gradients
+    are torch's operations, and so differentiable again.
     """
 
+    # without setup_context, which costs more than a small kernel; see `functional.lambda_gelu` for torch.func
     @staticmethod
-    def forward(ctx: Any, x: Tensor, hardness: Tensor, base: Base) -> Tensor:
-        ctx.save_for_backward(x, hardness)
-        ctx.base = base
-        if not _in_blocks(x, hardness):
-            return _value(x, hardness, base)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)  # so that its blocks are views
-        for part, result in zip(_split(x), _split(out), strict=True):
-            result.copy_(_value(part, hardness, base))
-        return out
+    def forward(ctx: Any, x: Tensor, hardness: Tensor, base: str) -> Tensor:
+        _save(ctx, (x, hardness, base), None)
+        if not _operators(x):
+            return kernels_torch.value(x, hardness, get_base(base))
+        return torch.ops.hf_lambda_gelu.forward(x, hardness, base)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, hardness = ctx.saved_tensors
-        want_x, want_hardness, _ = ctx.needs_input_grad
-        # under create_graph the gradients must be differentiable themselves, so no writing into slices
-        if torch.is_grad_enabled() or not _in_blocks(x, hardness):
-            return *_gradients(x, hardness, grad, ctx.base, want_x, want_hardness), None
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else None
-        total = torch.zeros((), dtype=torch.float64) if want_hardness else None
-        blocks = _split(x)
-        outs = _split(grad_x) if want_x else [None] * len(blocks)
-        for part, part_grad, out in zip(blocks, _split(grad), outs, strict=True):
-            part_x, part_hardness = _gradients(part, hardness, part_grad, ctx.base, want_x, want_hardness)
-            if out is not None:
-                out.copy_(part_x)
-            if total is not None:
-                total += part_hardness.sum()
-        return grad_x, None if total is None else total.to(hardness.dtype).reshape(hardness.shape), None
+        if torch.is_grad_enabled() or not _operators(x):
+            return *kernels_torch.gradients(grad, x, hardness, get_base(ctx.base)), None
+        return *torch.ops.hf_lambda_gelu.backward(grad, x, hardness, ctx.base), None
 
 
-def _value(x: Tensor, hardness: Tensor, base: Base) -> Tensor:
-    xc, hc = _computing(x, hardness)
-    return (base.gate(xc * hc) * xc).to(x.dtype)
+def _operators(x: Tensor) -> bool:
+    # a tensor subclass (DTensor) knows torch's operations, not ours
+    return not torch.compiler.is_compiling() and type(x) in (Tensor, nn.Parameter)
 
 
-def _gradients(
-    x: Tensor, hardness: Tensor, grad: Tensor, base: Base, want_x: bool, want_hardness: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    xc, hc = _computing(x, hardness)
-    gc = grad.to(xc.dtype)
-    u = (xc * hc).clamp(-SATURATION, SATURATION)
-    slope = base.slope(u)
-    grad_x = grad_hardness = None
-    if want_x:
-        grad_x = (torch.addcmul(base.gate(u), u, slope) * gc).to(x.dtype)
-    if want_hardness:
-        # x · (x · slope), not x² · slope: where x² would overflow, slope is exactly 0
-        grad_hardness = (xc * (xc * slope) * gc).sum_to_size(hardness.shape).to(hardness.dtype)
-    return grad_x, grad_hardness
+def _forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
+    fused = _fused(x, hardness)
+    return kernels_torch.forward(x, hardness, get_base(base)) if fused is None else fused.forward(x, hardness, base)
 
 
-def _computing(x: Tensor, hardness: Tensor) -> tuple[Tensor, Tensor]:
-    # x and λ in the dtype of the arithmetic: fp32 for half precision, since λx overflows fp16 at λ = 1e4, x = 300
-    dtype = torch.float32 if x.dtype in _HALF else x.dtype
-    return x.to(dtype), hardness.to(dtype)
+def _backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tensor, Tensor]:
+    fused = _fused(x, hardness)
+    if fused is None:
+        return kernels_torch.backward(grad, x, hardness, get_base(base))
+    return fused.backward(grad, x, hardness, base)
 
 
-def _in_blocks(x: Tensor, hardness: Tensor) -> bool:
-    # a compiler fuses by itself, and would unroll the loop
-    return x.device.type == "cpu" and x.numel() > _BLOCK and hardness.numel() == 1 and not torch.compiler.is_compiling()
+def _fused(x: Tensor, hardness: Tensor) -> ModuleType | None:
+    """The module whose kernel takes these tensors, if the choice allows it."""
+    if _choice == "torch":
+        return None
+    kernel = _kernel(x.device.type)
+    if kernel is None:
+        missing = f"there is no fused kernel for {x.device.type} devices"
+    elif x.dtype not in kernel.DTYPES:
+        missing = f"there is no fused kernel for {x.dtype} on {x.device.type}"
+    elif hardness.numel() > 1 and kernels_cpu.view(_dense(x), hardness) is None:
+        missing = f"no fused kernel takes λ of shape {tuple(hardness.shape)} over x of shape {tuple(x.shape)}"
+    else:
+        missing = kernel.unavailable()
+        if missing and _choice == "auto":
+            _warn(missing)
+    if missing and _choice == "fused":
+        raise KernelUnavailable(f"{missing}; hlg.set_kernels('auto') runs torch's own operations instead")
+    return None if missing else kernel
 
 
-def _split(tensor: Tensor) -> tuple[Tensor, ...]:
-    return tensor.reshape(-1).split(_BLOCK)
+@functools.cache
+def _kernel(device: str) -> ModuleType | None:
+    if device == "cuda":
+        from . import kernels_triton  # which imports Triton: seconds, and for nothing on a CPU
+
+        return kernels_triton
+    return kernels_cpu if device == "cpu" else None
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else torch.empty_like(x, device="meta")
+
+
+@functools.cache  # one warning for each reason
+def _warn(missing: str) -> None:
+    warnings.warn(
+        f"λ-GELU runs on torch's own operations, several times slower than F.gelu: {missing}. "
+        "hlg.set_kernels('torch') silences this",
+        stacklevel=2,
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor | None) -> None:
+    x, hardness, ctx.base = inputs
+    ctx.save_for_backward(x, hardness)
+
+
+def _register() -> torch.library.Library:
+    def by_name(function: str) -> Callable[..., Any]:  # so that a module that is imported afresh takes the operators over
+        return lambda *args: getattr(sys.modules[__name__], function)(*args)
+
+    library = torch.library.Library(_NAME, "FRAGMENT")
+    if hasattr(getattr(torch.ops, _NAME), "forward"):
+        return library
+    library.define("forward(Tensor x, Tensor hardness, str base) -> Tensor")
+    library.define("backward(Tensor grad, Tensor x, Tensor hardness, str base) -> (Tensor, Tensor)")
+    library.impl("forward", by_name("_forward"), "CompositeExplicitAutograd")
+    library.impl("backward", by_name("_backward"), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_NAME}::forward", lambda x, *_: torch.empty_like(x), lib=library)
+    torch.library.register_fake(
+        f"{_NAME}::backward", lambda _, x, hardness, *__: (torch.empty_like(x), torch.empty_like(hardness)), lib=library
+    )
+    torch.library.register_autograd(f"{_NAME}::forward", LambdaGELUFunction.backward, setup_context=_save, lib=library)
+    return library
+
+
+_library = _register()

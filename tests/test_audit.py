@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from hf_lambda_gelu import convert, gates_as_relu, lambda_gelu, relu_ize
+from hf_lambda_gelu import convert, gates_as_relu, lambda_gelu, lambda_gelu_reference, relu_ize
 from hf_lambda_gelu.audit import AuditReport, audit
 
 ARCHITECTURES = ["bert", "bert-classifier", "roberta", "distilbert", "albert", "deberta-v2", "vit", "clip"]
@@ -149,9 +149,18 @@ def test_formulas(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("base", ["gelu", "gelu_tanh", "silu"])
 def test_hardness_of_formulas(base: str) -> None:
-    (entry,) = audit(network(lambda x: lambda_gelu(x, 3.0, base)), x_of()).entries
+    (entry,) = audit(network(lambda x: lambda_gelu_reference(x, 3.0, base)), x_of()).entries
     assert (entry.kind, entry.group) == (base, "smooth")
     assert entry.hardness == pytest.approx(3.0, rel=1e-3)
+
+
+def test_function_with_one_hardness_per_neuron() -> None:
+    """The operator behind `lambda_gelu` is seen as what it is, with the softest of its gates."""
+    hardness = torch.linspace(3.0, 9.0, 64)
+    report = audit(network(lambda x: lambda_gelu(x, hardness, "silu")), x_of())
+    (entry,) = report.entries
+    assert (entry.kind, entry.group, entry.base, entry.hardness) == ("lambda_gelu", "smooth", "silu", 3.0)
+    assert not report.opaque
 
 
 def test_formula_in_a_child_that_is_only_its_gate() -> None:
