@@ -61,7 +61,8 @@ def _tanh_argument(u: Tensor) -> Tensor:
 
 
 def _tanh_gate(u: Tensor) -> Tensor:
-    return torch.sigmoid(_tanh_argument(u))
+    # clamped for autograd, since the cube's derivative would be inf · 0; the other gates need no such care
+    return torch.sigmoid(_tanh_argument(u.clamp(-SATURATION, SATURATION)))
 
 
 def _tanh_slope(u: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The registered operators behind `lambda_gelu`, and the choice of the kernel that runs them.
 
 `torch.ops.hf_lambda_gelu.forward(x, hardness, base)` and `.backward(grad, x, hardness, base)` run a fused kernel where one
-serves (C++ for fp32 and bf16 on a CPU, Triton on CUDA), and torch's own operations elsewhere. A compiler sees those
-operations, not the operators, and fuses them with what stands around.
+serves (C++ for fp32 and bf16 on a CPU, Triton on CUDA), and torch's own operations elsewhere. Compilers and torch.func never
+see the operators: `lambda_gelu` gives them the formula.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class LambdaGELUFunction(torch.autograd.Function):
     are torch's operations, and so differentiable again.
     """
 
-    # without setup_context, which costs more than a small kernel; see `functional.lambda_gelu` for torch.func
+    # without setup_context, which costs more than a small kernel and which torch.func alone would need
     @staticmethod
     def forward(ctx: Any, x: Tensor, hardness: Tensor, base: str) -> Tensor:
         _save(ctx, (x, hardness, base), None)
@@ -70,7 +70,7 @@ class LambdaGELUFunction(torch.autograd.Function):
 
 def _operators(x: Tensor) -> bool:
     # a tensor subclass (DTensor) knows torch's operations, not ours
-    return not torch.compiler.is_compiling() and type(x) in (Tensor, nn.Parameter)
+    return type(x) in (Tensor, nn.Parameter)
 
 
 def _forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:

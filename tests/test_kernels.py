@@ -292,6 +292,37 @@ def test_compile_once() -> None:
     assert len(graphs) == 1
 
 
+@each_base
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("hardness", [1.0, 159.58, 1e4])
+def test_what_a_compiler_derives(base: str, dtype: torch.dtype, hardness: float) -> None:
+    """AOTAutograd's gradients of the formula against numpy's, and ReLU's own where λx overflows.
+
+    It writes σ' as σ (1 − σ), as it does for the stock activations, which rounds at eps where the kernels do not.
+    """
+    torch.compiler.reset()
+    wide = torch.promote_types(dtype, torch.float32)
+    big = torch.tensor([torch.finfo(dtype).max, -torch.finfo(dtype).max], dtype=dtype)
+    x = torch.cat([grid(dtype, hardness), big]).requires_grad_()
+    each = torch.full(x.shape, hardness, dtype=wide, requires_grad=True)
+    out = torch.compile(lambda x, h: hlg.lambda_gelu(x, h, base), backend="aot_eager", fullgraph=True)(x, each)
+    by_x, by_hardness = torch.autograd.grad(out.sum(), (x, each))
+    assert out[-2:].tolist() == [big[0].item(), 0.0]
+    assert by_x[-2:].tolist() == [1.0, 0.0]
+    assert by_hardness[-2:].tolist() == [0.0, 0.0]
+    xs, out, by_x, by_hardness = x.detach()[:-2].double().numpy(), out[:-2], by_x[:-2], by_hardness[:-2]
+    value, slope, expected, scale = formula(xs, hardness, base)
+    assert_within(out, value, np.abs(xs), dtype)
+    steepness = {
+        "gelu": 0.0,
+        "gelu_tanh": 1.6 + 0.22 * np.minimum(np.abs(hardness * xs), 10) ** 2,
+        "quick_gelu": 1.702,
+        "silu": 1.0,
+    }[base]
+    assert_within(by_x, slope, 1 + np.minimum(np.abs(hardness * xs), 40) * steepness, dtype)
+    assert_within(by_hardness, expected, scale + xs**2 * (1e-29 + steepness), dtype)
+
+
 def in_fresh_process(code: str, **environment: str) -> str:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(
