@@ -5,7 +5,7 @@ SIZE ?= small
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: help demo demo-vision cards test assets lint coverage coverage-latest clean
+.PHONY: help demo demo-vision cards test assets lint coverage coverage-latest bench clean
 
 help:
 	@echo "make demo          MiniLM on movie reviews: fine-tune, harden, substitute, reload in stock transformers"
@@ -14,6 +14,7 @@ help:
 	@echo "make cards         the demos' model cards into model_cards/, after both demos"
 	@echo "make coverage      every architecture of transformers: converted, substituted, folded, reloaded; what is not done yet"
 	@echo "make coverage-latest   the same with the newest transformers, in .venv-latest; prints what changed"
+	@echo "make bench         what λ-GELU costs, as ratios to F.gelu: activation, torch.compile, training steps, conversion"
 	@echo "make lint          ruff"
 
 # torch first and pinned: its CPU build is taken where one is offered, and nothing later pulls in another
@@ -54,6 +55,9 @@ coverage-latest:
 	.venv-latest/bin/python scripts/coverage.py --results runs/coverage-latest.csv
 	.venv-latest/bin/python scripts/coverage.py --heads --results runs/coverage-latest.csv
 	.venv-latest/bin/python scripts/coverage.py --results runs/coverage-latest.csv --compare scripts/results/coverage.csv
+
+bench: $(STAMP)
+	$(BIN)/python scripts/benchmark.py
 
 clean:
 	rm -rf $(VENV) .venv-latest runs build dist *.egg-info
