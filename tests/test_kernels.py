@@ -336,7 +336,7 @@ def in_fresh_process(code: str, **environment: str) -> str:
     ("compiler", "message"),
     [
         ("/nowhere/g++", "no C++ compiler found (looked for /nowhere/g++); install g++ or set CXX"),
-        ("false", "the C++ kernel could not be built"),
+        ("broken", "broken failed: no such flag"),
     ],
 )
 def test_without_a_compiler(compiler: str, message: str, tmp_path: Path) -> None:
@@ -358,10 +358,16 @@ def test_without_a_compiler(compiler: str, message: str, tmp_path: Path) -> None
         hlg.set_kernels("torch")
         hlg.lambda_gelu(x, 2.0)
     """
+    if compiler == "broken":
+        script = tmp_path / compiler
+        script.write_text(f"#!/bin/sh\necho tried >> {tmp_path}/log\necho no such flag >&2\nexit 1\n")
+        script.chmod(0o755)
+        compiler = str(script)
     lines = in_fresh_process(code, CXX=compiler, TORCH_EXTENSIONS_DIR=str(tmp_path)).splitlines()
     assert lines[0].startswith("1 λ-GELU runs on torch's own operations")
     assert all(message in " ".join(part.split()) for part in (lines[0], " ".join(lines[1:])))
     assert not list(tmp_path.rglob("*.so"))
+    assert compiler.startswith("/nowhere") or (tmp_path / "log").read_text() == "tried\n"  # once, not at every call
 
 
 def test_built_once(tmp_path: Path) -> None:
@@ -447,3 +453,31 @@ def test_triton() -> None:
         assert torch.equal(first, second)
     """
     assert in_fresh_process(code, TRITON_INTERPRET="1").strip() == "[nan, inf, -0.0, -0.0]"
+
+
+def test_triton_for_a_device() -> None:
+    """Triton's own compiler, which needs no device, takes every kernel to machine code; loads are 16 bytes wide."""
+    pytest.importorskip("triton")
+    code = """
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from hf_lambda_gelu import kernels_triton
+
+        sizes = {"BASE": 0, "WIDTH": 4096, "ROWS": 64}
+        for name in ("_forward_runs", "_backward_runs", "_forward_columns", "_backward_columns"):
+            kernel = getattr(kernels_triton, name)
+            types = {"hardness_ptr": "*fp32", "sum_ptr": "*fp32", "outer": "i32", "channels": "i32", "inner": "i32"}
+            names = kernel.arg_names
+            signature = {n: "constexpr" if n in sizes else types.get(n, "*bf16") for n in names}
+            # what the launcher finds out by itself: addresses and sizes that 16 divides
+            aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in sizes}
+            constants = {n: v for n, v in sizes.items() if n in names}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+            built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+            assert built.asm["cubin"]
+            print(name, "ld.global.v4.b32" in built.asm["ptx"])
+    """
+    lines = in_fresh_process(code).splitlines()
+    assert lines[:2] == ["_forward_runs True", "_backward_runs True"]
+    assert len(lines) == 4
