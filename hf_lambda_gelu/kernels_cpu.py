@@ -29,7 +29,8 @@ _CAPABILITY_FLAGS = {
     "AVX2": ["-mavx2", "-mfma"],
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
-_BASE_NUMBERS = {name: number for number, name in enumerate(BASES)}
+# how the kernels know the gates
+BASE_NUMBERS = {name: number for number, name in enumerate(BASES)}
 
 
 def forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
@@ -58,7 +59,7 @@ def backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tens
 
 
 def _numbers(x: Tensor, base: str) -> tuple[bool, int, int]:
-    return x.dtype is torch.bfloat16, _BASE_NUMBERS[base], torch.get_num_threads()
+    return x.dtype is torch.bfloat16, BASE_NUMBERS[base], torch.get_num_threads()
 
 
 def view(dense: Tensor, hardness: Tensor) -> tuple[int, int, int] | None:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases import BASES
-from .kernels_cpu import view
+from .kernels_cpu import BASE_NUMBERS, view
 from .kernels_torch import in_layout_of
 
 try:
@@ -23,7 +22,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _BLOCK = 4096  # elements for one program; its sum over them is fp32, the sum of these float64
 _ROWS = 64  # rows for one program where λ changes along them
-_BASE_NUMBERS = {name: number for number, name in enumerate(BASES)}
 
 
 def forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
@@ -35,10 +33,10 @@ def forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
         with _on_device(x):
             if inner == 1 and channels > 1:
                 width, grid = _columns(outer, channels)
-                _forward_columns[grid](*arguments, outer, channels, _BASE_NUMBERS[base], _ROWS, width)
+                _forward_columns[grid](*arguments, outer, channels, BASE_NUMBERS[base], _ROWS, width)
             else:
                 width, grid = _runs(outer * channels, inner)
-                _forward_runs[grid](*arguments, channels, inner, _BASE_NUMBERS[base], width, num_warps=8)
+                _forward_runs[grid](*arguments, channels, inner, BASE_NUMBERS[base], width, num_warps=8)
     return out
 
 
@@ -54,11 +52,11 @@ def backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tens
         if inner == 1 and channels > 1:
             width, grid = _columns(outer, channels)
             sums = torch.empty(grid[1], channels, 1, dtype=torch.float32, device=x.device)
-            _backward_columns[grid](*arguments, sums, outer, channels, _BASE_NUMBERS[base], _ROWS, width)
+            _backward_columns[grid](*arguments, sums, outer, channels, BASE_NUMBERS[base], _ROWS, width)
         else:
             width, grid = _runs(outer * channels, inner)
             sums = torch.empty(outer, channels, grid[1], dtype=torch.float32, device=x.device)
-            _backward_runs[grid](*arguments, sums, channels, inner, _BASE_NUMBERS[base], width, num_warps=8)
+            _backward_runs[grid](*arguments, sums, channels, inner, BASE_NUMBERS[base], width, num_warps=8)
     grad_hardness = sums.sum((0, 2), dtype=torch.float64)
     return grad_x, grad_hardness.to(hardness).view(hardness.shape)
 

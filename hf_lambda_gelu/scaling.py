@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import LambdaGELU
-from .tracing import LinearCall, LinearMap, Parameters, all_experts, watch_linears
+from .tracing import LinearCall, LinearMap, Parameters, all_experts, ancestors, watch_linears
 
 # nodes of autograd's graph, without the digit at their end
 # fmt: off
@@ -138,7 +138,7 @@ class _Walk:
         if not call.output.is_floating_point():
             return None
         found: set[str] = set()
-        for node in _ancestors(call.input):
+        for node in ancestors(call.input):
             what = self._what(node)
             if isinstance(what, str):
                 found.add(what)
@@ -313,18 +313,6 @@ def _check_shared(folds: Mapping[str, Fold], sites: Mapping[str, LambdaGELU]) ->
 
 def _kind(node: Any) -> str:
     return node.name().rstrip("0123456789").removesuffix("Backward").removeprefix("torch::autograd::")
-
-
-def _ancestors(tensor: Tensor) -> Iterator[Any]:
-    seen: set[Any] = set()
-    stack = [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack += [parent for parent, _ in node.next_functions]
 
 
 def _output_dim(linear: LinearMap) -> int:

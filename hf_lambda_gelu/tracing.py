@@ -196,8 +196,8 @@ def trace(model: nn.Module, forward: Callable[[], Any]) -> Trace:
     return _read(model, sites.values(), reached)
 
 
-def _sources(tensor: Tensor, leaves: dict[int, str | None]) -> set[str]:
-    found: set[str] = set()
+def ancestors(tensor: Tensor) -> Iterator[Any]:
+    """The nodes of autograd's graph that `tensor` comes from, each once."""
     seen: set[Any] = set()
     stack = [tensor.grad_fn]
     while stack:
@@ -205,13 +205,14 @@ def _sources(tensor: Tensor, leaves: dict[int, str | None]) -> set[str]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            site = leaves.get(id(variable))
-            if site is not None:
-                found.add(site)
+        yield node
         stack += [parent for parent, _ in node.next_functions]
-    return found
+
+
+def _sources(tensor: Tensor, leaves: dict[int, str | None]) -> set[str]:
+    variables = (getattr(node, "variable", None) for node in ancestors(tensor))
+    sites = (leaves.get(id(variable)) for variable in variables if variable is not None)
+    return {site for site in sites if site is not None}
 
 
 def _read(model: nn.Module, names: Iterable[str], reached: Mapping[str, list[LinearCall]]) -> Trace:

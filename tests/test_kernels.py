@@ -290,6 +290,9 @@ def test_compile_once() -> None:
         torch.testing.assert_close(grad, wanted)
         torch.testing.assert_close(compiled(x), net(x))
     assert len(graphs) == 1
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert any("erf" in name for name in called)
+    assert not [name for name in called if "hf_lambda_gelu" in name or "autograd" in name]  # all for the compiler to fuse
 
 
 @each_base
