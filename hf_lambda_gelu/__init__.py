@@ -10,6 +10,7 @@ from .audit import AuditReport, audit
 from .batches import CalibrationError
 from .calibration import CalibrationReport, SiteStatistics, calibrate
 from .card import CardDetails
+from .checkpoints import CheckpointReport, convert_checkpoint, relu_ize_checkpoint
 from .conversion import ConversionError, ConversionReport, convert
 from .export import VerificationError, save_relu_pretrained, verify_relu_pretrained
 from .fold import FoldError, FoldReport, fold
@@ -21,6 +22,7 @@ from .optim import attach_hardness_update
 from .plots import plot_hardness, plot_sensitivity
 from .registry import register
 from .remote import save_with_code
+from .safetensors_files import CheckpointError
 from .sensitivity import SensitivityReport, SiteSensitivity, sensitivity
 from .substitution import SoftGateError, SubstitutionReport, gates_as_relu, relu_ize
 from .training import LambdaGELUTrainer
@@ -32,6 +34,8 @@ __all__ = [
     "CalibrationError",
     "CalibrationReport",
     "CardDetails",
+    "CheckpointError",
+    "CheckpointReport",
     "ConversionError",
     "ConversionReport",
     "FoldError",
@@ -52,6 +56,7 @@ __all__ = [
     "audit",
     "calibrate",
     "convert",
+    "convert_checkpoint",
     "fold",
     "gates_as_relu",
     "hardness_profile",
@@ -63,6 +68,7 @@ __all__ = [
     "push_relu_to_hub",
     "register",
     "relu_ize",
+    "relu_ize_checkpoint",
     "save_relu_pretrained",
     "save_with_code",
     "sensitivity",

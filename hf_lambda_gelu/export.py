@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from .audit import audit
 from .batches import evaluating, example_inputs, main_output
 from .card import CardDetails, card_record, render_card
 from .discovery import LAMBDA_KEYS, activation_attributes, governed_modules, has_adapters
+from .folders import check_new, whole_folder
 from .inventory import smooth_activations, smooth_modules
 from .plots import plot_hardness
 from .substitution import SubstitutionReport
@@ -67,49 +67,46 @@ def save_relu_pretrained(
     """
     folder = Path(os.path.abspath(folder))
     check_relu(model)
-    if folder == Path.cwd() or (folder.exists() and not folder.is_dir()):
-        kind = "the current folder" if folder.is_dir() else "a file"
-        raise ValueError(f"{str(folder)!r} exists and is {kind}: give the name of a folder to make")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise ValueError(f"{str(folder)!r} exists and is not empty: choose another folder, or pass overwrite=True")
+    check_new(folder, overwrite)
     details = details or CardDetails()
     report: SubstitutionReport | None = getattr(model, "_relu_report", None)
     smooth = smooth_modules(model)
     if report is None and smooth:
         raise ValueError(f"the model did not come from relu_ize and has smooth modules, from {smooth[0]} on")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise ValueError(f"cannot write into {str(folder.parent)!r}: {error}. Choose another folder") from error
-    try:
+    with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
         for item in processor if isinstance(processor, (list, tuple)) else [processor]:
             if item is not None:
                 item.save_pretrained(temporary)
-        versions = package_versions()
-        profile = learned or (report.profile if report else None)
-        plot = PLOT_NAME if profile and _plotted(profile, temporary / PLOT_NAME, history or [], bool(learned)) else None
-        record = card_record(
-            model_name or folder.name,
-            type(model).__name__,
-            details,
-            report,
-            smooth_activations(model),
-            pipeline_tag(model),
-            versions,
-            learned,
-            plot,
-        )
-        _write_record(temporary, record)
-        card = render_card(record)
-        card.save(temporary / "README.md")
-        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp makes folders that only the owner can read
-        _put_in_place(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        write_card(model, temporary, model_name or folder.name, report, details, learned, history)
     return folder
+
+
+def write_card(
+    model: PreTrainedModel,
+    folder: Path,
+    name: str,
+    report: SubstitutionReport | None,
+    details: CardDetails,
+    learned: dict[str, float] | None = None,
+    history: list[dict[str, Any]] | None = None,
+) -> None:
+    """Write the model card and what it is made from: the λ profile, and its plot where matplotlib is there."""
+    profile = learned or (report.profile if report else None)
+    plot = PLOT_NAME if profile and _plotted(profile, folder / PLOT_NAME, history or [], bool(learned)) else None
+    record = card_record(
+        name,
+        type(model).__name__,
+        details,
+        report,
+        smooth_activations(model),
+        pipeline_tag(model),
+        package_versions(),
+        learned,
+        plot,
+    )
+    _write_record(folder, record)
+    render_card(record).save(folder / "README.md")
 
 
 def check_relu(model: PreTrainedModel) -> None:
@@ -267,23 +264,3 @@ def _plotted(profile: dict[str, float], path: Path, history: list[dict[str, Any]
     except ImportError:  # matplotlib is an extra
         return False
     return True
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    aside = temporary.with_name(temporary.name + "-old")
-    folder.rename(aside)
-    try:
-        temporary.rename(folder)
-    except BaseException:
-        aside.rename(folder)
-        raise
-    shutil.rmtree(aside)

@@ -11,16 +11,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import transformers
 from huggingface_hub import CommitInfo, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from .activation import hardness_sites
 from .card import CardDetails
 from .export import check_relu, save_relu_pretrained, verify_relu_pretrained
+from .skeleton import saved_class
 from .substitution import relu_ize
 from .training import LambdaGELUTrainer
 
@@ -237,9 +237,5 @@ def load_saved(folder: str | os.PathLike[str]) -> PreTrainedModel:
     Raises:
         ValueError: not a checkpoint folder, or of a class that the installed transformers lacks.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{str(folder)!r} holds no config.json: expected the folder of a saved checkpoint")
-    name = (AutoConfig.from_pretrained(folder).architectures or ["none"])[0]
-    if not hasattr(transformers, name):
-        raise ValueError(f"config.json names the class {name!r}, which transformers {transformers.__version__} lacks")
-    return getattr(transformers, name).from_pretrained(folder)
+    _, cls = saved_class(Path(folder))
+    return cls.from_pretrained(folder)

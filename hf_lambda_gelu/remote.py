@@ -14,7 +14,7 @@ from .activation import hardness_sites
 from .discovery import has_adapters
 from .substitution import hard_coded_sites
 
-_FILE = "modeling_lambda_gelu.py"
+CODE_NAME = "modeling_lambda_gelu.py"
 
 
 def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Path:
@@ -49,11 +49,11 @@ def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Pa
         )
     folder = Path(folder)
     model.save_pretrained(folder)
-    code = (resources.files(__package__) / "templates" / _FILE).read_text(encoding="utf-8").replace("@CLASS@", name)
-    (folder / _FILE).write_text(code, encoding="utf-8")
+    code = (resources.files(__package__) / "templates" / CODE_NAME).read_text(encoding="utf-8").replace("@CLASS@", name)
+    (folder / CODE_NAME).write_text(code, encoding="utf-8")
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["auto_map"] = {auto: f"{_FILE.removesuffix('.py')}.LambdaGELU{name}" for auto in autos}
+    config["auto_map"] = {auto: f"{CODE_NAME.removesuffix('.py')}.LambdaGELU{name}" for auto in autos}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
 

@@ -1,0 +1,63 @@
+"""Folders that are made whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Within the block, a temporary folder beside `folder`, which takes its place at the end, or is removed on an error.
+
+    A process that is killed leaves `.<name>-<random>` behind, and `folder` as it was.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(f"cannot write into {str(folder.parent)!r}: {error}. Choose another folder") from error
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp makes folders that only the owner can read
+        _put_in_place(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def check_new(folder: Path, overwrite: bool | None = None) -> None:
+    """Raises ValueError unless a folder can be made there; `overwrite` None: where the caller has no such option."""
+    if folder == Path.cwd() or (folder.exists() and not folder.is_dir()):
+        kind = "the current folder" if folder.is_dir() else "a file"
+        raise ValueError(f"{str(folder)!r} exists and is {kind}: give the name of a folder to make")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        hint = "" if overwrite is None else ", or pass overwrite=True"
+        raise ValueError(f"{str(folder)!r} exists and is not empty: choose another folder{hint}")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    aside = temporary.with_name(temporary.name + "-old")
+    folder.rename(aside)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside)
