@@ -48,7 +48,7 @@ def test_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hardness_profile.png" in files
 
 
-@pytest.mark.parametrize("name", ["demo", "demo-vision", "test", "lint", "assets"])
+@pytest.mark.parametrize("name", ["demo", "demo-vision", "test", "coverage", "bench", "lint", "assets"])
 def test_commands_exist(name: str) -> None:
     """The make targets that the README and .ci/run name."""
     assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
