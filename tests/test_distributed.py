@@ -45,6 +45,8 @@ if len(sys.argv[3]):
     hlg.verify_relu_pretrained = lambda *_: 0.0  # slow, and done by the run on two processes
 sys.argv = [script, *sys.argv[4:], "--output_dir", str(folder / f"out{rank}")]
 runpy.run_path(script, run_name="__main__")
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # or its threads may end the process with an abort
 """
 
 OPTIONS = "--text_column first --text_pair_column second --num_train_epochs 4 --per_device_eval_batch_size 5"

@@ -188,6 +188,7 @@ trainer = hlg.LambdaGELUTrainer(converted(hardness=1.5), args, train_dataset=Row
 trainer.train()
 sums = {{name: float(t.double().sum()) for name, t in trainer.model.state_dict().items()}}
 (folder / f"rank{{args.process_index}}.json").write_text(json.dumps([args.world_size, sums]))
+torch.distributed.destroy_process_group()  # or its threads may end the process with an abort
 """
 
 
