@@ -33,7 +33,7 @@ def set_kernels(choice: Choice) -> Choice:
     """Choose what runs λ-GELU in eager mode, in this process; returns the choice before.
 
     "auto" (the default) takes the fused kernel where there is one and says once, in a warning, what keeps it from running.
-    "fused" raises instead. "torch" takes torch's own operations: about four times the time of F.gelu on a CPU.
+    "fused" raises instead. "torch" takes torch's own operations: two to seven times the time of F.gelu on a CPU.
 
     Raises:
         ValueError: none of the three.
