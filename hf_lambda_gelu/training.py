@@ -22,6 +22,7 @@ from .card import PAPER, CardDetails
 from .compensation import CompensationReport
 from .discovery import has_adapters
 from .optim import attach_hardness_update
+from .publish import push_trained
 from .substitution import gates_as_relu
 
 logger = logging.get_logger(__name__)
@@ -186,8 +187,6 @@ class LambdaGELUTrainer(Trainer):
         Raises:
             SoftGateError: the gates are too soft for ReLU to take their place.
         """
-        from .hub import push_trained  # here, as the hub stands on the trainer
-
         if not relu:
             tags = kwargs.pop("tags", None) or []
             tags = [*([tags] if isinstance(tags, str) else tags), "lambda-gelu", f"arxiv:{PAPER}"]

@@ -20,7 +20,7 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.export import package_versions
-from hf_lambda_gelu.hub import evaluation_sample
+from hf_lambda_gelu.publish import evaluation_sample
 
 RESULTS_NAME = "results.json"
 
