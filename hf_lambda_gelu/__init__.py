@@ -4,28 +4,28 @@ Importing registers the activation keys `lambda_gelu`, `lambda_gelu_tanh`, `lamb
 transformers' activation tables, and does nothing else.
 """
 
-from .activation import LambdaGELU, hardness_profile, hardness_sites
-from .arguments import LambdaGELUTrainingArguments
-from .audit import AuditReport, audit
-from .batches import CalibrationError
-from .calibration import CalibrationReport, SiteStatistics, calibrate
-from .card import CardDetails
-from .checkpoints import CheckpointReport, convert_checkpoint, relu_ize_checkpoint
-from .conversion import ConversionError, ConversionReport, convert
-from .export import VerificationError, save_relu_pretrained, verify_relu_pretrained
-from .fold import FoldError, FoldReport, fold
-from .functional import lambda_gelu, lambda_gelu_reference
-from .hardening import HardeningSchedule, sup_error, target_hardness
-from .hub import PushError, push_relu_to_hub
-from .kernels import KernelUnavailable, set_kernels
-from .optim import attach_hardness_update
-from .plots import plot_hardness, plot_sensitivity
-from .registry import register
-from .remote import save_with_code
-from .safetensors_files import CheckpointError
-from .sensitivity import SensitivityReport, SiteSensitivity, sensitivity
-from .substitution import SoftGateError, SubstitutionReport, gates_as_relu, relu_ize
-from .training import LambdaGELUTrainer
+from .activation.functional import lambda_gelu, lambda_gelu_reference
+from .activation.kernels.dispatch import KernelUnavailable, set_kernels
+from .activation.module import LambdaGELU, hardness_profile, hardness_sites
+from .activation.registry import register
+from .checkpoints.card import CardDetails
+from .checkpoints.hub import PushError, push_relu_to_hub
+from .checkpoints.on_disk import CheckpointReport, convert_checkpoint, relu_ize_checkpoint
+from .checkpoints.remote_code import save_with_code
+from .checkpoints.save import VerificationError, save_relu_pretrained, verify_relu_pretrained
+from .checkpoints.shards import CheckpointError
+from .measurement.audit.audit import AuditReport, audit
+from .measurement.batches import CalibrationError
+from .measurement.calibration import CalibrationReport, SiteStatistics, calibrate
+from .measurement.plots import plot_hardness, plot_sensitivity
+from .measurement.sensitivity import SensitivityReport, SiteSensitivity, sensitivity
+from .surgery.conversion import ConversionError, ConversionReport, convert
+from .surgery.folding import FoldError, FoldReport, fold
+from .surgery.substitution import SoftGateError, SubstitutionReport, gates_as_relu, relu_ize
+from .training.arguments import LambdaGELUTrainingArguments
+from .training.optimizer import attach_hardness_update
+from .training.schedule import HardeningSchedule, sup_error, target_hardness
+from .training.trainer import LambdaGELUTrainer
 
 __version__ = "0.1.0"
 

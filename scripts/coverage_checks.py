@@ -54,7 +54,7 @@ def _convert_and_save(model_type: str, auto: str, folder: Path, awake: bool) -> 
     try:
         report = hlg.convert(model)
     except hlg.ConversionError as error:
-        told = importlib.import_module("hf_lambda_gelu.inventory").smooth_activations(model)
+        told = importlib.import_module("hf_lambda_gelu.structure.smooth_activations").smooth_activations(model)
         row["left"], row["reason"] = len(told), str(error)
         if not told and "not convertible" not in row["reason"]:
             return {**row, "verdict": "no GELU or SiLU", "reason": ""}

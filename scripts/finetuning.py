@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.export import package_versions
-from hf_lambda_gelu.publish import evaluation_sample
+from hf_lambda_gelu.checkpoints.save import package_versions
+from hf_lambda_gelu.training.publish import evaluation_sample
 
 RESULTS_NAME = "results.json"
 

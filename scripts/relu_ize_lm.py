@@ -37,8 +37,8 @@ from transformers import (
 )
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.export import package_versions
-from hf_lambda_gelu.training import check_writable
+from hf_lambda_gelu.checkpoints.save import package_versions
+from hf_lambda_gelu.training.trainer import check_writable
 
 TEXTS = ("editorials", "movie_reviews", "amazon_reviews")  # assets
 PROMPTS = (

@@ -11,8 +11,8 @@ import json
 import shutil
 from pathlib import Path
 
-from hf_lambda_gelu.card import render_card
-from hf_lambda_gelu.export import REPORT_NAME
+from hf_lambda_gelu.checkpoints.card import render_card
+from hf_lambda_gelu.checkpoints.save import REPORT_NAME
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 RUNS = ("demo-text", "demo-vision")

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.optim import attach_hardness_update
+from hf_lambda_gelu.training.optimizer import attach_hardness_update
 
 RESULTS = Path(__file__).parent / "results" / "updates.csv"
 FIELDS = ("optimizer", "update", "start", "seed", "step", "largest", "hardness")

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.activations import ACT2FN
 
 from hf_lambda_gelu import convert, gates_as_relu, lambda_gelu, lambda_gelu_reference, relu_ize
-from hf_lambda_gelu.audit import AuditReport, audit
+from hf_lambda_gelu.measurement.audit.audit import AuditReport, audit
 
 ARCHITECTURES = ["bert", "bert-classifier", "roberta", "distilbert", "albert", "deberta-v2", "vit", "clip"]
 ARCHITECTURES += ["gpt2", "whisper", "wav2vec2", "t5", "gemma2", "llama"]

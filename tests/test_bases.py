@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, NewGELUActivation, QuickGELUActivation
 
-from hf_lambda_gelu.bases import BASES, SATURATION
-from hf_lambda_gelu.functional import lambda_gelu
+from hf_lambda_gelu.activation.bases import BASES, SATURATION
+from hf_lambda_gelu.activation.functional import lambda_gelu
 
 GATES: dict[str, Callable[[mp.mpf], mp.mpf]] = {
     "gelu": mp.ncdf,

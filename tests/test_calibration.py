@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu import calibration
+from hf_lambda_gelu.measurement import calibration
 
 BASES = {"gelu": "bert", "gelu_tanh": "gpt2", "quick_gelu": "clip", "silu": "llama"}
 R = 2.0 ** (1 / 128)  # the factor by which half a bin, of 64 an octave, displaces |x| at most

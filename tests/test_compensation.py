@@ -46,8 +46,9 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu import compensation, twin
-from hf_lambda_gelu.moments import RIDGES
+from hf_lambda_gelu.surgery.refit import engine as compensation
+from hf_lambda_gelu.surgery.refit import two_networks as twin
+from hf_lambda_gelu.surgery.refit.ridge import RIDGES
 
 Array = NDArray[np.float64]
 Batches = list[dict[str, Tensor]]

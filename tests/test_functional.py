@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu import kernels_torch
+from hf_lambda_gelu.activation.kernels import eager as kernels_torch
 
 BASES = ("gelu", "gelu_tanh", "quick_gelu", "silu")
 HARDNESSES = (1.0, 1.693, 10.0, 159.58, 1e4)
@@ -185,7 +185,7 @@ def test_blocks(layout: str, dtype: torch.dtype, base: str, monkeypatch: pytest.
     value = kernels_torch.value
     monkeypatch.setattr(kernels_torch, "value", lambda x, *rest: (calls.append(x.numel()), value(x, *rest))[1])
     results: list[tuple[Tensor, ...]] = []
-    monkeypatch.setattr("hf_lambda_gelu.kernels._choice", "torch")
+    monkeypatch.setattr("hf_lambda_gelu.activation.kernels.dispatch._choice", "torch")
     for block in (1 << 17, 5):
         monkeypatch.setattr(kernels_torch, "_BLOCK", block)
         calls.clear()

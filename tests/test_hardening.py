@@ -18,7 +18,7 @@ from scipy.special import expit, ndtr
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu import HardeningSchedule
-from hf_lambda_gelu.hardening import RAMP_SHAPES, ramp
+from hf_lambda_gelu.training.schedule import RAMP_SHAPES, ramp
 
 MP_GATES: dict[str, Callable[[mp.mpf], mp.mpf]] = {
     "gelu": mp.ncdf,

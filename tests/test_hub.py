@@ -179,7 +179,7 @@ def test_bad_input_before_any_request(
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     elif case == "no token":
         monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
-        monkeypatch.setattr("hf_lambda_gelu.hub.get_token", lambda: None)
+        monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.get_token", lambda: None)
         changes["api"] = HfApi(endpoint=hub.url)
     elif case == "tag of a pull request":
         changes |= {"tag": "v1", "create_pr": True}
@@ -214,7 +214,7 @@ def test_failed_upload_keeps_the_folder(
 ) -> None:
     """Refused, too large, too often, failed or cut off: the saved model stays, and pushing the folder again succeeds."""
     # the comparison in another process, which takes seconds, is the same each time
-    monkeypatch.setattr("hf_lambda_gelu.hub.verify_relu_pretrained", lambda *args: 0.0)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *args: 0.0)
     api = HfApi(endpoint=hub.url, token=TOKEN)
     hub.fail_next(method, route, status, times=9 if status == 429 else 1, applied=False)
     with pytest.raises(hlg.PushError, match="hf upload tester/m") as caught:
@@ -229,7 +229,7 @@ def test_failed_upload_keeps_the_folder(
 
 def test_card_that_the_hub_refuses(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its metadata is validated before the first file is sent."""
-    monkeypatch.setattr("hf_lambda_gelu.hub.verify_relu_pretrained", lambda *args: 0.0)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *args: 0.0)
     details = hlg.CardDetails(license=["mit"])
     api = HfApi(endpoint=hub.url, token=TOKEN)
     with pytest.raises(hlg.PushError, match=r"license.* must be a string.*kept"):
@@ -243,7 +243,7 @@ def test_licence_of_the_base_model(
     hub: HubServer, known: bool, licence: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the card of the base model, if the Hub has it."""
-    monkeypatch.setattr("hf_lambda_gelu.hub.verify_relu_pretrained", lambda *args: 0.0)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *args: 0.0)
     if known:
         hub.add_repo("someone/base", {"README.md": b"---\nlicense: cc-by-4.0\n---\n# Base\n"})
     details = hlg.CardDetails(base_model="someone/base")
@@ -354,7 +354,7 @@ def test_several_refused(
 ) -> None:
     """Before the first request, and before the first upload of several."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_lambda_gelu.hub.get_token", lambda: TOKEN)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.get_token", lambda: TOKEN)
     folders = [str(hlg.save_relu_pretrained(relu_model(), tmp_path / name)) for name in ("a", "b")]
     with pytest.raises((ValueError, SystemExit), match=message):
         push_to_hub.main(["--folder", *folders, "--repo_id", repo_id, *options])

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu import kernels, kernels_cpu
+from hf_lambda_gelu.activation.kernels import cpu as kernels_cpu
+from hf_lambda_gelu.activation.kernels import dispatch as kernels
 
 OP = torch.ops.hf_lambda_gelu
 FUSED = pytest.mark.parametrize("dtype", kernels_cpu.DTYPES, ids=str)
@@ -422,8 +423,9 @@ def test_triton() -> None:
     pytest.importorskip("triton")
     code = """
         import torch
-        from hf_lambda_gelu import kernels_torch, kernels_triton
-        from hf_lambda_gelu.bases import BASES
+        from hf_lambda_gelu.activation.kernels import eager as kernels_torch
+        from hf_lambda_gelu.activation.kernels import cuda as kernels_triton
+        from hf_lambda_gelu.activation.bases import BASES
 
         def never(*_):
             raise AssertionError("the kernel waits for the device")
@@ -465,7 +467,7 @@ def test_triton_for_a_device() -> None:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-        from hf_lambda_gelu import kernels_triton
+        from hf_lambda_gelu.activation.kernels import cuda as kernels_triton
 
         sizes = {"BASE": 0, "WIDTH": 4096, "ROWS": 64}
         for name in ("_forward_runs", "_backward_runs", "_forward_columns", "_backward_columns"):

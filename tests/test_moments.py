@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from hf_lambda_gelu.moments import RIDGES, Change, Moments, choose, effective_rank, solve
+from hf_lambda_gelu.surgery.refit.ridge import RIDGES, Change, Moments, choose, effective_rank, solve
 
 Array = NDArray[np.float64]
 biased_or_not = pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])

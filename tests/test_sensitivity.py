@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu import calibration
+from hf_lambda_gelu.measurement import calibration
 
 
 @pytest.fixture(autouse=True)

@@ -151,7 +151,7 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
     """Before the first step, with the way out."""
     trainer = trainer_of(converted(), tmp_path, hardness_compensate="least_squares")
     trainer.args.deepspeed = {"zero_optimization": {"stage": 3}}
-    from hf_lambda_gelu.switch import check_calibratable
+    from hf_lambda_gelu.training.switch import check_calibratable
 
     with pytest.raises(ValueError, match="DeepSpeed cut up: set hardness_compensate='none', or substitute before training"):
         check_calibratable(trainer.args, Rows())
@@ -165,11 +165,11 @@ import torch
 torch.set_num_threads(1)
 from test_training import Rows, arguments, converted
 import hf_lambda_gelu as hlg
-import hf_lambda_gelu.switch
+import hf_lambda_gelu.training.switch
 folder = Path({folder!r})
 args = arguments(folder / "out", hardness_compensate="least_squares", max_steps=8, per_device_train_batch_size=4)
 if args.process_index:  # what this process finds for itself is worth nothing: the first one's weights must arrive
-    compensation = hf_lambda_gelu.switch.compensation
+    compensation = hf_lambda_gelu.training.switch.compensation
     class Wrong:
         def __init__(self, inner): self.inner = inner
         def __enter__(self):
@@ -183,7 +183,7 @@ if args.process_index:  # what this process finds for itself is worth nothing: t
             self.work.run = spoiled
             return self.work
         def __exit__(self, *a): return self.inner.__exit__(*a)
-    hf_lambda_gelu.switch.compensation = lambda *a: Wrong(compensation(*a))
+    hf_lambda_gelu.training.switch.compensation = lambda *a: Wrong(compensation(*a))
 trainer = hlg.LambdaGELUTrainer(converted(hardness=1.5), args, train_dataset=Rows())
 trainer.train()
 sums = {{name: float(t.double().sum()) for name, t in trainer.model.state_dict().items()}}

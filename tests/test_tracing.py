@@ -26,9 +26,9 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.chains import Chain, Store, capture, plan, with_hidden, without_hidden
-from hf_lambda_gelu.streams import find_meeting
-from hf_lambda_gelu.tracing import Trace, eager_experts, trace
+from hf_lambda_gelu.structure.linear_maps import Trace, eager_experts, trace
+from hf_lambda_gelu.surgery.refit.blocks import Chain, Store, capture, plan, with_hidden, without_hidden
+from hf_lambda_gelu.surgery.refit.meeting_point import find_meeting
 
 
 class Where(NamedTuple):

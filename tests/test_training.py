@@ -35,7 +35,7 @@ from transformers import (
 from transformers.trainer_utils import RemoveColumnsCollator
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.switch import calibrated_targets
+from hf_lambda_gelu.training.switch import calibrated_targets
 
 SITES = [f"bert.encoder.layer.{i}.intermediate.intermediate_act_fn" for i in (0, 1)]
 STEPS, SWITCH, HOLD = 20, 5, 18  # of the ramp that is tested here: 0.25 · 20 and (1 − 0.1) · 20
@@ -612,7 +612,9 @@ def test_calibrated_targets_do_not_depend_on_the_random_state() -> None:
 
 def test_calibrated_targets_are_those_of_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `broadcast_object_list` brings is used, whatever was measured here."""
-    monkeypatch.setattr("hf_lambda_gelu.switch.broadcast_object_list", lambda objects: [dict.fromkeys(objects[0], 7.0)])
+    monkeypatch.setattr(
+        "hf_lambda_gelu.training.switch.broadcast_object_list", lambda objects: [dict.fromkeys(objects[0], 7.0)]
+    )
     args = hlg.LambdaGELUTrainingArguments(use_cpu=True)
     assert calibrated_targets(converted(), args, Rows(), default_collate) == dict.fromkeys(SITES, 7.0)
 

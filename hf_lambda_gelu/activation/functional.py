@@ -1,0 +1,74 @@
+"""`lambda_gelu` as a function, and the plain formula that it is tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .bases import get_base
+from .kernels.dispatch import LambdaGELUFunction
+from .kernels.eager import value
+
+
+def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tensor:
+    r"""λ-GELU: f(x; λ) = x · gate(λx) = a(λx) / λ, in the form that cannot overflow.
+
+    λ = 1 is the stock activation a, λ → ∞ is ReLU. |f − ReLU| ≤ 0.16997 / λ for the erf base.
+    Source: arXiv 2603.21991 for `base="gelu"` (f = x Φ(λx)); the other bases are derived.
+
+    Args:
+        x: floating point, any shape. Half precision is computed in fp32 and returned in half.
+        hardness: λ ≥ 1, dimensionless; a number, or a tensor that broadcasts to `x` (shape (1,) for one per layer,
+            (features,) for one per neuron). Tensors are not checked for λ ≥ 1, as that would wait for the device.
+        base: "gelu" (erf), "gelu_tanh" (`gelu_new`, `gelu_pytorch_tanh`), "quick_gelu" or "silu" (λ is Swish's β).
+
+    Returns:
+        Same shape and dtype as `x`, laid out as `x`; differentiable in x and λ, twice. Under torch.func (grad, vmap, jvp …)
+        and in a compiler torch's own operations run, elsewhere the kernel that `set_kernels` tells of.
+
+    Raises:
+        ValueError: unknown base, a number λ that is below 1 or not finite, or a tensor λ that does not broadcast to `x`.
+        TypeError: `x` is not a floating point tensor.
+    """
+    member = get_base(base)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"lambda_gelu expects a floating point tensor, got {got}: convert it with .float() first")
+    if not isinstance(hardness, Tensor):
+        hardness = torch.full((), check_hardness(hardness), dtype=torch.float64, device=x.device)
+    if hardness.numel() > 1 and not _broadcasts(hardness.shape, x.shape):
+        raise ValueError(
+            f"hardness of shape {tuple(hardness.shape)} does not broadcast to x of shape {tuple(x.shape)}: expected one λ, "
+            f"or shape (features,) = {tuple(x.shape[-1:])} for one per neuron"
+        )
+    if hardness.dim() > x.dim():
+        hardness = hardness.reshape(())  # shape (1,) would broadcast a zero-dim x
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        # Torch's operations are what transforms know and compilers fuse. What a compiler derives from them saves x and λ
+        # alone too, and takes F.gelu's time (scripts/benchmark.py --only compile), where derivatives by hand fused worse.
+        return value(x, hardness, member)
+    return LambdaGELUFunction.apply(x, hardness, base)
+
+
+def lambda_gelu_reference(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tensor:
+    """The same function as plain autograd operations: slower, four times the saved memory, and obviously right."""
+    return x * get_base(base).gate(x * hardness)
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
+
+
+def check_hardness(value: float) -> float:
+    """`value` as a float.
+
+    Raises:
+        ValueError: it is below 1, above 1e30, or NaN.
+    """
+    value = float(value)
+    if not (1.0 <= value <= 1e30):  # far beyond any use, and λx stays a number in fp32 for any moderate x
+        raise ValueError(
+            f"hardness must be a finite number >= 1 (1 is the smooth activation itself) and <= 1e30, got {value}; "
+            "for ReLU itself, use relu_ize"
+        )
+    return value

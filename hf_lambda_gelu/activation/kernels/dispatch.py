@@ -1,0 +1,155 @@
+"""The registered operators behind `lambda_gelu`, and the choice of the kernel that runs them.
+
+`torch.ops.hf_lambda_gelu.forward(x, hardness, base)` and `.backward(grad, x, hardness, base)` run a fused kernel where one
+serves (C++ for fp32 and bf16 on a CPU, Triton on CUDA), and torch's own operations elsewhere. Compilers and torch.func never
+see the operators: `lambda_gelu` gives them the formula.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import get_base
+from . import cpu as kernels_cpu
+from . import eager as kernels_torch
+
+_NAME = "hf_lambda_gelu"
+Choice = Literal["auto", "fused", "torch"]
+_choice: Choice = "auto"
+
+
+class KernelUnavailable(RuntimeError):
+    """A fused kernel was asked for and cannot run; the message says what is missing."""
+
+
+def set_kernels(choice: Choice) -> Choice:
+    """Choose what runs λ-GELU in eager mode, in this process; returns the choice before.
+
+    "auto" (the default) takes the fused kernel where there is one and says once, in a warning, what keeps it from running.
+    "fused" raises instead. "torch" takes torch's own operations: two to seven times the time of F.gelu on a CPU.
+
+    Raises:
+        ValueError: none of the three.
+    """
+    global _choice
+    if choice not in ("auto", "fused", "torch"):
+        raise ValueError(f"unknown choice of kernels {choice!r}: expected 'auto', 'fused' or 'torch'")
+    before, _choice = _choice, choice
+    return before
+
+
+class LambdaGELUFunction(torch.autograd.Function):
+    """f = x gate(λx), with ∂f/∂x = gate(u) + u gate'(u) and ∂f/∂λ = x² gate'(u), u = λx. [derived]
+
+    Saves x and λ for the backward pass and nothing else, which is what `F.gelu` keeps. Under `create_graph` the gradients
+    are torch's operations, and so differentiable again.
+    """
+
+    # without setup_context, which costs more than a small kernel and which torch.func alone would need
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, hardness: Tensor, base: str) -> Tensor:
+        _save(ctx, (x, hardness, base), None)
+        if not _operators(x):
+            return kernels_torch.value(x, hardness, get_base(base))
+        return torch.ops.hf_lambda_gelu.forward(x, hardness, base)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, hardness = ctx.saved_tensors
+        if torch.is_grad_enabled() or not _operators(x):
+            return *kernels_torch.gradients(grad, x, hardness, get_base(ctx.base)), None
+        return *torch.ops.hf_lambda_gelu.backward(grad, x, hardness, ctx.base), None
+
+
+def _operators(x: Tensor) -> bool:
+    # a tensor subclass (DTensor) knows torch's operations, not ours
+    return type(x) in (Tensor, nn.Parameter)
+
+
+def _forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
+    fused = _fused(x, hardness)
+    return kernels_torch.forward(x, hardness, get_base(base)) if fused is None else fused.forward(x, hardness, base)
+
+
+def _backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tensor, Tensor]:
+    fused = _fused(x, hardness)
+    if fused is None:
+        return kernels_torch.backward(grad, x, hardness, get_base(base))
+    return fused.backward(grad, x, hardness, base)
+
+
+def _fused(x: Tensor, hardness: Tensor) -> ModuleType | None:
+    """The module whose kernel takes these tensors, if the choice allows it."""
+    if _choice == "torch":
+        return None
+    kernel = _kernel(x.device.type)
+    if kernel is None:
+        missing = f"there is no fused kernel for {x.device.type} devices"
+    elif x.dtype not in kernel.DTYPES:
+        missing = f"there is no fused kernel for {x.dtype} on {x.device.type}"
+    elif hardness.numel() > 1 and kernels_cpu.view(_dense(x), hardness) is None:
+        missing = f"no fused kernel takes λ of shape {tuple(hardness.shape)} over x of shape {tuple(x.shape)}"
+    else:
+        missing = kernel.unavailable()
+        if missing and _choice == "auto":
+            _warn(missing)
+    if missing and _choice == "fused":
+        raise KernelUnavailable(f"{missing}; hlg.set_kernels('auto') runs torch's own operations instead")
+    return None if missing else kernel
+
+
+@functools.cache
+def _kernel(device: str) -> ModuleType | None:
+    if device == "cuda":
+        from . import cuda as kernels_triton  # which imports Triton: seconds, and for nothing on a CPU
+
+        return kernels_triton
+    return kernels_cpu if device == "cpu" else None
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else torch.empty_like(x, device="meta")
+
+
+@functools.cache  # one warning for each reason
+def _warn(missing: str) -> None:
+    warnings.warn(
+        f"λ-GELU runs on torch's own operations, several times slower than F.gelu: {missing}. "
+        "hlg.set_kernels('torch') silences this",
+        stacklevel=2,
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor | None) -> None:
+    x, hardness, ctx.base = inputs
+    ctx.save_for_backward(x, hardness)
+
+
+def _register() -> torch.library.Library:
+    def by_name(function: str) -> Callable[..., Any]:  # so that a module that is imported afresh takes the operators over
+        return lambda *args: getattr(sys.modules[__name__], function)(*args)
+
+    library = torch.library.Library(_NAME, "FRAGMENT")
+    if hasattr(getattr(torch.ops, _NAME), "forward"):
+        return library
+    library.define("forward(Tensor x, Tensor hardness, str base) -> Tensor")
+    library.define("backward(Tensor grad, Tensor x, Tensor hardness, str base) -> (Tensor, Tensor)")
+    library.impl("forward", by_name("_forward"), "CompositeExplicitAutograd")
+    library.impl("backward", by_name("_backward"), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_NAME}::forward", lambda x, *_: torch.empty_like(x), lib=library)
+    torch.library.register_fake(
+        f"{_NAME}::backward", lambda _, x, hardness, *__: (torch.empty_like(x), torch.empty_like(hardness)), lib=library
+    )
+    torch.library.register_autograd(f"{_NAME}::forward", LambdaGELUFunction.backward, setup_context=_save, lib=library)
+    return library
+
+
+_library = _register()

@@ -1,0 +1,148 @@
+"""The model card of a ReLU-ized checkpoint, rendered by huggingface_hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..structure.smooth_activations import Unconverted
+from ..surgery.substitution import SubstitutionReport
+
+PAPER = "2603.21991"
+
+
+@dataclass
+class CardDetails:
+    """What the card says beyond what the model itself knows; every field is optional.
+
+    Attributes:
+        base_model: Hub id of the model that was converted.
+        dataset: Hub id or name of the training data.
+        license: licence identifier of the Hub; a ReLU-ized model stays under its base model's licence.
+        language: language codes.
+        results: rows of the accuracy table, {"GELU, fine-tuned alike": {"accuracy": 0.84}, …}; metric values as fractions.
+        final: the row of `results` that belongs to the published model: its metrics go into the card's metadata.
+        command: the command that made the model.
+        arguments: training arguments worth stating.
+        notes: a paragraph in Markdown, such as limits.
+    """
+
+    base_model: str | None = None
+    dataset: str | None = None
+    license: str | None = None
+    language: str | list[str] | None = None
+    results: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    final: str | None = None
+    command: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    notes: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.final is not None and self.final not in self.results:
+            raise ValueError(f"final = {self.final!r} is not a row of results: {', '.join(self.results) or 'none given'}")
+
+
+def card_record(
+    model_name: str,
+    architecture: str,
+    details: CardDetails,
+    report: SubstitutionReport | None,
+    left: list[Unconverted],
+    pipeline_tag: str | None,
+    versions: Mapping[str, str],
+    learned: Mapping[str, float] | None = None,
+    plot: str | None = None,
+) -> dict[str, Any]:
+    """All that is known of a ReLU-ized model, as JSON can hold it: what `render_card` makes the card of."""
+    record = {
+        "model_name": model_name,
+        "architecture": architecture,
+        "pipeline_tag": pipeline_tag,
+        "details": asdict(details),
+        "substitution": report.to_dict() if report else None,
+        "left": [asdict(item) for item in left],
+        "learned_hardness": learned,
+        "plot": plot,
+        "versions": versions,
+    }
+    return json.loads(json.dumps(record, default=str))
+
+
+def render_card(record: Mapping[str, Any]) -> ModelCard:
+    """The card of a `card_record`, with metadata that the Hub reads; raises what huggingface_hub raises on bad values."""
+    details, report, task = record["details"], record["substitution"], record["pipeline_tag"]
+    metrics = details["results"].get(details["final"], {})
+    data = ModelCardData(
+        model_name=record["model_name"],
+        base_model=details["base_model"],
+        license=details["license"],
+        language=details["language"],
+        datasets=[details["dataset"]] if details["dataset"] else None,
+        metrics=sorted(metrics) or None,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["relu", "lambda-gelu", f"arxiv:{PAPER}"],
+        eval_results=[
+            EvalResult(
+                task_type=task or "other",
+                dataset_type=details["dataset"] or "unknown",
+                dataset_name=details["dataset"] or "unknown",
+                metric_type=name,
+                metric_value=value,
+            )
+            for name, value in metrics.items()
+        ]
+        or None,
+    )
+    erf = report is None or {site["base"] for site in report["sites"]} == {"gelu"}
+    compensation = report and report["compensation"]
+    card = ModelCard.from_template(
+        data,
+        template_str=(files(__package__) / "templates" / "card.md").read_text(encoding="utf-8"),
+        **record | {"report": report},
+        results_table=_results_table(details),
+        formula="x Φ(λx)" if erf else "a(λx)/λ with a its own activation",
+        sites_table=_sites_table(report) if report else "",
+        compensation_table=_compensation_table(compensation) if compensation else "",
+        paper=PAPER,
+    )
+    card.content = re.sub(r"\n{3,}", "\n\n", card.content)  # parts that were left out leave gaps
+    return card
+
+
+def _results_table(details: Mapping[str, Any]) -> str:
+    results = details["results"]
+    columns = list(dict.fromkeys(metric for row in results.values() for metric in row))
+    rows = [
+        [f"**{name}**" if name == details["final"] else name, *(f"{row[c]:.4f}" if c in row else "–" for c in columns)]
+        for name, row in results.items()
+    ]
+    return _table(["", *columns], rows) if rows else ""
+
+
+def _sites_table(report: Mapping[str, Any]) -> str:
+    sites, zeros = report["sites"], report["zeros"]
+    rows = [[f"`{s['name']}`", s["base"], f"{s['hardness']:.4g}", f"{s['sup_error']:.2g}"] for s in sites]
+    if not zeros:
+        return _table(["site", "gate", "λ", "bound"], rows)
+    for row, site in zip(rows, sites, strict=True):
+        row.append(f"{zeros[site['name']]:.1%}" if site["name"] in zeros else "–")
+    return _table(["site", "gate", "λ", "bound", "zeros"], rows)
+
+
+def _compensation_table(compensation: Mapping[str, Any]) -> str:
+    rows = [
+        [f"`{s['weight']}`", s["method"].replace("_", " "), f"{s['before']:.3f}", f"{s['after']:.3f}"]
+        for s in compensation["sites"]
+    ]
+    return _table(["refit", "method", "ReLU as it is", "refit"], rows)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])

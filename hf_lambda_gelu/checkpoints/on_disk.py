@@ -1,0 +1,257 @@
+"""`convert_checkpoint` and `relu_ize_checkpoint`: saved folders of any size, without their weights in memory.
+
+The model is loaded onto the meta device, is converted or substituted as any other, and saves its config and its few λ. The
+weights are files, which stay as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
+
+from ..activation.module import hardness_sites
+from ..structure.loading import load_on_meta, save_parts, saved_class
+from ..surgery.conversion import ConversionReport, convert
+from ..surgery.substitution import SubstitutionReport, relu_ize
+from ..training.schedule import DEFAULT_TOLERANCE
+from .card import CardDetails
+from .folders import check_new, whole_folder
+from .remote_code import CODE_NAME
+from .save import PLOT_NAME, REPORT_NAME, write_card
+from .shards import CheckpointError, Shard, can_link, put, read_shards, shard_names, side_files, write_index, write_without
+
+_LEAF = "raw_hardness"
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What was done to the model, and to the files. Printing it gives both.
+
+    Attributes:
+        folder: the folder that was made.
+        model: the report of `convert` or `relu_ize`: the sites and their λ.
+        linked, copied, rewritten: names of the weight files that are the source's own, a copy, or one without its λ.
+        bytes_written: size of all files that were written; links need none.
+    """
+
+    folder: Path
+    model: ConversionReport | SubstitutionReport
+    linked: tuple[str, ...]
+    copied: tuple[str, ...]
+    rewritten: tuple[str, ...]
+    bytes_written: int
+
+    def __str__(self) -> str:
+        counts = {"linked": self.linked, "copied": self.copied, "rewritten without λ": self.rewritten}
+        files = ", ".join(f"{len(names)} {what}" for what, names in counts.items() if names)
+        return f"{self.model}\nweight files in {str(self.folder)!r}: {files}; {self.bytes_written:,} bytes written in all"
+
+
+def convert_checkpoint(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    init_hardness: float = 1.0,
+    *,
+    only: Callable[[str, nn.Module], bool] | None = None,
+    link: bool = True,
+) -> CheckpointReport:
+    """Make of the folder of a GELU or SiLU checkpoint that of the λ-GELU model: config rewritten, λ added in a small file.
+
+    It holds what `convert(model)` and `model.save_pretrained(dst)` write, without loading the weights: memory does not grow
+    with the checkpoint. Tokenizer, processor, card and nested folders come along, pickles and a Trainer's state do not.
+    `dst` appears when it is complete; a process that is killed leaves `.<name>-<random>` beside it, to be deleted.
+
+    The weight files of `dst` are hard links where the file system has them: the same bytes under a second name, at no cost.
+    A program that changes such a file in place changes `src` too.
+
+    Args:
+        src: folder with config.json and safetensors, one file or shards with an index, of a class that transformers exports.
+        dst: the folder to make; not in `src`.
+        init_hardness, only: as for `convert`. The modules that `only` sees are on the meta device.
+        link: False copies the weight files, so that `dst` can be changed in place.
+
+    Returns:
+        The report of `convert`, and what became of the files.
+
+    Raises:
+        CheckpointError: `src` is no such folder, is a Hub name, or holds pickles only; files are missing or damaged; there
+            is no room for a copy.
+        ConversionError: as `convert` raises it.
+        ValueError: `dst` is in use or cannot be written, or a bad `init_hardness`.
+        In every case `src` is as it was and `dst` is not made.
+    """
+    source = _Source(src, dst)
+    model = source.load()
+    report = convert(model, init_hardness, only=only)
+    for site in hardness_sites(model).values():
+        site.to_empty(device="cpu").reset_parameters()
+    with whole_folder(source.target) as temporary:
+        hardness = save_parts(model, temporary, _raw_hardness(model))
+        there = [name for shard in source.shards for name in shard.tensors if name in hardness]
+        if there:
+            raise CheckpointError(
+                f"the weights hold {there[0]} already, of which {CONFIG_NAME} says nothing: restore the config that they "
+                "were saved with"
+            )
+        return source.finish(temporary, model, report, added=hardness, link=link)
+
+
+def relu_ize_checkpoint(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    force: bool = False,
+    *,
+    tolerance: float = DEFAULT_TOLERANCE,
+    targets: Mapping[str, float] | None = None,
+    details: CardDetails | None = None,
+    link: bool = True,
+) -> CheckpointReport:
+    """Make of the folder of a λ-GELU checkpoint that of the ReLU model, which stock transformers loads.
+
+    It holds what `relu_ize(model)` and `save_relu_pretrained(model, dst)` write, made as `convert_checkpoint` makes its own.
+    Weight files with λ in them are rewritten without it, in a stream; the others are hard links. Refits need the model in
+    memory. Whether the weights are finite is not looked at.
+
+    Args:
+        src: folder of a λ-GELU checkpoint in safetensors, by `save_pretrained`, a Trainer or `convert_checkpoint`.
+        dst: the folder to make; not in `src`.
+        force, tolerance, targets: as for `relu_ize`, for the λ of the checkpoint.
+        details: what the model card, a new one, should say.
+        link: False copies the weight files, so that `dst` can be changed in place.
+
+    Returns:
+        The report of `relu_ize`, and what became of the files.
+
+    Raises:
+        CheckpointError: as for `convert_checkpoint`; λ of sites that the model does not have.
+        SoftGateError: gates are soft, and no `force`.
+        ValueError: no λ-GELU in the checkpoint, λ that is not finite, or `dst` is in use or cannot be written.
+        In every case `src` is as it was and `dst` is not made.
+    """
+    source = _Source(src, dst)
+    model = source.load()
+    dropped = _load_hardness(model, source.shards)
+    report = relu_ize(model, force, tolerance=tolerance, targets=targets)
+    left_out = {"README.md", REPORT_NAME, PLOT_NAME}
+    code = getattr(model.config, "auto_map", None) or {}
+    if any(str(place).startswith(CODE_NAME.removesuffix("py")) for place in code.values()):
+        del model.config.auto_map  # of save_with_code: a ReLU model needs none
+        left_out.add(CODE_NAME)
+    with whole_folder(source.target) as temporary:
+        save_parts(model, temporary, {})
+        write_card(model, temporary, source.target.name, report, details or CardDetails())
+        return source.finish(temporary, model, report, dropped=dropped, left_out=left_out, link=link)
+
+
+class _Source:
+    """A checkpoint folder that was found to be whole, and the folder to make of it."""
+
+    def __init__(self, src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
+        self.folder, self.target = Path(src), Path(os.path.abspath(dst))
+        self.config, self.cls = saved_class(self.folder)
+        if self.folder.resolve() in (self.target.resolve(), *self.target.resolve().parents):
+            raise ValueError(f"{str(self.target)!r} is {str(self.folder)!r} or lies in it: choose another folder")
+        check_new(self.target)
+        self.shards = read_shards(self.folder, self.cls.__name__)
+
+    def load(self) -> PreTrainedModel:
+        tensors = {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
+        return load_on_meta(self.folder, self.config, self.cls, tensors)
+
+    def finish(
+        self,
+        temporary: Path,
+        model: PreTrainedModel,
+        report: ConversionReport | SubstitutionReport,
+        *,
+        added: Mapping[str, Tensor] | None = None,
+        dropped: Collection[str] = (),
+        left_out: Collection[str] = (),
+        link: bool,
+    ) -> CheckpointReport:
+        """Fill the temporary folder with the weight files, their index and what else is carried along."""
+        shards = [shard for shard in self.shards if any(name not in dropped for name in shard.tensors)]
+        names = shard_names(len(shards) + bool(added))
+        done: dict[str, list[str]] = {"linked": [], "copied": [], "rewritten": []}
+        for shard, name in zip(shards, names, strict=False):
+            with_hardness = any(tensor in dropped for tensor in shard.tensors)
+            linked = link and can_link(shard.path, temporary)
+            done["rewritten" if with_hardness else "linked" if linked else "copied"].append(name)
+        paths = {name: shard.path for name, shard in zip(names, shards, strict=False)}
+        _check_space(temporary, [paths[name] for name in done["rewritten"] + done["copied"]])
+
+        tensors: dict[str, Tensor] = {}
+        places: dict[str, str] = {}
+        for shard, name in zip(shards, names, strict=False):
+            kept = {key: tensor for key, tensor in shard.tensors.items() if key not in dropped}
+            if name in done["rewritten"]:
+                write_without(shard.path, temporary / name, dropped)
+            else:
+                put(shard.path, temporary / name, name in done["linked"])
+            tensors.update(kept)
+            places.update(dict.fromkeys(kept, name))
+        if added:
+            save_file(dict(added), temporary / names[-1], metadata={"format": "pt"})
+            tensors.update(added)
+            places.update(dict.fromkeys(added, names[-1]))
+        if len(names) > 1:
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            write_index(temporary, places, {"total_parameters": model.num_parameters(), "total_size": size})
+        links = set(done["linked"])
+        for path in side_files(self.folder):
+            if str(path) not in left_out:
+                (temporary / path).parent.mkdir(parents=True, exist_ok=True)
+                # weights of a module of its own, such as the Dense layer after a sentence transformer
+                linked = link and path.suffix == ".safetensors" and can_link(self.folder / path, temporary)
+                put(self.folder / path, temporary / path, linked)
+                links |= {str(path)} if linked else set()
+        files = [path for path in temporary.rglob("*") if path.is_file() and str(path.relative_to(temporary)) not in links]
+        written = sum(path.stat().st_size for path in files)
+        return CheckpointReport(self.target, report, *map(tuple, done.values()), bytes_written=written)
+
+
+def _check_space(folder: Path, files: list[Path]) -> None:
+    needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{needed:,} bytes of weights have to be written, and {free:,} are free in {str(folder.parent)!r}: make room, "
+            "or choose a folder on the file system of the source, where weight files without λ are hard links"
+        )
+
+
+def _raw_hardness(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The λ of the model's state dict, under all names of a site that is shared."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[2] == _LEAF}
+
+
+def _load_hardness(model: PreTrainedModel, shards: list[Shard]) -> frozenset[str]:
+    """Give the sites the checkpoint's λ, or 1 where it has none, as from_pretrained does; the names of its tensors."""
+    stored = {name: shard.path for shard in shards for name in shard.tensors if name.rpartition(".")[2] == _LEAF}
+    sites = list(_raw_hardness(model))
+    with tempfile.TemporaryDirectory() as scratch:  # numbers in the place of λ show what each is called in a checkpoint
+        numbers = save_parts(model, Path(scratch), {name: torch.full((1,), float(i)) for i, name in enumerate(sites)})
+    called = {name: sites[int(number)] for name, number in numbers.items()}
+    lost, without = sorted(set(stored) - set(called)), sorted(set(called) - set(stored))
+    if lost and without:
+        raise CheckpointError(
+            f"the checkpoint holds {lost[0]}, of which {type(model).__name__} knows nothing, and lacks {without[0]}: was it "
+            "saved by another class than config.json names?"
+        )
+    for site in hardness_sites(model).values():
+        site.to_empty(device="cpu").reset_parameters()
+    for name in sorted(set(called) & set(stored)):
+        with safe_open(stored[name], framework="pt") as file:
+            site = model.get_submodule(called[name].rpartition(".")[0])
+            site.load_state_dict({_LEAF: file.get_tensor(name)})
+    return frozenset(stored)

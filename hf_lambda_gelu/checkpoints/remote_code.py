@@ -1,0 +1,70 @@
+"""A λ-GELU checkpoint that loads without this package: by a file of its own, under `trust_remote_code`."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib import resources
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from ..activation.module import hardness_sites
+from ..structure.config_probe import has_adapters
+from ..surgery.substitution import hard_coded_sites
+
+CODE_NAME = "modeling_lambda_gelu.py"
+
+
+def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Path:
+    """`model.save_pretrained(folder)`, and beside the weights the code that they need.
+
+    `AutoModelFor….from_pretrained(folder, trust_remote_code=True)` then loads the model where this package is not installed.
+    Other ways to load a λ-GELU checkpoint: with this package imported, as any other; or folded (`fold`), in stock
+    transformers without any code.
+
+    Args:
+        model: a converted model of a class that transformers itself exports.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: no λ-GELU in the model, sites that no config attribute governs, adapters that are not merged, or a class
+            that no Auto class knows. Nothing is written.
+    """
+    name = type(model).__name__
+    if not hardness_sites(model):
+        raise ValueError(f"{name} has no λ-GELU: save_pretrained does, without any code")
+    if has_adapters(model):
+        raise ValueError(f"{name} has adapters: model = model.merge_and_unload() first")
+    free = hard_coded_sites(model)
+    if free:
+        raise ValueError(f"a reload cannot build λ-GELU at {free[0]}, which the class hard-codes: fold(model) instead")
+    autos = auto_classes(name)
+    if not autos:
+        raise ValueError(
+            f"no Auto class of transformers makes a {name}: save_pretrained, and load with hf_lambda_gelu imported"
+        )
+    folder = Path(folder)
+    model.save_pretrained(folder)
+    code = (resources.files(__package__) / "templates" / CODE_NAME).read_text(encoding="utf-8").replace("@CLASS@", name)
+    (folder / CODE_NAME).write_text(code, encoding="utf-8")
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["auto_map"] = {auto: f"{CODE_NAME.removesuffix('.py')}.LambdaGELU{name}" for auto in autos}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return folder
+
+
+def auto_classes(name: str) -> list[str]:
+    """The Auto classes of transformers that make a model of the class called `name`."""
+    found = []
+    for auto, cls in vars(modeling_auto).items():
+        mapping = getattr(getattr(cls, "_model_mapping", None), "_model_mapping", None)
+        if auto.startswith("AutoModel") and mapping is not None:
+            names = [n for value in mapping.values() for n in (value if isinstance(value, (tuple, list)) else [value])]
+            if name in names:
+                found.append(auto)
+    return found

@@ -1,0 +1,1 @@
+"""Which activations a forward pass really ran, told by torch's operations alone."""

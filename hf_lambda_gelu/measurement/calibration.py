@@ -1,0 +1,260 @@
+"""`calibrate`: how far every λ-GELU is from ReLU on the pre-activations that it really sees, and which λ is near enough.
+
+All of it is derived; the paper (arXiv 2603.21991) has no target from data as far as we know. With
+D(x; λ) = f(x; λ) − ReLU(x) = −|x| gate(−λ|x|), since every gate has gate(−u) = 1 − gate(u), the error of a site is
+E[D²] relative to E[ReLU²]: it depends on λ · std(x), which differs from layer to layer, and not on λ alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..activation.bases import get_base
+from ..activation.functional import check_hardness
+from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
+from ..training.schedule import DEFAULT_RELATIVE_TOLERANCE, check_relative_tolerance, target_hardness
+from .batches import (
+    FORWARD_ERRORS,
+    CalibrationError,
+    call,
+    config_of,
+    evaluating,
+    forward_failed,
+    model_batches,
+    rows,
+    token_mask,
+)
+
+# A histogram of log2|x|. Its lowest bin is for 0 and what fp32 has as subnormal, taken as 0; in its highest, |x| ≥ 2¹⁰,
+# every gate is 0 or 1 at any λ ≥ 1. A bin's width displaces |x| by a factor of at most 2^(1/128).
+_PER_OCTAVE = 64
+_LOWEST, _HIGHEST = -126, 10
+_BINS = (_HIGHEST - _LOWEST) * _PER_OCTAVE
+_MAGNITUDES = torch.exp2(_LOWEST + (torch.arange(_BINS, dtype=torch.float64) + 0.5) / _PER_OCTAVE)
+_MAGNITUDES[0] = 0.0
+_PIECE = 1 << 22  # elements
+_MAX_HARDNESS = 1e30  # what `LambdaGELU.set_hardness` takes
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """The pre-activations x of one site, over all calls, batches, tokens and features.
+
+    Attributes:
+        name, base, hardness: the module, its gate, and λ when it was measured.
+        count: number of elements; 0 if no batch reached the site, and then the statistics are NaN.
+        mean, std: of x, in its own units; std with 1/count.
+        negative: fraction of x < 0, in [0, 1].
+        relu_square: mean of ReLU(x)².
+        histogram: counts of log2|x|, fp64.
+    """
+
+    name: str
+    base: str
+    hardness: float
+    count: int
+    mean: float
+    std: float
+    negative: float
+    relu_square: float
+    histogram: Tensor = field(repr=False, compare=False)
+
+    def relative_error(self, hardness: float) -> float:
+        """√(E[(f(x; λ) − ReLU(x))²] / E[ReLU(x)²]) at λ = `hardness`, dimensionless. [derived]
+
+        The denominator is ReLU's, not f's: it does not depend on λ, so the error falls in λ for any distribution of x. The
+        histogram displaces λ and the result by 0.6 % each at most; over many values that averages out to 1e-4 or less.
+        Infinite where ReLU is 0 throughout and f is not; NaN without pre-activations.
+
+        Raises:
+            ValueError: λ is not a number from 1 to 1e30.
+        """
+        hardness = check_hardness(hardness)
+        if not self.count:
+            return math.nan
+        filled = self.histogram > 0
+        counts, x = self.histogram[filled], _MAGNITUDES[filled]
+        square = float((counts * (x * get_base(self.base).gate(x * -hardness)).square()).sum()) / self.count
+        if square == 0.0:
+            return 0.0
+        return math.sqrt(square / self.relu_square) if self.relu_square else math.inf
+
+    def target_hardness(self, tolerance: float = DEFAULT_RELATIVE_TOLERANCE) -> float:
+        """The smallest λ ≥ 1 with `relative_error(λ)` ≤ `tolerance`, by bisection in log λ; at most 1e30. [derived]
+
+        Where ReLU is 0 throughout, that is where f is 0 too, to fp64's accuracy. A site without pre-activations gets
+        `hardening.target_hardness` at its default, the target that knows no data.
+
+        Raises:
+            ValueError: the tolerance is not a finite number > 0.
+        """
+        check_relative_tolerance(tolerance)
+        if not self.count:
+            return target_hardness(base=self.base)
+        if self.relative_error(1.0) <= tolerance:
+            return 1.0
+        soft, hard = 0.0, math.log(_MAX_HARDNESS)
+        while hard - soft > 1e-9:
+            middle = (soft + hard) / 2
+            within = self.relative_error(math.exp(middle)) <= tolerance
+            soft, hard = (soft, middle) if within else (middle, hard)
+        return min(math.exp(hard), _MAX_HARDNESS)
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What `calibrate` measured. Printing it gives the table; `to_dict` what a JSON file can hold."""
+
+    sites: list[SiteStatistics]  # in network order
+
+    def targets(self, tolerance: float = DEFAULT_RELATIVE_TOLERANCE) -> dict[str, float]:
+        """{module name: the λ at which its relative error is `tolerance`}; see `SiteStatistics.target_hardness`."""
+        return {site.name: site.target_hardness(tolerance) for site in self.sites}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Per site the statistics, the relative error as ReLU and λ for 1 %; None for what is not a finite number."""
+        sites = []
+        for site in self.sites:
+            entry = {f.name: getattr(site, f.name) for f in fields(site) if f.compare}  # all but the histogram
+            entry["relative_error"] = site.relative_error(site.hardness)
+            entry["hardness_for_1_percent"] = site.target_hardness(0.01)
+            sites.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()})
+        return {"sites": sites}
+
+    def __str__(self) -> str:
+        width = max(len(site.name) for site in self.sites)
+        header = f"{'λ':>9}  {'mean':>9}  {'std':>9}  {'% < 0':>6}  {'λ·std':>9}  {'error as ReLU':>13}  {'λ for 1 %':>9}"
+        lines = [f"pre-activations of {len(self.sites)} activations", f"  {'site':<{width}}  {header}"]
+        for s in self.sites:
+            line = f"  {s.name:<{width}}  {s.hardness:>9.4g}  "
+            if s.count:
+                line += f"{s.mean:>9.3g}  {s.std:>9.3g}  {100 * s.negative:>6.1f}  {s.hardness * s.std:>9.4g}  "
+                line += f"{100 * s.relative_error(s.hardness):>11.3g} %  {s.target_hardness(0.01):>9.4g}"
+            else:
+                line += "no batch reached it"
+            lines.append(line)
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
+    """Measure the pre-activations of every λ-GELU of `model`, with its present λ, in one pass over `dataloader`.
+
+    The model is run in eval mode without gradients and left as it was. Padding does not count where the attention mask fits
+    what the site works on (tokens). Memory does not grow with the number of batches. The method is derived, not the paper's.
+
+    Args:
+        dataloader: batches, mappings of what the model's forward takes, like those that it will see; some dozens of examples
+            are enough, and labels are not needed.
+
+    Raises:
+        ValueError: the model has no λ-GELU, or is on the meta device.
+        CalibrationError: a loader that yields nothing usable (see `batches.model_batches`), a forward that raises, or
+            pre-activations that are not finite; the message names the batch and the site.
+    """
+    sites, profile = calibration_sites(model), hardness_profile(model)
+    streams = {name: _Stream() for name in sites}
+    decoder = decoder_modules(model)
+    index = 0
+    masks: dict[bool, Tensor | None] = {}
+
+    def watch(name: str, in_decoder: bool, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = rows(args[0], masks[in_decoder])
+        if not bool(torch.isfinite(x).all()):
+            raise CalibrationError(
+                f"calibration batch {index}: the pre-activations of {name} are not finite. Look for an overflow of half "
+                "precision, or for weights or inputs that are NaN"
+            )
+        for piece in pieces(x):
+            streams[name].add(piece)
+
+    with measuring(model), contextlib.ExitStack() as hooks:
+        for name, site in sites.items():
+            hooks.enter_context(site.register_forward_pre_hook(partial(watch, name, site in decoder)))
+        for index, batch in enumerate(model_batches(model, dataloader)):
+            masks = {in_decoder: token_mask(batch, decoder=in_decoder) for in_decoder in (False, True)}
+            run_batch(model, batch, index)
+    return CalibrationReport([stream.statistics(n, sites[n].base, profile[n]) for n, stream in streams.items()])
+
+
+def calibration_sites(model: nn.Module) -> dict[str, LambdaGELU]:
+    """`hardness_sites(model)`; ValueError if there are none or their λ has no value."""
+    sites = hardness_sites(model)
+    if not sites:
+        raise ValueError(f"{type(model).__name__} has no λ-GELU: call hf_lambda_gelu.convert(model) first")
+    if any(site.raw_hardness.is_meta for site in sites.values()):
+        raise ValueError("the model is on the meta device, where nothing can be measured: load its weights first")
+    return sites
+
+
+@contextlib.contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """`evaluating`, and config.problem_type as it was, into which classifiers write when they first see labels."""
+    config = config_of(model)
+    before = None if config is None else vars(config).get("problem_type")
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        if config is not None and "problem_type" in vars(config):
+            config.problem_type = before
+
+
+def run_batch(model: nn.Module, batch: Mapping[str, Any], index: int) -> Any:
+    """The model's output on the batch of that number; CalibrationError if its forward raises."""
+    try:
+        return call(model, batch)
+    except CalibrationError:
+        raise
+    except FORWARD_ERRORS as error:
+        raise forward_failed(model, index, error) from error
+
+
+def pieces(x: Tensor) -> Iterator[Tensor]:
+    """The elements of x in order, fp64, so many at once that memory does not matter; MPS has no fp64."""
+    for piece in x.reshape(-1).split(_PIECE):
+        if piece.numel():
+            yield (piece.cpu() if piece.device.type == "mps" else piece).double()
+
+
+def decoder_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules of the decoder of an encoder-decoder model; none for other models."""
+    if not getattr(config_of(model), "is_encoder_decoder", False):
+        return set()
+    decoder = model.get_decoder()
+    return set() if decoder is model else set(decoder.modules())  # itself: transformers found none
+
+
+class _Stream:
+    """Statistics of elements that arrive piece by piece; mean and variance by Chan's update, which does not cancel."""
+
+    def __init__(self) -> None:
+        self.count = self.negative = 0
+        self.mean = self.squares = self.relu_squares = 0.0
+        self.histogram = torch.zeros(_BINS, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """Take in the elements of x, fp64."""
+        mean, total = float(x.mean()), self.count + x.numel()
+        shift = mean - self.mean
+        self.squares += float((x - mean).square().sum()) + shift * shift * self.count * x.numel() / total
+        self.mean += shift * x.numel() / total
+        self.count = total
+        self.negative += int((x < 0).sum())
+        self.relu_squares += float(x.relu().square().sum())
+        # counts, not sums of weights: integers add up to the same on every device and in every order
+        bins = ((x.abs().log2() - _LOWEST) * _PER_OCTAVE).floor().clamp(0, _BINS - 1).long()
+        self.histogram += bins.bincount(minlength=_BINS).cpu()
+
+    def statistics(self, name: str, base: str, hardness: float) -> SiteStatistics:
+        n = self.count or math.nan
+        values = self.mean * n / n, math.sqrt(self.squares / n), self.negative / n, self.relu_squares / n
+        return SiteStatistics(name, base, hardness, self.count, *values, self.histogram)

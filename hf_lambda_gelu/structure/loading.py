@@ -1,0 +1,101 @@
+"""The model of a checkpoint folder without its weights: transformers loads it onto the meta device, and saves its config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
+
+from ..checkpoints.shards import CheckpointError
+
+
+def saved_class(folder: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The config of a checkpoint folder, and the class that it names.
+
+    Raises:
+        CheckpointError: not a checkpoint folder, or of a class that the installed transformers lacks.
+    """
+    if not folder.exists():
+        raise CheckpointError(
+            f"there is no folder {str(folder)!r}. For a model on the Hub, huggingface_hub.snapshot_download(name) makes one"
+        )
+    if not folder.is_dir():
+        raise CheckpointError(f"{str(folder)!r} is a file: pass the folder that it lies in")
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{str(folder)!r} holds no config.json: expected the folder of a saved checkpoint")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{str(folder / CONFIG_NAME)!r} makes no config: {error}") from error
+    name = (config.architectures or ["none"])[0]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise CheckpointError(f"config.json names the class {name!r}, which transformers {transformers.__version__} lacks")
+    return config, cls
+
+
+def load_on_meta(
+    folder: Path, config: PreTrainedConfig, cls: type[PreTrainedModel], tensors: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """The model as from_pretrained makes it, with tensors that have names and shapes only.
+
+    Args:
+        tensors: those of the checkpoint, on the meta device.
+
+    Raises:
+        CheckpointError: config and tensors do not fit.
+    """
+    quantised = config.__dict__.pop("quantization_config", None)  # its modules are not needed, nor is a GPU for them
+    try:
+        with quietly():
+            model = cls.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(tensors),
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=quantised is not None,
+            )
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{cls.__name__} does not load {str(folder)!r}: {error}") from error
+    if quantised is not None:
+        model.config.quantization_config = quantised
+    if model.can_generate() and not (folder / GENERATION_CONFIG_NAME).is_file():
+        # an old checkpoint has the settings in config.json, which is rewritten without them
+        model.generation_config = GenerationConfig.from_pretrained(
+            folder, config_file_name=CONFIG_NAME, _from_model_config=True
+        )
+    return model
+
+
+def save_parts(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """save_pretrained with these tensors of the state dict alone, which are not kept in a file.
+
+    Returns:
+        The tensors, under the names that a checkpoint has for them.
+    """
+    with quietly():
+        model.save_pretrained(folder, state_dict=dict(tensors))
+    path = folder / SAFE_WEIGHTS_NAME
+    saved = load_file(path) if path.is_file() else {}
+    path.unlink(missing_ok=True)
+    return saved
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' progress bars and load report: they would be about tensors without data."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

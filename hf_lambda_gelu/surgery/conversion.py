@@ -1,0 +1,263 @@
+"""`convert`: a pretrained GELU or SiLU network becomes a λ-GELU network with the same function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..activation.bases import BASES
+from ..activation.functional import check_hardness
+from ..activation.module import LambdaGELU, hardness_sites
+from ..structure.config_probe import (
+    LAMBDA_KEYS,
+    STOCK_KEYS,
+    Governed,
+    base_of,
+    get_attribute,
+    governed_modules,
+    is_activation,
+    joined,
+    named_modules,
+    own_config,
+    probed_base,
+    set_attribute,
+    transformers_parts,
+)
+from ..structure.smooth_activations import Unconverted, smooth_activations
+
+
+class ConversionError(ValueError):
+    """The model cannot be converted; the message says what was seen and what to do. The model is as it was."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One converted activation: module name, what it was, its base, the config attribute that governs it ("": none)."""
+
+    name: str
+    was: str
+    base: str
+    attribute: str
+
+
+@dataclass
+class ConversionReport:
+    """What `convert` did. Printing it gives the table."""
+
+    sites: list[Site] = field(default_factory=list)
+    unconverted: list[Unconverted] = field(default_factory=list)
+    attributes: dict[str, tuple[str, str]] = field(default_factory=dict)  # path → (value before, value after)
+    hardness: float = 1.0
+
+    def __str__(self) -> str:
+        lines = [f"converted {len(self.sites)} activations to λ-GELU at λ = {self.hardness:g}"]
+        for path, (before, after) in self.attributes.items():
+            names = [site.name for site in self.sites if site.attribute == path]
+            span = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+            lines.append(f"  config.{path}: {before} → {after}   {len(names)} × {span}")
+        free = [site.name for site in self.sites if not site.attribute]
+        if free:
+            span = free[0] if len(free) == 1 else f"{free[0]} … {free[-1]}"
+            lines.append(f"  no config attribute governs   {len(free)} × {span}")
+        if self.unconverted:
+            lines.append(f"{len(self.unconverted)} left as they are")
+            lines += [f"  {item}" for item in self.unconverted]
+        return "\n".join(lines)
+
+
+def convert(
+    model: nn.Module,
+    init_hardness: float = 1.0,
+    *,
+    hard_coded: bool = False,
+    only: Callable[[str, nn.Module], bool] | None = None,
+) -> ConversionReport:
+    """Replace, in place, the GELU-family activations of `model` by λ-GELU, weights untouched.
+
+    In a transformers model a site is converted when a config attribute governs it, so that the config can say `lambda_gelu`
+    now and `relu` after `relu_ize`, and stock transformers rebuilds the same network. In any other module (timm's, your own)
+    every GELU and SiLU module is a site; transformers models inside it (PEFT's, sentence-transformers') are treated as such.
+    Each site keeps its own base (erf, tanh, quick, SiLU); at the default λ = 1 the model computes what it computed before.
+    Only this instance is changed.
+
+    Args:
+        model: any module, on any device, in any dtype.
+        init_hardness: λ to start from, ≥ 1. The paper's 1 + ln 2 ≈ 1.693 changes the function of a pretrained model.
+        hard_coded: convert the modules of a transformers model too that no config attribute governs (BLOOM's). A stock
+            reload cannot be ReLU there: `relu_ize` folds them at λ = 2¹⁴. Their λ does not survive `save_pretrained`.
+        only: (module name, module) → whether to convert it. Modules that one config attribute governs go together.
+
+    Returns:
+        The sites converted, and every GELU or SiLU that was seen and left, with the reason.
+
+    Raises:
+        ConversionError: nothing to convert, already converted, config and modules disagree, or `only` takes no module, or
+            some of those that one config attribute governs. The model is unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"convert expects a torch module, got {type(model).__name__}: load the model first")
+    check_hardness(init_hardness)
+    if hardness_sites(model):
+        raise ConversionError(
+            f"the model is converted already: it has {len(hardness_sites(model))} λ-GELU modules; "
+            "change their hardness with set_hardness, or load the original checkpoint again"
+        )
+    parts = transformers_parts(model)
+    governed = {prefix: governed_modules(part) for prefix, part in parts.items()}
+    for prefix, part in parts.items():
+        _check_agreement(dict(named_modules(part)), governed[prefix])
+    chosen = _Chosen(model, only)
+    for prefix, attributes in governed.items():
+        for attribute in attributes:
+            chosen.check_whole(prefix, attribute)
+
+    report = ConversionReport(hardness=float(init_hardness))
+    claimed: set[str] = set()
+    for prefix, part in parts.items():
+        _convert_governed(model, prefix, part, governed[prefix], chosen, report, claimed)
+    for name, module in list(named_modules(model)):
+        free = hard_coded or not any(not prefix or name.startswith(f"{prefix}.") for prefix in parts)
+        if free and name and name not in claimed and chosen(name, module):
+            base = probed_base(module)
+            if base is not None:
+                _put(model, name, base, init_hardness)
+                claimed.add(name)
+                report.sites.append(Site(name, type(module).__name__, base, ""))
+    order = {name: index for index, (name, _) in enumerate(named_modules(model))}
+    report.sites.sort(key=lambda site: order[site.name])
+    report.unconverted += [
+        Unconverted(item.name, item.what, "`only` does not take it") if item.name in chosen.left else item
+        for item in smooth_activations(model, claimed, list(report.attributes))
+    ]
+    if not report.sites:
+        raise ConversionError(_nothing(model, report, chosen))
+    return report
+
+
+class _Chosen:
+    """What `only` takes; everything without it."""
+
+    def __init__(self, model: nn.Module, only: Callable[[str, nn.Module], bool] | None) -> None:
+        self.only = only
+        self.modules = dict(named_modules(model))
+        self.left: set[str] = set()
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        taken = self.only is None or bool(self.only(name, module))
+        if not taken:
+            self.left.add(name)
+        return taken
+
+    def check_whole(self, prefix: str, attribute: Governed) -> None:
+        names = [joined(prefix, name) for name in attribute.modules]
+        taken = [name for name in names if self(name, self.modules[name])]
+        if taken and len(taken) < len(names):
+            other = next(name for name in names if name not in taken)
+            raise ConversionError(
+                f"`only` takes {taken[0]} but not {other}: config.{attribute.path} governs both, and a checkpoint can say "
+                "one thing only of them. Take all of its modules, or none"
+            )
+
+
+def _convert_governed(
+    model: nn.Module,
+    prefix: str,
+    part: PreTrainedModel,
+    governed: list[Governed],
+    chosen: _Chosen,
+    report: ConversionReport,
+    claimed: set[str],
+) -> None:
+    if any(attribute.modules and attribute.value in STOCK_KEYS for attribute in governed):
+        own_config(part)
+    for attribute in governed:
+        names = [joined(prefix, name) for name in attribute.modules]
+        path = joined(prefix, attribute.path)
+        if attribute.failure:
+            reason = f"the model cannot be rebuilt with another activation there: {attribute.failure}"
+            report.unconverted.append(Unconverted(f"config.{path}", attribute.value, reason))
+        if not names or attribute.value in LAMBDA_KEYS or names[0] in chosen.left:
+            continue
+        base = STOCK_KEYS[attribute.value]
+        key = BASES[base].key
+        if not set_attribute(part.config, attribute.path, key):
+            reason = f"config.{path} is derived from other attributes and would not survive a reload"
+            report.unconverted += [Unconverted(n, attribute.value, reason) for n in names]
+            claimed.update(names)
+            continue
+        update_config_copies(part, attribute.path, attribute.value, key)
+        report.attributes[path] = (attribute.value, key)
+        for name in names:
+            claimed.add(name)
+            if isinstance(model.get_submodule(name), LambdaGELU):  # a block that several names share has it already
+                continue
+            _put(model, name, base, report.hardness, attribute.value)
+            report.sites.append(Site(name, attribute.value, base, path))
+
+
+def _put(model: nn.Module, name: str, base: str, hardness: float, key: str = "") -> None:
+    made = LambdaGELU(hardness, base=base)
+    made.stock_key = key
+    if not key:
+        made.__dict__["replaced"] = model.get_submodule(name)  # past nn.Module, for which it would be a child
+    replace_module(model, name, made)
+    made._is_hf_initialized = True  # a later init_weights() leaves it alone
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place called `name`, on the device and in the train/eval mode of what was there."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    new.train(getattr(parent, leaf).training)
+    tensor = next(parent.parameters(), None)
+    if tensor is None:
+        tensor = next(model.parameters(), torch.empty(0))
+    setattr(parent, leaf, new.to(tensor.device))
+
+
+def update_config_copies(model: PreTrainedModel, path: str, before: str, after: str) -> None:
+    """Carry a change of `model.config` into the copies of that config that submodules hold.
+
+    Encoder and decoder of T5 hold deep copies; code of theirs that reads the attribute in forward must see the change.
+    """
+    parent, _, leaf = path.rpartition(".")
+    owner = get_attribute(model.config, parent) if parent else model.config
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        is_copy = isinstance(config, PreTrainedConfig) and config is not owner and type(config) is type(owner)
+        if is_copy and getattr(config, leaf, None) == before:
+            set_attribute(config, leaf, after)
+
+
+def _check_agreement(modules: dict[str, nn.Module], governed: list[Governed]) -> None:
+    for attribute in governed:
+        base = STOCK_KEYS.get(attribute.value) or LAMBDA_KEYS[attribute.value]
+        for name in attribute.modules:
+            seen = modules.get(name)
+            if seen is None or base_of(seen) != base:
+                got = "missing" if seen is None else type(seen).__name__
+                raise ConversionError(
+                    f"config and model disagree: config.{attribute.path} = {attribute.value!r} governs {name}, which is "
+                    f"{got} in the model. Was the model or its config edited after loading? Load it again, or set the "
+                    "config to what the model is"
+                )
+
+
+def _nothing(model: nn.Module, report: ConversionReport, chosen: _Chosen) -> str:
+    seen: dict[str, int] = {}
+    for _, module in named_modules(model):
+        if is_activation(module):
+            seen[type(module).__name__] = seen.get(type(module).__name__, 0) + 1
+    activations = ", ".join(f"{count} × {name}" for name, count in seen.items()) or "no activation module"
+    text = f"nothing to convert in {type(model).__name__}: saw {activations}"
+    if chosen.left:
+        text += f"; `only` took none of {len(chosen.modules)} modules, whose names are like {sorted(chosen.left)[0]!r}"
+    if set(seen) <= {"ReLU", "Tanh", "Sigmoid"} and "ReLU" in seen:
+        text += "; the model is a ReLU network already"
+    if report.unconverted:
+        text += "; not convertible: " + "; ".join(map(str, report.unconverted[:5]))
+    return text

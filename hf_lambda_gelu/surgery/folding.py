@@ -1,0 +1,261 @@
+"""`fold`: λ goes into the weights; what is left is a stock GELU model that computes the same.
+
+f(x; λ) = a(λx) / λ: scale what makes x by λ, and what takes the output up by 1/λ. [derived]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from ..activation.bases import BASES
+from ..activation.module import LambdaGELU, hardness_sites
+from ..measurement.batches import call, evaluating, example_inputs
+from ..structure.config_probe import (
+    LAMBDA_KEYS,
+    STOCK_KEYS,
+    activation_attributes,
+    joined,
+    own_config,
+    quantised_weight,
+    set_attribute,
+    transformers_parts,
+)
+from ..structure.linear_maps import eager_experts
+from .conversion import replace_module, update_config_copies
+from .fold_plan import Fold, Scale, plan
+
+# of the largest output; λ that is no power of two is rounded into every weight
+_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_FP32_TOLERANCE = 1e-5
+
+
+class FoldError(ValueError):
+    """λ cannot go into the weights; the message says at which sites, and why. The model is as it was."""
+
+
+@dataclass
+class FoldReport:
+    """What `fold` did. Printing it gives the table.
+
+    Attributes:
+        sites: site → the λ that went into the weights.
+        scaled, divided: site → parameters × λ and ÷ λ.
+        attributes: config path → the stock activation that it names now.
+        difference: max |after − before| over the outputs on the inputs, relative to the largest of them.
+    """
+
+    sites: dict[str, float]
+    scaled: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    divided: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    attributes: dict[str, str] = field(default_factory=dict)
+    difference: float = 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.sites)} activations folded; outputs changed by {self.difference:.1e} (relative)"]
+        for name, value in self.sites.items():
+            taken = ", ".join(self.divided[name]) or "nothing: a normalisation follows"
+            lines.append(f"  {name}: λ = {value:.6g} into {', '.join(self.scaled[name])}; 1/λ into {taken}")
+        lines += [f"  config.{path}: {key}" for path, key in self.attributes.items()]
+        return "\n".join(lines)
+
+
+def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None = None) -> FoldReport:
+    """Put λ into the weights, in place: every λ-GELU becomes the stock activation, the function stays. [derived]
+
+    The weights before and after each activation are found by following autograd's graph through one forward pass; what it
+    does not show (a use of the pre-activation elsewhere) shows in the outputs, which are compared before this returns. The
+    saved checkpoint is an ordinary one: stock transformers loads it, and its activations are as hard as they were.
+
+    Args:
+        model: a converted model on real devices, transformers' or any other.
+        inputs: arguments of forward: a mapping, a tensor, or a tuple of tensors. By default a small batch made to fit a
+            transformers model.
+        only: fold these sites alone; the others keep their λ, and configs what they say.
+
+    Returns:
+        What was scaled, and by how much the outputs changed: rounding, as λW is rounded; less if λ is a power of two.
+
+    Raises:
+        ValueError: no λ-GELU in the model, the model is on the meta device, or no inputs can be made for it.
+        FoldError: at some site λ has nowhere to go, or the outputs would change by more than 1e-5 of their largest.
+        In every case the model is as it was.
+    """
+    sites = hardness_sites(model)
+    if only is not None:
+        unknown = sorted(set(only) - set(sites))
+        if unknown:
+            raise ValueError(f"no λ-GELU called {unknown[0]!r}: the model has {', '.join(sites) or 'none'}")
+        sites = {name: site for name, site in sites.items() if name in only}
+    if not sites:
+        raise ValueError(f"{type(model).__name__} has no λ-GELU to fold: call convert(model) first")
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise ValueError("the model is on the meta device, where weights have no values: load them first")
+    quantised = quantised_weight(model)
+    if quantised is not None:
+        raise FoldError(f"{quantised} is quantised, so λ cannot go into it: fold the model first, then quantise it")
+    if inputs is None:
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"no inputs can be guessed for {type(model).__name__}: pass inputs=…, what its forward takes")
+        inputs = example_inputs(model)
+    with evaluating(model), eager_experts(model):
+        run = forward(model, inputs)
+        with torch.no_grad():
+            expected = float_outputs(run())
+        folds = plan(model, sites, run)
+        _refuse(folds)
+        report = FoldReport({name: float(site.hardness.detach()) for name, site in sites.items()})
+        originals = _scale(folds.values(), report)
+        with _stock(model, sites), torch.no_grad():
+            report.difference = difference(expected, float_outputs(run()))
+        if not report.difference <= tolerance(expected):
+            _restore(originals)
+            raise FoldError(_culprits(model, sites, folds, run, expected, report.difference))
+    for name, site in sites.items():
+        _replace(model, name, site)
+    for prefix, part in transformers_parts(model).items():
+        if only is None:  # else sites remain, which the config tells of
+            own_config(part)
+            for path, key in list(activation_attributes(part.config)):
+                if key in LAMBDA_KEYS:
+                    report.attributes[joined(prefix, path)] = _to_stock(part, path, key, sites.values())
+    for name, made in folds.items():
+        report.scaled[name] = tuple(dict.fromkeys(s.label for s in made.scaled))
+        report.divided[name] = tuple(dict.fromkeys(s.label for s in made.divided))
+    return report
+
+
+def forward(model: nn.Module, inputs: Any) -> Callable[[], Any]:
+    """The model's forward on `inputs`, a mapping, a tensor or a tuple."""
+    if isinstance(inputs, Mapping):
+        return lambda: call(model, inputs)
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    return lambda: model(*arguments)
+
+
+def float_outputs(output: Any) -> list[Tensor]:
+    """All floating point tensors in what a forward returned."""
+    leaves = pytree.tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def difference(expected: list[Tensor], got: list[Tensor]) -> float:
+    """max |got − expected| of each tensor relative to its own largest value; the largest of these."""
+    if [t.shape for t in expected] != [t.shape for t in got]:
+        return float("inf")
+    worst = 0.0
+    for first, second in zip(expected, got, strict=True):
+        if first.numel():
+            finite = torch.isfinite(first)  # masks put −inf into some models' scores
+            a, b = first[finite].double(), second[finite].double()
+            scale = float(a.abs().max()) if a.numel() else 0.0
+            worst = max(worst, float((a - b).abs().max()) / max(scale, 1e-12) if a.numel() else 0.0)
+            worst = float("inf") if bool((torch.isfinite(second) != finite).any()) else worst
+    return worst
+
+
+def tolerance(outputs: list[Tensor]) -> float:
+    """The relative difference that rounding can make."""
+    return max((_TOLERANCE.get(t.dtype, _FP32_TOLERANCE) for t in outputs), default=_FP32_TOLERANCE)
+
+
+def _refuse(folds: Mapping[str, Fold]) -> None:
+    stuck = {name: made.obstacle for name, made in folds.items() if made.obstacle}
+    if stuck:
+        lines = "; ".join(f"{name}: {reason}" for name, reason in list(stuck.items())[:5])
+        raise FoldError(f"λ of {len(stuck)} of {len(folds)} sites has nowhere to go: {lines}")
+
+
+@torch.no_grad()
+def _scale(folds: Collection[Fold], report: FoldReport) -> dict[nn.Parameter, Tensor]:
+    """Scale the weights, each once however many sites share it; returns what they were."""
+    originals: dict[nn.Parameter, Tensor] = {}
+    done: set[tuple[Any, ...]] = set()
+
+    def apply(scale: Scale, factor: float) -> None:
+        key = (scale.key, factor > 1)
+        if key in done:
+            return
+        done.add(key)
+        if scale.parameter not in originals:
+            originals[scale.parameter] = scale.parameter.data.clone()
+        scale.apply(factor)
+
+    for made in folds:
+        value = report.sites[made.site]
+        for scale in made.scaled:
+            apply(scale, value)
+        for scale in made.divided:
+            apply(scale, 1.0 / value)
+    return originals
+
+
+def _restore(originals: Mapping[nn.Parameter, Tensor]) -> None:
+    for parameter, original in originals.items():
+        parameter.data.copy_(original)
+
+
+@contextmanager
+def _stock(model: nn.Module, sites: Mapping[str, LambdaGELU]) -> Iterator[None]:
+    """Within the block, the sites compute their stock activation."""
+    handles = [
+        site.register_forward_hook(lambda module, args, output: BASES[module.base].activation(args[0]))
+        for site in sites.values()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _culprits(
+    model: nn.Module,
+    sites: Mapping[str, LambdaGELU],
+    folds: Mapping[str, Fold],
+    run: Callable[[], Any],
+    expected: list[Tensor],
+    total: float,
+) -> str:
+    """Fold each site alone to say which ones change the outputs."""
+    wrong = []
+    for name, site in sites.items():
+        report = FoldReport({name: float(site.hardness.detach())})
+        originals = _scale([folds[name]], report)
+        with _stock(model, {name: site}), torch.no_grad():
+            if not difference(expected, float_outputs(run())) <= tolerance(expected):
+                wrong.append(name)
+        _restore(originals)
+    where = ", ".join(wrong[:5]) if wrong else "all sites together"
+    return (
+        f"with λ in the weights the outputs would change by {total:.2g} (relative), because of {where}: the pre-activation "
+        "or the activation is used elsewhere too, or weights are too large for the dtype"
+    )
+
+
+def _replace(model: nn.Module, name: str, site: LambdaGELU) -> None:
+    for other, module in list(model.named_modules(remove_duplicate=False)):
+        if module is site:
+            replace_module(model, other, site.replaced or ACT2FN[_stock_keys(site.base, site)[0]])
+
+
+def _stock_keys(base: str, *sites: LambdaGELU) -> list[str]:
+    """transformers' names of a base, first those that the sites had."""
+    had = [site.stock_key for site in sites if site.stock_key and site.base == base]
+    return had + [key for key, of in STOCK_KEYS.items() if of == base]
+
+
+def _to_stock(model: PreTrainedModel, path: str, key: str, sites: Collection[LambdaGELU]) -> str:
+    for stock in _stock_keys(LAMBDA_KEYS[key], *sites):
+        if set_attribute(model.config, path, stock):
+            update_config_copies(model, path, key, stock)
+            return stock
+    raise FoldError(f"config.{path} takes no stock activation")  # `convert` has seen one there

@@ -1,0 +1,277 @@
+"""`relu_ize`: λ-GELU becomes ReLU, with a report of what that changes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import nn
+from transformers import EvalPrediction, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from ..activation.module import hardness_profile, hardness_sites
+from ..measurement.batches import model_batches
+from ..measurement.calibration import measuring
+from ..measurement.change import Change, measure_change
+from ..structure.config_probe import (
+    LAMBDA_KEYS,
+    activation_attributes,
+    governed_modules,
+    joined,
+    own_config,
+    put_attribute,
+    quantised_weight,
+    set_attribute,
+    transformers_parts,
+)
+from ..structure.smooth_activations import Unconverted, smooth_activations
+from ..training.schedule import DEFAULT_TOLERANCE, sup_error, target_hardness
+from .conversion import replace_module, update_config_copies
+from .folding import fold
+from .refit.engine import Compensate, CompensationReport, compensation
+
+# of sites that stay GELU: a power of two, so that weights are scaled without rounding; 1e-5 from ReLU
+FOLDED_HARDNESS = 2.0**14
+# a ramp ends at its target to fp32's accuracy, not to the last bit
+_SLACK = 1e-3
+
+
+class SoftGateError(RuntimeError):
+    """Gates are too soft for ReLU to take their place unnoticed. The model is as it was."""
+
+
+@dataclass(frozen=True)
+class SubstitutedSite:
+    """One site: its λ before substitution and sup |f − ReLU| = c / λ in units of the pre-activation."""
+
+    name: str
+    base: str
+    hardness: float
+    sup_error: float
+
+
+@dataclass
+class SubstitutionReport:
+    """What `relu_ize` did. Printing it gives the table; `to_dict` what a JSON file can hold."""
+
+    sites: list[SubstitutedSite]
+    tolerance: float
+    forced: bool = False
+    attributes: dict[str, str] = field(default_factory=dict)  # config path → λ key before
+    left: list[Unconverted] = field(default_factory=list)
+    folded: dict[str, float] = field(default_factory=dict)  # site that no config can make ReLU → sup |f − ReLU| left
+    compensation: CompensationReport | None = None
+    relative_change: float | None = None
+    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)  # name → (before, after)
+    zeros: dict[str, float] = field(default_factory=dict)  # site → fraction of what its ReLU puts out, padding left out
+
+    @property
+    def profile(self) -> dict[str, float]:
+        """{module name: λ before substitution}, in network order."""
+        return {site.name: site.hardness for site in self.sites}
+
+    def take(self, change: Change) -> None:
+        """Take in what was measured."""
+        self.relative_change, self.metrics, self.zeros = change.relative_change, change.metrics, change.zeros
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        width = max(len(site.name) for site in self.sites)
+        lines = [
+            f"{len(self.sites) - len(self.folded)} activations are ReLU now"
+            + (" (forced: gates were soft)" if self.forced else "")
+        ]
+        lines.append(f"  {'site':<{width}}  {'λ before':>10}  sup |f − ReLU|")
+        lines += [f"  {s.name:<{width}}  {s.hardness:>10.4g}  {s.sup_error:.2g}" for s in self.sites]
+        if self.compensation is not None:
+            lines.append(str(self.compensation))
+        if self.relative_change is not None:
+            lines.append(f"  outputs changed by {self.relative_change:.2e} (relative, root mean square)")
+        lines += [f"  {name}: {before:.4f} → {after:.4f}" for name, (before, after) in self.metrics.items()]
+        if self.zeros:
+            values = list(self.zeros.values())
+            mean = sum(values) / len(values)
+            lines.append(f"  zeros in what the ReLUs put out: {mean:.0%}, by site {min(values):.0%} to {max(values):.0%}")
+        if self.folded:
+            names = list(self.folded)
+            span = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+            lines.append(
+                f"{len(names)} that the model's class hard-codes stay smooth, at λ = {FOLDED_HARDNESS:g} in the weights: "
+                f"within {max(self.folded.values()):.1g} of ReLU, in units of the pre-activation   {span}"
+            )
+        if self.left:
+            lines += [f"{len(self.left)} smooth activations remain"] + [f"  {item}" for item in self.left]
+        return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def gates_as_relu(model: nn.Module) -> Iterator[None]:
+    """Within the block, `model` computes what it will after `relu_ize`; nothing is replaced and λ is kept. Blocks may nest.
+
+    The config says `relu` within the block too, for code that makes a fresh activation from it in forward.
+    """
+    sites = {site: site.as_relu for site in hardness_sites(model).values()}
+    configs = {id(c): c for module in model.modules() if isinstance(c := getattr(module, "config", None), PreTrainedConfig)}
+    lookups = [(c, path, key) for c in configs.values() for path, key in activation_attributes(c) if key in LAMBDA_KEYS]
+    for site in sites:
+        site.as_relu = True
+    for config, path, _ in lookups:
+        put_attribute(config, path, "relu")
+    try:
+        yield
+    finally:
+        for site, before in sites.items():
+            site.as_relu = before
+        for config, path, key in lookups:
+            put_attribute(config, path, key)
+
+
+def relu_ize(
+    model: nn.Module,
+    force: bool = False,
+    *,
+    tolerance: float = DEFAULT_TOLERANCE,
+    targets: Mapping[str, float] | None = None,
+    calibration: Iterable[Any] | None = None,
+    compensate: Compensate | None = None,
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+) -> SubstitutionReport:
+    """Replace, in place, every λ-GELU by ReLU and let the config say `relu`, so that stock transformers loads the model.
+
+    Args:
+        model: a converted model, at any λ. Sites that its class hard-codes stay smooth, at λ = 2¹⁴ in the weights (`fold`).
+        force: substitute soft gates too. This is the naive swap: it costs a pretrained model several points.
+        tolerance: ε; gates with λ < `target_hardness(ε)` count as soft. Give the one that the run was trained with.
+        targets: {module name: λ} below which a gate counts as soft, in place of `tolerance`: `trainer.hardness_targets` of a
+            run with `hardness_target="calibrated"`, or `calibrate(…).targets(…)`.
+        calibration: batches like those that the model will meet, mappings of what its forward takes, or tensors where it is
+            no transformers model. The change of the outputs and the zeros of each ReLU are measured on them, and the loss if
+            they hold labels. Iterated once.
+        compensate: "least_squares" refits, from the calibration batches and without labels, the linear map after each
+            activation, so that the network computes with ReLU what it computed before (see `compensation`); "bias" only
+            shifts that map's bias. Soft gates are what it is for: `force` is not needed.
+        compute_metrics: as for `Trainer`; measured before and after, on batches with labels.
+
+    Returns:
+        Per site λ and the bound on what changes; what was refit; the measured changes; the smooth activations that remain.
+
+    Raises:
+        ValueError: no λ-GELU in the model, or a `compensate` that is unknown or lacks a calibration set.
+        CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
+        SoftGateError: soft gates, and neither `force` nor `compensate`.
+        FoldError: a hard-coded site whose weights cannot take λ up.
+        In every case the model is as it was.
+    """
+    if compensate not in (None, *get_args(Compensate)):
+        raise ValueError(f"unknown compensate={compensate!r}: expected 'least_squares', 'bias' or None")
+    if compensate is not None and calibration is None:
+        raise ValueError(
+            f"compensate={compensate!r} learns from data: pass calibration=…, batches like those that the model will meet. "
+            "A few hundred unlabelled examples do"
+        )
+    quantised = quantised_weight(model)
+    if compensate is not None and quantised is not None:
+        raise ValueError(f"{quantised} is quantised and cannot be refit: substitute first, then quantise the ReLU model")
+    sites = _check_sites(model)
+    report = SubstitutionReport(sites, tolerance)
+    wanted = {s.name: target_hardness(tolerance, s.base) for s in sites} if targets is None else targets
+    missing = [s.name for s in sites if s.name not in wanted]
+    if missing:
+        raise ValueError(f"targets names no λ for {len(missing)} of {len(sites)} sites, {missing[0]} the first of them")
+    soft = [s for s in sites if s.hardness < wanted[s.name] * (1.0 - _SLACK)]
+    if soft and not force and compensate is None:
+        worst = min(soft, key=lambda site: site.hardness / wanted[site.name])
+        measure = f"tolerance {tolerance:g}" if targets is None else "their targets"
+        raise SoftGateError(
+            f"{len(soft)} of {len(sites)} gates are soft for {measure}: {worst.name} has λ = {worst.hardness:.4g}, "
+            f"expected at least {wanted[worst.name]:.4g}. Finish the ramp, pass the tolerance or targets of the run, "
+            "compensate='least_squares' with a calibration set, or force=True to substitute all the same"
+        )
+    report.forced = bool(soft) and compensate is None
+    stay = hard_coded_sites(model)
+    if compensate is not None:
+        with measuring(model), compensation(model, calibration) as work:
+            report.compensation = work.run(compensate)
+            if soft and not force and not report.compensation.sites:
+                name, reason = next(iter(report.compensation.uncompensated.items()))
+                raise SoftGateError(
+                    f"{len(soft)} gates are soft, and the map after none of the sites can be refit ({name}: {reason}). "
+                    "Merge adapters before; else force=True substitutes all the same"
+                )
+            batches = map(work.batch, range(work.count))
+            report.take(measure_change(model, batches, work.smooth, work.substituted, compute_metrics))
+            _fold(model, stay, work.batch(0), report)
+    else:
+        first: list[Mapping[str, Any]] = []
+        if calibration is not None:
+            with measuring(model):
+                batches = _keeping_first(model_batches(model, calibration), first)
+                hard = partial(gates_as_relu, model)
+                report.take(measure_change(model, batches, contextlib.nullcontext, hard, compute_metrics))
+        _fold(model, stay, first[0] if first else None, report)
+
+    modules = set(hardness_sites(model).values())
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in modules:
+            replace_module(model, name, ACT2FN["relu"])
+    for prefix, part in transformers_parts(model).items():
+        own_config(part)
+        for path, key in list(activation_attributes(part.config)):
+            if key in LAMBDA_KEYS and set_attribute(part.config, path, "relu"):
+                update_config_copies(part, path, key, "relu")
+                report.attributes[joined(prefix, path)] = key
+    report.left = [item for item in smooth_activations(model) if item.name not in report.folded]
+    model._relu_report = report  # for save_relu_pretrained: λ is gone from the model itself
+    return report
+
+
+def hard_coded_sites(model: nn.Module) -> list[str]:
+    """The λ-GELUs inside transformers models that no config attribute governs: a stock reload brings their GELU back."""
+    names: list[str] = []
+    for prefix, part in transformers_parts(model).items():
+        sites = hardness_sites(part)
+        governed = {name for a in governed_modules(part) if a.value in LAMBDA_KEYS for name in a.modules} if sites else set()
+        names += [joined(prefix, name) for name in sites if name not in governed]
+    return names
+
+
+def _fold(model: nn.Module, names: list[str], batch: Mapping[str, Any] | None, report: SubstitutionReport) -> None:
+    if not names:
+        return
+    sites = hardness_sites(model)
+    before = {name: sites[name].raw_hardness.detach().clone() for name in names}
+    try:
+        for name in names:
+            sites[name].set_hardness(FOLDED_HARDNESS)
+        fold(model, batch, only=names)
+    except BaseException:
+        with torch.no_grad():
+            for name, raw in before.items():
+                sites[name].raw_hardness.copy_(raw)
+        raise
+    report.folded = {name: sup_error(FOLDED_HARDNESS, sites[name].base) for name in names}
+
+
+def _keeping_first(batches: Iterable[Mapping[str, Any]], first: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    for batch in batches:
+        if not first:
+            first.append(batch)
+        yield batch
+
+
+def _check_sites(model: nn.Module) -> list[SubstitutedSite]:
+    if any(site.raw_hardness.is_meta for site in hardness_sites(model).values()):
+        raise ValueError("the model is on the meta device, where λ has no value: load its weights first")
+    profile = hardness_profile(model)
+    if not profile:
+        smooth = smooth_activations(model)
+        hint = "call convert(model) first" if smooth else "it is a ReLU model already, or never was converted"
+        raise ValueError(f"{type(model).__name__} has no λ-GELU to replace: {hint}")
+    bases = {name: site.base for name, site in hardness_sites(model).items()}
+    return [SubstitutedSite(name, bases[name], value, sup_error(value, bases[name])) for name, value in profile.items()]

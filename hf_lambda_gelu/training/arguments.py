@@ -1,0 +1,97 @@
+"""`LambdaGELUTrainingArguments`: transformers' arguments and those of hardness learning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+from .schedule import (
+    DEFAULT_RELATIVE_TOLERANCE,
+    DEFAULT_TOLERANCE,
+    check_relative_tolerance,
+    check_schedule,
+    target_hardness,
+)
+
+_TARGETS = ("l1", "calibrated")
+_COMPENSATE = ("least_squares", "bias", "none")
+
+
+@dataclass
+class LambdaGELUTrainingArguments(TrainingArguments):
+    """Arguments of `LambdaGELUTrainer`; all fields of `TrainingArguments`, and those below.
+
+    Raises:
+        ValueError: a value out of its range; the message names it.
+    """
+
+    hardness_learning_rate: float = field(
+        default=0.01,
+        metadata={"help": "Learning rate of the hardness, in units of λ per step; follows the run's schedule, no decay."},
+    )
+    hardness_switch_point: float = field(
+        default=0.75,
+        metadata={
+            "help": "Fraction of training after which λ is no longer learned but goes to its target, in [0, 1]. A ramp "
+            "wants more room: the paper's heuristic for its own is 0.25."
+        },
+    )
+    hardness_compensate: Literal["least_squares", "bias", "none"] = field(
+        default="least_squares",
+        metadata={
+            "help": "least_squares: at the switch λ goes to its target at once, and the linear maps after the activations "
+            "are refit on 300 training examples so that the function stays. bias: only their biases. none: λ follows "
+            "hardness_ramp."
+        },
+    )
+    hardness_ramp: Literal["geometric", "linear", "cosine", "reciprocal"] = field(
+        default="geometric",
+        metadata={"help": "Shape of the ramp, without compensation; reciprocal is linear in 1/λ, geometric in log λ."},
+    )
+    hardness_target: Literal["l1", "calibrated"] = field(
+        default="l1",
+        metadata={
+            "help": "What λ is ramped to. l1: the same for all layers, from hardness_tolerance. calibrated: each layer's "
+            "own, from hardness_relative_tolerance and what the layer gets at the switch on examples of the training set."
+        },
+    )
+    hardness_tolerance: float = field(
+        default=DEFAULT_TOLERANCE,
+        metadata={
+            "help": "ε, the l1 distance between the hardened gate and a step: the target is λ = 2 / (ε √(2π)) for the erf "
+            "gate. 0.005 gives 159.58. With hardness_target calibrated, for layers that no example reaches."
+        },
+    )
+    hardness_relative_tolerance: float = field(
+        default=DEFAULT_RELATIVE_TOLERANCE,
+        metadata={
+            "help": "τ, for hardness_target calibrated: the target is the λ at which replacing a layer's activation by ReLU "
+            "changes its output by this fraction, root mean square. 0.01 is one percent."
+        },
+    )
+    hardness_hold: float = field(
+        default=0.1, metadata={"help": "Fraction of training at the end of a ramp with λ at the target, in [0, 1]."}
+    )
+    eval_relu: bool = field(
+        default=True,
+        metadata={
+            "help": "Evaluate a second time with the gates as ReLU and report it as eval_relu_*, next to eval_*. "
+            "metric_for_best_model can name one of these."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_schedule(0.0, self.hardness_hold, self.hardness_ramp)
+        held = self.hardness_hold if self.hardness_compensate == "none" else 0.0  # without a ramp there is no hold to fit in
+        check_schedule(self.hardness_switch_point, held, self.hardness_ramp)
+        target_hardness(self.hardness_tolerance)
+        check_relative_tolerance(self.hardness_relative_tolerance)
+        for name, known in (("hardness_target", _TARGETS), ("hardness_compensate", _COMPENSATE)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected {' or '.join(map(repr, known))}")
+        if not (0.0 <= self.hardness_learning_rate < math.inf):
+            raise ValueError(f"hardness_learning_rate must be a finite number >= 0, got {self.hardness_learning_rate}")
+        super().__post_init__()

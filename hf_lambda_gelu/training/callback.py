@@ -1,0 +1,110 @@
+"""`HardeningCallback`: takes λ from what was learned to its target while a Trainer runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
+from ..structure.config_probe import has_adapters
+from ..surgery.refit.engine import CompensationReport
+from .arguments import LambdaGELUTrainingArguments
+from .schedule import HardeningSchedule
+from .switch import calibrated_targets, check_calibratable, l1_targets, refit_at_switch
+
+logger = logging.get_logger(__name__)
+
+
+class HardeningCallback(TrainerCallback, ExportableState):
+    """Sets λ by the schedule once learning is over.
+
+    Its state is λ per site at the switch and, if they were calibrated there, the targets per site. `trainer_state.json`
+    carries both: with them, λ is a function of the step. Where checkpoints hold adapters alone (PEFT), the present λ too.
+    """
+
+    def __init__(self) -> None:
+        self.model: nn.Module | None = None
+        self.at_switch: dict[str, float] | None = None
+        self.calibrated: dict[str, float] | None = None
+        self.refit: CompensationReport | None = None  # in this process; a resumed run has the weights, not the report
+
+    def state(self) -> dict[str, Any]:
+        attributes: dict[str, Any] = {"at_switch": self.at_switch, "calibrated": self.calibrated}
+        if self.model is not None and has_adapters(self.model):
+            attributes["raw"] = {name: site.raw_hardness.item() for name, site in hardness_sites(self.model).items()}
+        return {"args": {}, "attributes": attributes}
+
+    def on_train_begin(
+        self, args: LambdaGELUTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # read from the state directly: the Trainer restores callbacks only with restore_callback_states_from_checkpoint
+        stored = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        attributes = stored["attributes"] if stored else {}
+        self.at_switch = attributes.get("at_switch")
+        self.calibrated = attributes.get("calibrated")  # absent in older checkpoints
+        check_calibratable(args, kwargs["train_dataloader"].dataset)
+        self.model = kwargs["model"]
+        sites = hardness_sites(kwargs["model"])
+        if self.at_switch is not None and set(self.at_switch) != set(sites):
+            raise ValueError(
+                f"the checkpoint was hardening {sorted(self.at_switch)}, the model has λ-GELU at {sorted(sites)}: resume "
+                "with the model that was converted for this run"
+            )
+        self._restore(attributes.get("raw"), sites)
+        self._apply(args, state, **kwargs)
+
+    def _restore(self, raw: dict[str, float] | None, sites: dict[str, LambdaGELU]) -> None:
+        if raw is None:
+            return
+        if set(raw) != set(sites):
+            raise ValueError(
+                f"the checkpoint holds λ of {sorted(raw)}, the model has λ-GELU at {sorted(sites)}: resume with the model "
+                "that was converted, and wrapped by PEFT, as it was for this run"
+            )
+        with torch.no_grad():
+            for name, site in sites.items():
+                site.raw_hardness.fill_(raw[name])
+
+    def on_step_end(
+        self, args: LambdaGELUTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._apply(args, state, **kwargs)
+
+    def _apply(
+        self,
+        args: LambdaGELUTrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        train_dataloader: DataLoader,
+        **kwargs: Any,
+    ) -> None:
+        ramp = args.hardness_compensate == "none"
+        hold = args.hardness_hold if ramp else 0.0
+        schedule = HardeningSchedule(state.max_steps, args.hardness_switch_point, hold, args.hardness_ramp)
+        if schedule.learning(state.global_step):
+            return
+        data = train_dataloader.dataset, train_dataloader.collate_fn
+        switching = self.at_switch is None
+        if self.at_switch is None:
+            self.at_switch = hardness_profile(model)
+        if args.hardness_target == "calibrated" and self.calibrated is None:
+            self.calibrated = calibrated_targets(model, args, *data)
+        if switching and not ramp:
+            self.refit = refit_at_switch(model, args, *data)
+            if state.is_world_process_zero:
+                logger.info(str(self.refit))
+        targets = self.targets(args, model)
+        for name, site in hardness_sites(model).items():
+            start = self.at_switch[name]
+            at_once = max(start, targets[name])
+            site.set_hardness(schedule.hardness(state.global_step, start, targets[name]) if ramp else at_once)
+
+    def targets(self, args: LambdaGELUTrainingArguments, model: nn.Module) -> dict[str, float]:
+        """{module name: the λ to ramp to}; empty while it is still to be calibrated."""
+        return l1_targets(model, args) if args.hardness_target == "l1" else self.calibrated or {}

@@ -1,0 +1,129 @@
+"""How hard is hard enough, and the deterministic way there.
+
+Everything here is a pure function of numbers, so a resumed run cannot differ from an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ..activation.bases import get_base
+
+RampShape = Literal["geometric", "linear", "cosine", "reciprocal"]
+RAMP_SHAPES: tuple[str, ...] = ("geometric", "linear", "cosine", "reciprocal")
+DEFAULT_TOLERANCE = 0.005
+DEFAULT_RELATIVE_TOLERANCE = 0.01
+
+
+def target_hardness(tolerance: float = DEFAULT_TOLERANCE, base: str = "gelu") -> float:
+    """λ at which the gate's ℓ1 distance to the Heaviside step is `tolerance`: 2 / (ε√(2π)) for the erf base.
+
+    ε = 0.005 gives 159.58, the paper's "≈ 160" (the bound is reported in a review of arXiv 2603.21991, the ε is inferred).
+
+    Args:
+        tolerance: ε > 0, in units of the gate's argument. An ε that would put λ below 1 gives 1.
+
+    Raises:
+        ValueError: ε is not a finite number > 0, or the base is unknown.
+    """
+    if not (0.0 < tolerance < math.inf):
+        raise ValueError(f"hardness tolerance must be a finite number > 0 (0.005 gives λ = 159.58), got {tolerance}")
+    return max(1.0, get_base(base).gate_l1 / tolerance)
+
+
+def check_relative_tolerance(tolerance: float) -> None:
+    """Raises ValueError unless τ, the error of a site relative to its output, is a finite number > 0."""
+    if not (0.0 < tolerance < math.inf):
+        raise ValueError(f"the relative tolerance must be a finite number > 0 (0.01 is 1 %), got {tolerance}")
+
+
+def sup_error(hardness: float, base: str = "gelu") -> float:
+    """sup over x of |f(x; λ) − ReLU(x)|: 0.16997 / λ for the erf base. [derived]"""
+    return get_base(base).sup_error / hardness
+
+
+def ramp(progress: float, start: float, end: float, shape: str = "geometric") -> float:
+    """λ between `start` (progress 0) and `end` (progress 1); monotone, and exact at both ends.
+
+    geometric: linear in log λ. linear: in λ. cosine: in λ, with flat ends. reciprocal: linear in 1/λ, so in the sup error.
+    The paper's shape is not known to us; all four are derived.
+
+    Raises:
+        ValueError: unknown shape.
+    """
+    if shape not in RAMP_SHAPES:
+        raise ValueError(f"unknown ramp shape {shape!r}: expected one of {', '.join(RAMP_SHAPES)}")
+    if progress <= 0.0:
+        return start
+    if progress >= 1.0:
+        return end
+    if shape == "geometric":
+        value = start * (end / start) ** progress
+    elif shape == "reciprocal":
+        value = 1.0 / ((1.0 - progress) / start + progress / end)
+    else:
+        if shape == "cosine":
+            progress = 0.5 - 0.5 * math.cos(math.pi * progress)
+        value = start + (end - start) * progress
+    return min(max(value, min(start, end)), max(start, end))  # rounding may step over an end by a unit
+
+
+@dataclass(frozen=True)
+class HardeningSchedule:
+    """Learn λ, ramp it to the target, hold it there.
+
+    Attributes:
+        max_steps: optimizer steps of the whole run.
+        switch_point: fraction of the run after which learning ends and the ramp begins, in [0, 1]. 0.25 is the paper's
+            heuristic (as reported; whether of elapsed training is not known).
+        hold: fraction at the end during which λ stays at the target; `switch_point + hold` ≤ 1.
+        shape: see `ramp`.
+
+    Steps count completed optimizer steps: λ at step k is what the model has after its k-th update.
+    """
+
+    max_steps: int
+    switch_point: float = 0.25
+    hold: float = 0.1
+    shape: str = "geometric"
+
+    def __post_init__(self) -> None:
+        check_schedule(self.switch_point, self.hold, self.shape)
+
+    @property
+    def switch_step(self) -> int:
+        return math.ceil(_steps(self.switch_point * self.max_steps))
+
+    @property
+    def hold_step(self) -> int:
+        return max(self.switch_step, math.floor(_steps((1.0 - self.hold) * self.max_steps)))
+
+    def learning(self, step: int) -> bool:
+        """Whether λ is still learned after `step` updates."""
+        return step < self.switch_step
+
+    def hardness(self, step: int, at_switch: float, target: float) -> float:
+        """λ after `step` ≥ `switch_step` updates, from `at_switch` to `target`; never below `at_switch`."""
+        span = self.hold_step - self.switch_step
+        progress = 1.0 if step >= self.hold_step else max(0, step - self.switch_step) / max(1, span)
+        return ramp(progress, at_switch, max(at_switch, target), self.shape)
+
+
+def _steps(product: float) -> float:
+    return round(product, 6)  # 0.07 · 100 is 7.000000000000001 in floating point, which is 7 steps
+
+
+def check_schedule(switch_point: float, hold: float, shape: str) -> None:
+    """Raises ValueError, with the offending value, unless the fractions lie in [0, 1] and leave room for each other."""
+    for name, value in (("switch point", switch_point), ("hold fraction", hold)):
+        if not (0.0 <= value <= 1.0):
+            raise ValueError(f"the {name} is a fraction of training and must lie in [0, 1], got {value}")
+    if switch_point + hold > 1.0:
+        raise ValueError(
+            f"switch point {switch_point} + hold fraction {hold} = {switch_point + hold:g} leaves no room for the ramp: "
+            "their sum must not exceed 1"
+        )
+    if shape not in RAMP_SHAPES:
+        raise ValueError(f"unknown ramp shape {shape!r}: expected one of {', '.join(RAMP_SHAPES)}")

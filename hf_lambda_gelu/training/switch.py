@@ -1,0 +1,132 @@
+"""What happens at the switch of a training run: where each site's λ shall end, and the refit that lets it go there at once.
+
+Targets from data and the refit are derived, not the paper's (arXiv 2603.21991).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..activation.module import hardness_sites
+from ..measurement.calibration import calibrate, measuring
+from ..surgery.refit.engine import CompensationReport, compensation
+from .arguments import LambdaGELUTrainingArguments
+from .schedule import target_hardness
+
+# each gives width × tokens pre-activations: with 64 other sentences, MiniLM's targets move by 1 %
+CALIBRATION_EXAMPLES = 64
+# a refit solves for as many unknowns an output as the layer is wide
+REFIT_EXAMPLES = 300
+
+
+def l1_targets(model: nn.Module, args: LambdaGELUTrainingArguments) -> dict[str, float]:
+    """{module name: λ} by the gate's ℓ1 distance to a step, `args.hardness_tolerance`."""
+    return {name: target_hardness(args.hardness_tolerance, site.base) for name, site in hardness_sites(model).items()}
+
+
+def calibrated_targets(
+    model: nn.Module, args: LambdaGELUTrainingArguments, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]
+) -> dict[str, float]:
+    """{module name: λ} at which each site's relative error is `args.hardness_relative_tolerance`. [derived]
+
+    Measured by `calibrate` on up to 64 examples, spread evenly over `dataset`, the same on every process; all processes get
+    what the first one found. A site that none of them reaches gets its ℓ1 target. The run's random numbers and the order of
+    its data are not touched.
+
+    Args:
+        dataset: with length and index, its columns reduced to those that the model takes.
+        collate: makes a batch of examples.
+
+    Raises:
+        CalibrationError: see `calibrate`.
+    """
+    with _own_random_numbers(args.seed, args.device):
+        report = calibrate(model, _loader(args, dataset, collate, CALIBRATION_EXAMPLES))  # type: ignore[arg-type]
+    targets = l1_targets(model, args)
+    targets |= {site.name: site.target_hardness(args.hardness_relative_tolerance) for site in report.sites if site.count}
+    return broadcast_object_list([targets])[0]  # a sum of floats need not be the same on another device
+
+
+def refit_at_switch(
+    model: nn.Module, args: LambdaGELUTrainingArguments, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]
+) -> CompensationReport:
+    """Refit, in place, the linear maps after the sites as `relu_ize(compensate=…)` does, for gates that become hard now.
+
+    On up to 300 examples, spread evenly over `dataset`, the same on every process; all processes get the first one's
+    weights. The optimizer goes on with the same parameters. None is added: where a map has no bias, its weights alone are
+    refit. The run's random numbers and the order of its data are not touched.
+
+    Raises:
+        CalibrationError: see `relu_ize`; the model is as it was.
+    """
+    with _own_random_numbers(args.seed, args.device), measuring(model):  # type: ignore[arg-type]
+        loader = _loader(args, dataset, collate, REFIT_EXAMPLES)
+        with compensation(model, loader) as work:  # type: ignore[arg-type]
+            report = work.run(args.hardness_compensate, biases=False)  # type: ignore[arg-type]
+    if args.world_size > 1:
+        for parameter in work.originals:
+            torch.distributed.broadcast(parameter.data, 0)
+    return report
+
+
+def _loader(
+    args: LambdaGELUTrainingArguments, dataset: Dataset[Any], collate: Callable[[list[Any]], Any], examples: int
+) -> DataLoader[Any]:
+    count = min(examples, len(dataset))  # type: ignore[arg-type]
+    chosen = Subset(dataset, [i * len(dataset) // count for i in range(count)])  # type: ignore[arg-type]
+    return DataLoader(chosen, args.per_device_train_batch_size, collate_fn=_own_copy(collate))
+
+
+def check_calibratable(args: LambdaGELUTrainingArguments, dataset: Any) -> None:
+    """ValueError unless what the switch needs can be done: examples by index, and parameters in one piece for a refit."""
+    if args.hardness_target == "l1" and args.hardness_compensate == "none":
+        return
+    if args.hardness_compensate != "none" and (args.fsdp or args.deepspeed):
+        raise ValueError(
+            f"hardness_compensate={args.hardness_compensate!r} refits whole weights, which FSDP and DeepSpeed cut up: set "
+            "hardness_compensate='none', or substitute before training by relu_ize(model, calibration=…, compensate=…)"
+        )
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
+        raise ValueError(
+            "hardness_compensate and hardness_target='calibrated' take examples by their index, but the training set is a "
+            f"{type(dataset).__name__} without length or index: use a map-style data set, or hardness_target='l1' and "
+            "hardness_compensate='none'"
+        )
+
+
+@contextlib.contextmanager
+def _own_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
+    """Within the block, random numbers start from `seed`, for data sets and collators that draw some; then they go on."""
+    kind = "cuda" if device.type == "cpu" else device.type
+    devices = [] if device.type == "cpu" else range(torch.get_device_module(device).device_count())
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices, device_type=kind):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)
+
+
+def _own_copy(collate: Any) -> Any:
+    """A collator like this one, with generators of its own, as masking for language models has; the rest is shared."""
+    twin = copy.copy(collate)
+    for name, value in vars(twin).items() if hasattr(twin, "__dict__") else ():
+        if isinstance(value, (torch.Generator, np.random.Generator)):
+            setattr(twin, name, copy.deepcopy(value))
+        elif name == "data_collator":  # inside the Trainer's wrapper that removes columns
+            setattr(twin, name, _own_copy(value))
+    return twin

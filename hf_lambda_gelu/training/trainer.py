@@ -1,0 +1,238 @@
+"""`LambdaGELUTrainer`: transformers' Trainer, with λ learned, hardened and watched."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from ..activation.module import hardness_profile, hardness_sites
+from ..checkpoints.card import PAPER, CardDetails
+from ..structure.config_probe import has_adapters
+from ..surgery.refit.engine import CompensationReport
+from ..surgery.substitution import gates_as_relu
+from .arguments import LambdaGELUTrainingArguments
+from .callback import HardeningCallback
+from .optimizer import attach_hardness_update
+from .publish import push_trained
+
+logger = logging.get_logger(__name__)
+
+
+class LambdaGELUTrainer(Trainer):
+    """Trainer for a model that `convert` has prepared.
+
+    - λ is stepped in λ itself by the run's own optimizer (`attach_hardness_update`), in a parameter group of its own with
+      `hardness_learning_rate` and no weight decay;
+    - at `hardness_switch_point` it goes to its target at once, and the linear maps after the sites are refit on training
+      examples so that the function stays (`hardness_compensate`); with "none" it follows `hardness_ramp` instead;
+    - the target is that of `hardness_tolerance`, or with `hardness_target="calibrated"` each site's own, from its
+      pre-activations on 64 training examples at the switch;
+    - λ of every layer is in the logs, as `hardness/<module>`;
+    - evaluation also reports the metrics with the gates as ReLU, as `eval_relu_*`.
+
+    Everything else is transformers' Trainer. `args` must be `LambdaGELUTrainingArguments`.
+
+    Raises:
+        ValueError: the model has no λ-GELU, the arguments are of another class, the output folder cannot be written, or a
+            checkpoint to resume from belongs to a model converted otherwise, or the switch needs examples of a training set
+            without length or index: each before training starts.
+        CalibrationError: while training, at the switch, if the model cannot be measured or refit.
+    """
+
+    args: LambdaGELUTrainingArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: LambdaGELUTrainingArguments | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = LambdaGELUTrainingArguments(output_dir="tmp_trainer")
+        if not isinstance(args, LambdaGELUTrainingArguments):
+            raise ValueError(
+                f"LambdaGELUTrainer expects LambdaGELUTrainingArguments, got {type(args).__name__}: they hold the hardness "
+                "schedule beside all fields of TrainingArguments"
+            )
+        check_writable(args.output_dir)
+        super().__init__(model, args, **kwargs)
+        if not hardness_sites(self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} has no λ-GELU: call hf_lambda_gelu.convert(model) before building the trainer"
+            )
+        self.add_callback(HardeningCallback())
+        if has_adapters(self.model):
+            self._check_adapters()
+        best = args.metric_for_best_model or ""
+        if "relu_" in best and not args.eval_relu:
+            raise ValueError(f"metric_for_best_model={best!r} is not measured with eval_relu=False: set eval_relu=True")
+        if args.load_best_model_at_end and "relu_" not in best:
+            logger.warning(
+                f"load_best_model_at_end with metric_for_best_model={best!r} may bring back a checkpoint from before the "
+                f"gates were hard: choose by the ReLU metrics, e.g. 'eval_relu_{best.removeprefix('eval_')}'"
+            )
+
+    def _check_adapters(self) -> None:
+        if self.args.hardness_compensate != "none":
+            raise ValueError(
+                f"hardness_compensate={self.args.hardness_compensate!r} refits base weights, which checkpoints of adapters "
+                "do not hold: set hardness_compensate='none', for a ramp, or merge after training and substitute by "
+                "relu_ize(model, calibration=…, compensate='least_squares')"
+            )
+        frozen = [name for name, site in hardness_sites(self.model).items() if not site.raw_hardness.requires_grad]
+        if frozen:
+            logger.warning(
+                f"λ of {len(frozen)} sites is frozen, {frozen[0]} the first: PEFT freezes what is there when it wraps a "
+                "model. To learn λ, call convert after it"
+            )
+
+    @property
+    def learned_hardness(self) -> dict[str, float]:
+        """{module name: λ} as learned, at the switch to the ramp; the present profile before that."""
+        return self._hardening.at_switch or hardness_profile(self.model)
+
+    @property
+    def hardness_targets(self) -> dict[str, float]:
+        """{module name: λ} that the ramp ends at; empty before the switch if they are calibrated there."""
+        return self._hardening.targets(self.args, self.model)
+
+    @property
+    def compensation(self) -> CompensationReport | None:
+        """What was refit at the switch, if it was in this process."""
+        return self._hardening.refit
+
+    @property
+    def _hardening(self) -> HardeningCallback:
+        # looked up, as the Trainer replaces callbacks when it restores their states
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, HardeningCallback))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        sites = hardness_sites(self.model if model is None else model)
+        raws = [site.raw_hardness for site in sites.values() if site.raw_hardness.requires_grad]
+        if self.optimizer is None:
+            for (
+                raw
+            ) in raws:  # hidden from the Trainer's own groups, where λ would be given the model's rate and weight decay
+                raw.requires_grad_(False)
+            try:
+                super().create_optimizer(model)
+            finally:
+                for raw in raws:
+                    raw.requires_grad_(True)
+            if raws:
+                self.optimizer.add_param_group({"params": raws, "lr": self.args.hardness_learning_rate, "weight_decay": 0.0})
+        trained = [site for site in sites.values() if site.raw_hardness.requires_grad]
+        attach_hardness_update(getattr(self.optimizer, "optimizer", self.optimizer), trained)  # inside accelerate's wrapper
+        return self.optimizer
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        def loop(prefix: str) -> EvalLoopOutput:
+            return super(LambdaGELUTrainer, self).evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, prefix
+            )
+
+        output = loop(metric_key_prefix)
+        if self.args.eval_relu:
+            # in the same loop, so that one log line, one callback event and the choice of the best checkpoint see both
+            with gates_as_relu(self.model):
+                relu = loop(f"{metric_key_prefix}_relu").metrics
+            output.metrics.update({name: value for name, value in relu.items() if "preparation_time" not in name})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update({f"hardness/{name}": value for name, value in hardness_profile(self.model).items()})
+        super().log(logs, start_time)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        relu: bool = True,
+        details: CardDetails | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Publish the model as the ReLU network that it has become; `relu=False` publishes it with its λ, as Trainer does.
+
+        The ReLU network is proven before, and uploaded in one commit, see `push_relu_to_hub`; the model in memory stays as
+        it is. What is pushed *while* training (`hub_strategy`) is the λ-GELU model.
+
+        Args:
+            blocking: only without `relu`, which always waits.
+            details: what the card of the ReLU network shall say; training arguments are added, and the last evaluation
+                where it has no results.
+            kwargs: without `relu`, as for `Trainer.push_to_hub`.
+
+        Raises:
+            SoftGateError: the gates are too soft for ReLU to take their place.
+        """
+        if not relu:
+            tags = kwargs.pop("tags", None) or []
+            tags = [*([tags] if isinstance(tags, str) else tags), "lambda-gelu", f"arxiv:{PAPER}"]
+            return super().push_to_hub(commit_message, blocking, token, revision, private, tags=tags, **kwargs)
+        if kwargs:
+            raise TypeError(f"{', '.join(kwargs)}: the card of a ReLU network takes details=CardDetails(…)")
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        target = {"token": token, "revision": revision or self.args.hub_revision}
+        private = private if private is not None else self.args.hub_private_repo
+        return push_trained(self, commit_message, details or CardDetails(), private=bool(private), **target)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Trainer loads non-strictly: without this, λ would silently start over
+        saved = _checkpoint_keys(Path(resume_from_checkpoint))
+        if saved is not None:
+            wanted = {f"{name}.raw_hardness" for name in hardness_sites(self.model if model is None else model)}
+            found = {key for key in saved if key.endswith("raw_hardness")}
+            if found != wanted:
+                raise ValueError(
+                    f"cannot resume from {resume_from_checkpoint}: it holds λ for {len(found)} sites, the model has "
+                    f"{len(wanted)}; only in the checkpoint: {sorted(found - wanted)}, only in the model: "
+                    f"{sorted(wanted - found)}. Convert the model as the interrupted run did, or start a new run"
+                )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Create `folder` if need be; ValueError, saying why, if nothing can be written into it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe = Path(folder) / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write into the output folder {str(folder)!r}: {error}. Choose another folder") from error
+
+
+def _checkpoint_keys(folder: Path) -> set[str] | None:
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        with safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
+            return set(file.keys())
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return set(json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())["weight_map"])
+    return None  # adapters and FSDP shards: PEFT and accelerate check those
