@@ -15,7 +15,7 @@ help:
 	@echo "make coverage      every architecture of transformers: converted, substituted, folded, reloaded; what is not done yet"
 	@echo "make coverage-latest   the same with the newest transformers, in .venv-latest; prints what changed"
 	@echo "make bench         what λ-GELU costs, as ratios to F.gelu: activation, torch.compile, training steps, conversion"
-	@echo "make lint          ruff"
+	@echo "make lint          ruff, the direction of imports, types"
 
 # torch first and pinned: its CPU build is taken where one is offered, and nothing later pulls in another
 $(STAMP): pyproject.toml constraints.txt
@@ -42,6 +42,7 @@ test: $(STAMP) assets
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 coverage: $(STAMP)
 	$(BIN)/python scripts/coverage.py

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.checkpoints.save import package_versions
+from hf_lambda_gelu.checkpoints.card import package_versions
 from hf_lambda_gelu.training.publish import evaluation_sample
 
 RESULTS_NAME = "results.json"

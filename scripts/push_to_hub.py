@@ -24,8 +24,9 @@ from huggingface_hub import HfApi
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.checkpoints.hub import check_processor, check_target, load_saved
-from hf_lambda_gelu.checkpoints.save import REPORT_NAME
+from hf_lambda_gelu.checkpoints.card import REPORT_NAME
+from hf_lambda_gelu.checkpoints.hub import check_processor, check_target
+from hf_lambda_gelu.structure.loading import load_saved
 
 
 @dataclass

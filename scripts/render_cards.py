@@ -11,8 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
-from hf_lambda_gelu.checkpoints.card import render_card
-from hf_lambda_gelu.checkpoints.save import REPORT_NAME
+from hf_lambda_gelu.checkpoints.card import REPORT_NAME, render_card
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 RUNS = ("demo-text", "demo-vision")

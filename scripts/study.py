@@ -28,7 +28,7 @@ from study_recipes import RECIPES, Run
 from study_scratch import SCRATCH
 from study_tasks import PRETRAINED, Task
 
-from hf_lambda_gelu.checkpoints.save import package_versions
+from hf_lambda_gelu.checkpoints.card import package_versions
 
 RESULTS = Path(__file__).parent / "results" / "study.csv"
 FIELDS = ("task", "recipe", "seed", "split", "rate", "accuracy", "loss", "before", "profile", "steps", "seconds", "versions")

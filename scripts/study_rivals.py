@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, TrainerCallback
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.surgery.conversion import replace_module
+from hf_lambda_gelu.structure.edits import replace_module
 
 
 class _Lerp(nn.Module):

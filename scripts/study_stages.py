@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.activation.module import raw_from_hardness
+from hf_lambda_gelu.activation.hardness import raw_from_hardness
 from hf_lambda_gelu.surgery.refit.engine import compensation
 
 STAGES = 4  # of the ramp

@@ -100,7 +100,7 @@ def measure(task: str, method: str | None, calibration: int, seed: int, folder: 
     from training_free_tasks import TASKS
 
     import hf_lambda_gelu as hlg
-    from hf_lambda_gelu.checkpoints.save import package_versions
+    from hf_lambda_gelu.checkpoints.card import package_versions
 
     work, kept = TASKS[task], Path(folder) / task
     datasets.disable_progress_bars()

@@ -38,7 +38,7 @@ from transformers import (
 )
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.measurement.batches import example_inputs, main_output
+from hf_lambda_gelu.measurement.forward import example_inputs, main_output
 
 
 class Saved(NamedTuple):

@@ -27,8 +27,9 @@ from transformers.activations import ACT2FN
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.structure.linear_maps import Trace, eager_experts, trace
-from hf_lambda_gelu.surgery.refit.blocks import Chain, Store, capture, plan, with_hidden, without_hidden
+from hf_lambda_gelu.surgery.refit.blocks import Chain, capture, plan, with_hidden, without_hidden
 from hf_lambda_gelu.surgery.refit.meeting_point import find_meeting
+from hf_lambda_gelu.surgery.refit.store import Store
 
 
 class Where(NamedTuple):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .bases import get_base
+from .hardness import check_hardness
 from .kernels.dispatch import LambdaGELUFunction
 from .kernels.eager import value
 
@@ -57,18 +58,3 @@ def lambda_gelu_reference(x: Tensor, hardness: Tensor | float, base: str = "gelu
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
-
-
-def check_hardness(value: float) -> float:
-    """`value` as a float.
-
-    Raises:
-        ValueError: it is below 1, above 1e30, or NaN.
-    """
-    value = float(value)
-    if not (1.0 <= value <= 1e30):  # far beyond any use, and λx stays a number in fp32 for any moderate x
-        raise ValueError(
-            f"hardness must be a finite number >= 1 (1 is the smooth activation itself) and <= 1e30, got {value}; "
-            "for ReLU itself, use relu_ize"
-        )
-    return value

@@ -12,10 +12,8 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .bases import get_base
-from .functional import check_hardness, lambda_gelu
-
-# λ = 1 lies at s = −∞. The smallest excess that is stored, 2⁻²⁵, gives λ = 1 exactly in fp32 with a finite s.
-MIN_EXCESS = 2.0**-25
+from .functional import lambda_gelu
+from .hardness import check_hardness, raw_from_hardness
 
 
 class LambdaGELU(nn.Module):
@@ -114,13 +112,6 @@ class LambdaGELU(nn.Module):
             raw.data = kept.to(raw.device)
             raw.grad = None if grad is None else grad.to(raw.device)
         return self
-
-
-def raw_from_hardness(value: float, temperature: float) -> float:
-    """s = t softplus⁻¹(λ − 1), the inverse of λ = 1 + softplus(s / t), for a number λ ≥ 1."""
-    excess = max(check_hardness(value) - 1.0, MIN_EXCESS)
-    # log(eʸ − 1) without overflow for large y and without cancellation for small y
-    return temperature * (excess + math.log(-math.expm1(-excess)))
 
 
 def hardness_sites(model: nn.Module) -> dict[str, LambdaGELU]:

@@ -6,7 +6,9 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -146,3 +148,18 @@ def _compensation_table(compensation: Mapping[str, Any]) -> str:
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
+REPORT_NAME = "lambda_gelu.json"
+
+
+PLOT_NAME = "hardness_profile.png"
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    (folder / REPORT_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what makes the result."""
+    return {name: version(name) for name in ("hf_lambda_gelu", "transformers", "torch")}

@@ -15,9 +15,10 @@ from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..structure.loading import saved_class
+from ..structure.loading import load_saved
 from .card import CardDetails
-from .save import check_relu, save_relu_pretrained, verify_relu_pretrained
+from .save import check_relu, save_relu_pretrained
+from .verify import verify_relu_pretrained
 
 
 class PushError(RuntimeError):
@@ -158,13 +159,3 @@ def check_processor(model: PreTrainedModel | str | os.PathLike[str]) -> None:
             f"{what} tokenizer, image processor or feature extractor: without one nobody can run the model by its name. "
             "processor=() publishes it all the same"
         )
-
-
-def load_saved(folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """The model of a checkpoint folder, by the class that its config names.
-
-    Raises:
-        ValueError: not a checkpoint folder, or of a class that the installed transformers lacks.
-    """
-    _, cls = saved_class(Path(folder))
-    return cls.from_pretrained(folder)

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from ..activation.hardness import DEFAULT_TOLERANCE
 from ..activation.module import hardness_sites
-from ..structure.loading import load_on_meta, save_parts, saved_class
+from ..structure.loading import CheckpointError, load_on_meta, save_parts, saved_class
 from ..surgery.conversion import ConversionReport, convert
 from ..surgery.substitution import SubstitutionReport, relu_ize
-from ..training.schedule import DEFAULT_TOLERANCE
-from .card import CardDetails
+from .card import PLOT_NAME, REPORT_NAME, CardDetails
 from .folders import check_new, whole_folder
 from .remote_code import CODE_NAME
-from .save import PLOT_NAME, REPORT_NAME, write_card
-from .shards import CheckpointError, Shard, can_link, put, read_shards, shard_names, side_files, write_index, write_without
+from .save import write_card
+from .shards import Shard, can_link, put, read_shards, shard_names, side_files, write_index, write_without
 
 _LEAF = "raw_hardness"
 

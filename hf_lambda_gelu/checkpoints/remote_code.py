@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ..activation.module import hardness_sites
-from ..structure.config_probe import has_adapters
-from ..surgery.substitution import hard_coded_sites
+from ..structure.config_probe import hard_coded_sites
+from ..structure.modules import has_adapters
 
 CODE_NAME = "modeling_lambda_gelu.py"
 

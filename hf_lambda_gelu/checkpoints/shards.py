@@ -25,16 +25,14 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
+from ..structure.loading import CheckpointError
+
 _CHUNK = 4 << 20  # bytes that are in memory at a time
 _METADATA = "__metadata__"
 # other formats of the same weights, which would be stale beside the new ones, and a Trainer's state
 _WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pkl", ".pt", ".pth", ".tflite"}
 _PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 _TRAINER = {"trainer_state.json", "training_args.json"}
-
-
-class CheckpointError(ValueError):
-    """The folder is no checkpoint that can be worked on; the message says what was seen and what to do."""
 
 
 @dataclass(frozen=True)

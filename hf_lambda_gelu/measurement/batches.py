@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class CalibrationError(ValueError):
@@ -89,21 +86,6 @@ def _accepted(model: nn.Module) -> list[str] | None:
     return names
 
 
-def call(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What forward returns, as a mapping."""
-    extra = {"return_dict": True} if isinstance(model, PreTrainedModel) else {}
-    output = model(**batch, **extra)
-    if isinstance(output, Mapping):
-        return output
-    return {str(i): value for i, value in enumerate(output if isinstance(output, (tuple, list)) else [output])}
-
-
-def config_of(model: nn.Module) -> PreTrainedConfig | None:
-    """The config of a transformers model, or of one in a wrapper that shows it (PEFT's)."""
-    config = getattr(model, "config", None)
-    return config if isinstance(config, PreTrainedConfig) else None
-
-
 def any_token(batch: Mapping[str, Any]) -> bool:
     """Whether a batch has anything but padding in it."""
     mask = batch.get("attention_mask")
@@ -141,54 +123,8 @@ def rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
     return flat
 
 
-def main_output(output: Mapping[str, Any]) -> Tensor:
-    """The logits of a model output, or its first floating point tensor other than the loss; of several, the first."""
-    named = {"logits": output.get("logits"), **{name: value for name, value in output.items() if name != "loss"}}
-    for leaf in pytree.tree_leaves(list(named.values())):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return leaf
-    raise ValueError(f"the model's output holds no tensor to compare: {', '.join(output)}")
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block, `model` is in eval mode; afterwards every module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A small deterministic batch for the model's forward, made from its main input name and its config.
-
-    Raises:
-        ValueError: the main input is of a kind that cannot be guessed: pass inputs of your own.
-    """
-    generator = torch.Generator().manual_seed(0)
-    config = model.config
-    text = getattr(config, "text_config", config)
-    vision = getattr(config, "vision_config", config)
-    names = {model.main_input_name}
-    if text is not config and vision is not config:
-        names |= {"input_ids", "pixel_values"}
-    batch: dict[str, Tensor] = {}
-    if "input_ids" in names:
-        batch["input_ids"] = torch.randint(0, text.vocab_size, (2, 8), generator=generator)
-    if "pixel_values" in names:
-        size = vision.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        batch["pixel_values"] = torch.randn(2, getattr(vision, "num_channels", 3), height, width, generator=generator)
-    if "input_features" in names and hasattr(config, "num_mel_bins"):
-        frames = 2 * getattr(config, "max_source_positions", 50)
-        batch["input_features"] = torch.randn(1, config.num_mel_bins, frames, generator=generator)
-    if "input_values" in names:
-        batch["input_values"] = torch.randn(1, 4000, generator=generator)
-    if not batch:
-        raise ValueError(f"cannot make a batch for {type(model).__name__} ({model.main_input_name}): pass inputs=…")
-    if getattr(config, "is_encoder_decoder", False):
-        batch["decoder_input_ids"] = torch.randint(0, text.vocab_size, (batch[min(batch)].shape[0], 4), generator=generator)
-    return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
+def batch_size(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """How many examples a batch holds."""
+    main = batch.get(getattr(model, "main_input_name", ""))
+    tensor = main if isinstance(main, Tensor) else next(value for value in batch.values() if isinstance(value, Tensor))
+    return max(1, len(tensor))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -18,20 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..activation.bases import get_base
-from ..activation.functional import check_hardness
+from ..activation.hardness import DEFAULT_RELATIVE_TOLERANCE, check_hardness, check_relative_tolerance, target_hardness
 from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
-from ..training.schedule import DEFAULT_RELATIVE_TOLERANCE, check_relative_tolerance, target_hardness
-from .batches import (
-    FORWARD_ERRORS,
-    CalibrationError,
-    call,
-    config_of,
-    evaluating,
-    forward_failed,
-    model_batches,
-    rows,
-    token_mask,
-)
+from .batches import CalibrationError, model_batches, rows, token_mask
+from .forward import decoder_modules, measuring, run_batch
 
 # A histogram of log2|x|. Its lowest bin is for 0 and what fp32 has as subnormal, taken as 0; in its highest, |x| ≥ 2¹⁰,
 # every gate is 0 or 1 at any λ ≥ 1. A bin's width displaces |x| by a factor of at most 2^(1/128).
@@ -195,42 +185,11 @@ def calibration_sites(model: nn.Module) -> dict[str, LambdaGELU]:
     return sites
 
 
-@contextlib.contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
-    """`evaluating`, and config.problem_type as it was, into which classifiers write when they first see labels."""
-    config = config_of(model)
-    before = None if config is None else vars(config).get("problem_type")
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        if config is not None and "problem_type" in vars(config):
-            config.problem_type = before
-
-
-def run_batch(model: nn.Module, batch: Mapping[str, Any], index: int) -> Any:
-    """The model's output on the batch of that number; CalibrationError if its forward raises."""
-    try:
-        return call(model, batch)
-    except CalibrationError:
-        raise
-    except FORWARD_ERRORS as error:
-        raise forward_failed(model, index, error) from error
-
-
 def pieces(x: Tensor) -> Iterator[Tensor]:
     """The elements of x in order, fp64, so many at once that memory does not matter; MPS has no fp64."""
     for piece in x.reshape(-1).split(_PIECE):
         if piece.numel():
             yield (piece.cpu() if piece.device.type == "mps" else piece).double()
-
-
-def decoder_modules(model: nn.Module) -> set[nn.Module]:
-    """The modules of the decoder of an encoder-decoder model; none for other models."""
-    if not getattr(config_of(model), "is_encoder_decoder", False):
-        return set()
-    decoder = model.get_decoder()
-    return set() if decoder is model else set(decoder.modules())  # itself: transformers found none
 
 
 class _Stream:

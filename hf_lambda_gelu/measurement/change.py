@@ -15,8 +15,8 @@ from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_concat
 
 from ..activation.module import hardness_sites
-from .batches import CalibrationError, main_output, rows, token_mask
-from .calibration import decoder_modules, run_batch
+from .batches import CalibrationError, rows, token_mask
+from .forward import decoder_modules, main_output, run_batch
 
 
 @dataclass

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..activation.module import LambdaGELU, hardness_profile
-from .batches import CalibrationError, config_of, main_output, model_batches, rows, token_mask
-from .calibration import calibration_sites, measuring, pieces, run_batch
+from ..structure.config import config_of
+from .batches import CalibrationError, model_batches, rows, token_mask
+from .calibration import calibration_sites, pieces
+from .forward import main_output, measuring, run_batch
 
 
 @dataclass(frozen=True)

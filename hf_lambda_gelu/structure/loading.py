@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
-
-from ..checkpoints.shards import CheckpointError
 
 
 def saved_class(folder: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
@@ -99,3 +98,17 @@ def quietly() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def load_saved(folder: str | os.PathLike[str]) -> PreTrainedModel:
+    """The model of a checkpoint folder, by the class that its config names.
+
+    Raises:
+        ValueError: not a checkpoint folder, or of a class that the installed transformers lacks.
+    """
+    _, cls = saved_class(Path(folder))
+    return cls.from_pretrained(folder)
+
+
+class CheckpointError(ValueError):
+    """The folder is no checkpoint that can be worked on; the message says what was seen and what to do."""

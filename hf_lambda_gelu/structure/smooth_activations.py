@@ -21,7 +21,8 @@ from itertools import chain
 from torch import nn
 
 from ..activation.module import LambdaGELU
-from .config_probe import LAMBDA_KEYS, STOCK_KEYS, is_activation, named_modules, probed_base
+from .config import LAMBDA_KEYS, STOCK_KEYS
+from .modules import is_activation, named_modules, probed_base
 
 _FUNCTIONS = {"gelu", "gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "silu", "swish"}
 

@@ -5,28 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..activation.bases import BASES
-from ..activation.functional import check_hardness
+from ..activation.hardness import check_hardness
 from ..activation.module import LambdaGELU, hardness_sites
-from ..structure.config_probe import (
-    LAMBDA_KEYS,
-    STOCK_KEYS,
-    Governed,
-    base_of,
-    get_attribute,
-    governed_modules,
-    is_activation,
-    joined,
-    named_modules,
-    own_config,
-    probed_base,
-    set_attribute,
-    transformers_parts,
-)
+from ..structure.config import LAMBDA_KEYS, STOCK_KEYS, set_attribute
+from ..structure.config_probe import Governed, governed_modules
+from ..structure.edits import own_config, replace_module, update_config_copies
+from ..structure.modules import base_of, is_activation, joined, named_modules, probed_base, transformers_parts
 from ..structure.smooth_activations import Unconverted, smooth_activations
 
 
@@ -206,31 +194,6 @@ def _put(model: nn.Module, name: str, base: str, hardness: float, key: str = "")
         made.__dict__["replaced"] = model.get_submodule(name)  # past nn.Module, for which it would be a child
     replace_module(model, name, made)
     made._is_hf_initialized = True  # a later init_weights() leaves it alone
-
-
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place called `name`, on the device and in the train/eval mode of what was there."""
-    parent_name, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    new.train(getattr(parent, leaf).training)
-    tensor = next(parent.parameters(), None)
-    if tensor is None:
-        tensor = next(model.parameters(), torch.empty(0))
-    setattr(parent, leaf, new.to(tensor.device))
-
-
-def update_config_copies(model: PreTrainedModel, path: str, before: str, after: str) -> None:
-    """Carry a change of `model.config` into the copies of that config that submodules hold.
-
-    Encoder and decoder of T5 hold deep copies; code of theirs that reads the attribute in forward must see the change.
-    """
-    parent, _, leaf = path.rpartition(".")
-    owner = get_attribute(model.config, parent) if parent else model.config
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        is_copy = isinstance(config, PreTrainedConfig) and config is not owner and type(config) is type(owner)
-        if is_copy and getattr(config, leaf, None) == before:
-            set_attribute(config, leaf, after)
 
 
 def _check_agreement(modules: dict[str, nn.Module], governed: list[Governed]) -> None:

@@ -12,30 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..activation.bases import BASES
 from ..activation.module import LambdaGELU, hardness_sites
-from ..measurement.batches import call, evaluating, example_inputs
-from ..structure.config_probe import (
-    LAMBDA_KEYS,
-    STOCK_KEYS,
-    activation_attributes,
-    joined,
-    own_config,
-    quantised_weight,
-    set_attribute,
-    transformers_parts,
-)
+from ..measurement.difference import difference, float_outputs, tolerance
+from ..measurement.forward import call, evaluating, example_inputs
+from ..structure.config import LAMBDA_KEYS, STOCK_KEYS, activation_attributes, set_attribute
+from ..structure.edits import own_config, replace_module, update_config_copies
 from ..structure.linear_maps import eager_experts
-from .conversion import replace_module, update_config_copies
+from ..structure.modules import joined, quantised_weight, transformers_parts
 from .fold_plan import Fold, Scale, plan
-
-# of the largest output; λ that is no power of two is rounded into every weight
-_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_FP32_TOLERANCE = 1e-5
 
 
 class FoldError(ValueError):
@@ -139,32 +127,6 @@ def forward(model: nn.Module, inputs: Any) -> Callable[[], Any]:
         return lambda: call(model, inputs)
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     return lambda: model(*arguments)
-
-
-def float_outputs(output: Any) -> list[Tensor]:
-    """All floating point tensors in what a forward returned."""
-    leaves = pytree.tree_leaves(dict(output) if isinstance(output, Mapping) else output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def difference(expected: list[Tensor], got: list[Tensor]) -> float:
-    """max |got − expected| of each tensor relative to its own largest value; the largest of these."""
-    if [t.shape for t in expected] != [t.shape for t in got]:
-        return float("inf")
-    worst = 0.0
-    for first, second in zip(expected, got, strict=True):
-        if first.numel():
-            finite = torch.isfinite(first)  # masks put −inf into some models' scores
-            a, b = first[finite].double(), second[finite].double()
-            scale = float(a.abs().max()) if a.numel() else 0.0
-            worst = max(worst, float((a - b).abs().max()) / max(scale, 1e-12) if a.numel() else 0.0)
-            worst = float("inf") if bool((torch.isfinite(second) != finite).any()) else worst
-    return worst
-
-
-def tolerance(outputs: list[Tensor]) -> float:
-    """The relative difference that rounding can make."""
-    return max((_TOLERANCE.get(t.dtype, _FP32_TOLERANCE) for t in outputs), default=_FP32_TOLERANCE)
 
 
 def _refuse(folds: Mapping[str, Fold]) -> None:

@@ -10,38 +10,28 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
-from transformers import EvalPrediction, PreTrainedConfig
+from transformers import EvalPrediction
 from transformers.activations import ACT2FN
 
+from ..activation.hardness import DEFAULT_TOLERANCE, sup_error, target_hardness
 from ..activation.module import hardness_profile, hardness_sites
 from ..measurement.batches import model_batches
-from ..measurement.calibration import measuring
 from ..measurement.change import Change, measure_change
-from ..structure.config_probe import (
-    LAMBDA_KEYS,
-    activation_attributes,
-    governed_modules,
-    joined,
-    own_config,
-    put_attribute,
-    quantised_weight,
-    set_attribute,
-    transformers_parts,
-)
+from ..measurement.forward import measuring
+from ..structure.config import LAMBDA_KEYS, activation_attributes, set_attribute
+from ..structure.config_probe import hard_coded_sites
+from ..structure.edits import own_config, replace_module, update_config_copies
+from ..structure.modules import joined, quantised_weight, transformers_parts
 from ..structure.smooth_activations import Unconverted, smooth_activations
-from ..training.schedule import DEFAULT_TOLERANCE, sup_error, target_hardness
-from .conversion import replace_module, update_config_copies
 from .folding import fold
-from .refit.engine import Compensate, CompensationReport, compensation
+from .gates import SoftGateError, gates_as_relu
+from .refit.engine import compensation
+from .refit.report import Compensate, CompensationReport
 
 # of sites that stay GELU: a power of two, so that weights are scaled without rounding; 1e-5 from ReLU
 FOLDED_HARDNESS = 2.0**14
 # a ramp ends at its target to fp32's accuracy, not to the last bit
 _SLACK = 1e-3
-
-
-class SoftGateError(RuntimeError):
-    """Gates are too soft for ReLU to take their place unnoticed. The model is as it was."""
 
 
 @dataclass(frozen=True)
@@ -108,28 +98,6 @@ class SubstitutionReport:
         if self.left:
             lines += [f"{len(self.left)} smooth activations remain"] + [f"  {item}" for item in self.left]
         return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def gates_as_relu(model: nn.Module) -> Iterator[None]:
-    """Within the block, `model` computes what it will after `relu_ize`; nothing is replaced and λ is kept. Blocks may nest.
-
-    The config says `relu` within the block too, for code that makes a fresh activation from it in forward.
-    """
-    sites = {site: site.as_relu for site in hardness_sites(model).values()}
-    configs = {id(c): c for module in model.modules() if isinstance(c := getattr(module, "config", None), PreTrainedConfig)}
-    lookups = [(c, path, key) for c in configs.values() for path, key in activation_attributes(c) if key in LAMBDA_KEYS]
-    for site in sites:
-        site.as_relu = True
-    for config, path, _ in lookups:
-        put_attribute(config, path, "relu")
-    try:
-        yield
-    finally:
-        for site, before in sites.items():
-            site.as_relu = before
-        for config, path, key in lookups:
-            put_attribute(config, path, key)
 
 
 def relu_ize(
@@ -229,16 +197,6 @@ def relu_ize(
     report.left = [item for item in smooth_activations(model) if item.name not in report.folded]
     model._relu_report = report  # for save_relu_pretrained: λ is gone from the model itself
     return report
-
-
-def hard_coded_sites(model: nn.Module) -> list[str]:
-    """The λ-GELUs inside transformers models that no config attribute governs: a stock reload brings their GELU back."""
-    names: list[str] = []
-    for prefix, part in transformers_parts(model).items():
-        sites = hardness_sites(part)
-        governed = {name for a in governed_modules(part) if a.value in LAMBDA_KEYS for name in a.modules} if sites else set()
-        names += [joined(prefix, name) for name in sites if name not in governed]
-    return names
 
 
 def _fold(model: nn.Module, names: list[str], batch: Mapping[str, Any] | None, report: SubstitutionReport) -> None:

@@ -8,13 +8,8 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
-from .schedule import (
-    DEFAULT_RELATIVE_TOLERANCE,
-    DEFAULT_TOLERANCE,
-    check_relative_tolerance,
-    check_schedule,
-    target_hardness,
-)
+from ..activation.hardness import DEFAULT_RELATIVE_TOLERANCE, DEFAULT_TOLERANCE, check_relative_tolerance, target_hardness
+from .schedule import check_schedule
 
 _TARGETS = ("l1", "calibrated")
 _COMPENSATE = ("least_squares", "bias", "none")

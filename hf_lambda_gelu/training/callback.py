@@ -12,8 +12,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
-from ..structure.config_probe import has_adapters
-from ..surgery.refit.engine import CompensationReport
+from ..structure.modules import has_adapters
+from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 from .schedule import HardeningSchedule
 from .switch import calibrated_targets, check_calibratable, l1_targets, refit_at_switch

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from ..activation.module import MIN_EXCESS, LambdaGELU
+from ..activation.hardness import MIN_EXCESS, inverse_softplus
+from ..activation.module import LambdaGELU
 
 
 def attach_hardness_update(optimizer: torch.optim.Optimizer, modules: Iterable[LambdaGELU]) -> list[RemovableHandle]:
@@ -94,8 +95,3 @@ class _IntoRaw:
 def _slope(raw: Tensor, temperature: float) -> Tensor:
     # dλ/ds. σ ≥ MIN_EXCESS / 2 as λ is kept ≥ 1 + MIN_EXCESS; the clamp serves an s that was loaded from elsewhere
     return torch.sigmoid(raw / temperature).clamp(min=MIN_EXCESS / 2) / temperature
-
-
-def inverse_softplus(y: Tensor) -> Tensor:
-    """log(eʸ − 1) for y > 0, elementwise, without overflow for large y or cancellation for small y."""
-    return y + torch.log(-torch.expm1(-y))

@@ -9,39 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ..activation.bases import get_base
-
 RampShape = Literal["geometric", "linear", "cosine", "reciprocal"]
 RAMP_SHAPES: tuple[str, ...] = ("geometric", "linear", "cosine", "reciprocal")
-DEFAULT_TOLERANCE = 0.005
-DEFAULT_RELATIVE_TOLERANCE = 0.01
-
-
-def target_hardness(tolerance: float = DEFAULT_TOLERANCE, base: str = "gelu") -> float:
-    """λ at which the gate's ℓ1 distance to the Heaviside step is `tolerance`: 2 / (ε√(2π)) for the erf base.
-
-    ε = 0.005 gives 159.58, the paper's "≈ 160" (the bound is reported in a review of arXiv 2603.21991, the ε is inferred).
-
-    Args:
-        tolerance: ε > 0, in units of the gate's argument. An ε that would put λ below 1 gives 1.
-
-    Raises:
-        ValueError: ε is not a finite number > 0, or the base is unknown.
-    """
-    if not (0.0 < tolerance < math.inf):
-        raise ValueError(f"hardness tolerance must be a finite number > 0 (0.005 gives λ = 159.58), got {tolerance}")
-    return max(1.0, get_base(base).gate_l1 / tolerance)
-
-
-def check_relative_tolerance(tolerance: float) -> None:
-    """Raises ValueError unless τ, the error of a site relative to its output, is a finite number > 0."""
-    if not (0.0 < tolerance < math.inf):
-        raise ValueError(f"the relative tolerance must be a finite number > 0 (0.01 is 1 %), got {tolerance}")
-
-
-def sup_error(hardness: float, base: str = "gelu") -> float:
-    """sup over x of |f(x; λ) − ReLU(x)|: 0.16997 / λ for the erf base. [derived]"""
-    return get_base(base).sup_error / hardness
 
 
 def ramp(progress: float, start: float, end: float, shape: str = "geometric") -> float:

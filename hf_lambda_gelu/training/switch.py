@@ -17,11 +17,13 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ..activation.hardness import target_hardness
 from ..activation.module import hardness_sites
-from ..measurement.calibration import calibrate, measuring
-from ..surgery.refit.engine import CompensationReport, compensation
+from ..measurement.calibration import calibrate
+from ..measurement.forward import measuring
+from ..surgery.refit.engine import compensation
+from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
-from .schedule import target_hardness
 
 # each gives width × tokens pre-activations: with 64 other sentences, MiniLM's targets move by 1 %
 CALIBRATION_EXAMPLES = 64

@@ -17,9 +17,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from ..activation.module import hardness_profile, hardness_sites
 from ..checkpoints.card import PAPER, CardDetails
-from ..structure.config_probe import has_adapters
-from ..surgery.refit.engine import CompensationReport
-from ..surgery.substitution import gates_as_relu
+from ..structure.modules import has_adapters
+from ..surgery.gates import gates_as_relu
+from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 from .callback import HardeningCallback
 from .optimizer import attach_hardness_update

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import platform
 import shutil
@@ -16,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..bases import BASES
-from .eager import in_layout_of
+from .layout import BASE_NUMBERS, in_layout_of, view
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -29,8 +27,6 @@ _CAPABILITY_FLAGS = {
     "AVX2": ["-mavx2", "-mfma"],
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
-# how the kernels know the gates
-BASE_NUMBERS = {name: number for number, name in enumerate(BASES)}
 
 
 def forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
@@ -60,24 +56,6 @@ def backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tens
 
 def _numbers(x: Tensor, base: str) -> tuple[bool, int, int]:
     return x.dtype is torch.bfloat16, BASE_NUMBERS[base], torch.get_num_threads()
-
-
-def view(dense: Tensor, hardness: Tensor) -> tuple[int, int, int] | None:
-    """`dense` in the order of its memory as (outer, channels, inner) with one λ per channel, or None if it is not so.
-
-    λ of shape (1,) gives (1, 1, n); (features,) gives (rows, features, 1); (channels, 1, 1) over images gives
-    (batch, channels, height · width), or (batch · height · width, channels, 1) in channels_last.
-    """
-    if hardness.numel() == 1:
-        return 1, 1, dense.numel()
-    shape = [1] * (dense.dim() - hardness.dim()) + list(hardness.shape)
-    order = sorted((dim for dim in range(dense.dim()) if dense.shape[dim] > 1), key=dense.stride, reverse=True)
-    own = [place for place, dim in enumerate(order) if shape[dim] > 1]
-    block = order[own[0] : own[-1] + 1]
-    if len(own) < len(block) or block != sorted(block):
-        return None
-    outer = math.prod(dense.shape[dim] for dim in order[: own[0]])
-    return outer, hardness.numel(), dense.numel() // (outer * hardness.numel())
 
 
 def unavailable() -> str | None:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu import BASE_NUMBERS, view
-from .eager import in_layout_of
+from .layout import BASE_NUMBERS, in_layout_of, view
 
 try:
     import triton

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import get_base
-from . import cpu as kernels_cpu
-from . import eager as kernels_torch
+from . import cpu, eager
+from .layout import view
 
 _NAME = "hf_lambda_gelu"
 Choice = Literal["auto", "fused", "torch"]
@@ -58,14 +58,14 @@ class LambdaGELUFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, hardness: Tensor, base: str) -> Tensor:
         _save(ctx, (x, hardness, base), None)
         if not _operators(x):
-            return kernels_torch.value(x, hardness, get_base(base))
+            return eager.value(x, hardness, get_base(base))
         return torch.ops.hf_lambda_gelu.forward(x, hardness, base)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, hardness = ctx.saved_tensors
         if torch.is_grad_enabled() or not _operators(x):
-            return *kernels_torch.gradients(grad, x, hardness, get_base(ctx.base)), None
+            return *eager.gradients(grad, x, hardness, get_base(ctx.base)), None
         return *torch.ops.hf_lambda_gelu.backward(grad, x, hardness, ctx.base), None
 
 
@@ -76,13 +76,13 @@ def _operators(x: Tensor) -> bool:
 
 def _forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
     fused = _fused(x, hardness)
-    return kernels_torch.forward(x, hardness, get_base(base)) if fused is None else fused.forward(x, hardness, base)
+    return eager.forward(x, hardness, get_base(base)) if fused is None else fused.forward(x, hardness, base)
 
 
 def _backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tensor, Tensor]:
     fused = _fused(x, hardness)
     if fused is None:
-        return kernels_torch.backward(grad, x, hardness, get_base(base))
+        return eager.backward(grad, x, hardness, get_base(base))
     return fused.backward(grad, x, hardness, base)
 
 
@@ -95,7 +95,7 @@ def _fused(x: Tensor, hardness: Tensor) -> ModuleType | None:
         missing = f"there is no fused kernel for {x.device.type} devices"
     elif x.dtype not in kernel.DTYPES:
         missing = f"there is no fused kernel for {x.dtype} on {x.device.type}"
-    elif hardness.numel() > 1 and kernels_cpu.view(_dense(x), hardness) is None:
+    elif hardness.numel() > 1 and view(_dense(x), hardness) is None:
         missing = f"no fused kernel takes λ of shape {tuple(hardness.shape)} over x of shape {tuple(x.shape)}"
     else:
         missing = kernel.unavailable()
@@ -109,10 +109,10 @@ def _fused(x: Tensor, hardness: Tensor) -> ModuleType | None:
 @functools.cache
 def _kernel(device: str) -> ModuleType | None:
     if device == "cuda":
-        from . import cuda as kernels_triton  # which imports Triton: seconds, and for nothing on a CPU
+        from . import cuda  # which imports Triton: seconds, and for nothing on a CPU
 
-        return kernels_triton
-    return kernels_cpu if device == "cpu" else None
+        return cuda
+    return cpu if device == "cpu" else None
 
 
 def _dense(x: Tensor) -> Tensor:

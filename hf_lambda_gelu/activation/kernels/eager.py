@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..bases import SATURATION, Base
+from .layout import in_layout_of
 
 _HALF = (torch.float16, torch.bfloat16)
 # Elements per block on a CPU: temporaries of this size stay in the cache: half the time of one piece, by hand, where
@@ -52,11 +53,6 @@ def backward(grad: Tensor, x: Tensor, hardness: Tensor, base: Base) -> tuple[Ten
         out.copy_(by_x)
         total += by_hardness
     return grad_x, total.to(hardness.dtype)
-
-
-def in_layout_of(tensor: Tensor, dense: Tensor) -> Tensor:
-    """`tensor`, or a copy of it with the strides of `dense`."""
-    return tensor if tensor.stride() == dense.stride() else torch.empty_like(dense).copy_(tensor)
 
 
 def _computing(x: Tensor, hardness: Tensor) -> tuple[Tensor, Tensor]:

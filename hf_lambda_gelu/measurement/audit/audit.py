@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.activations import LinearActivation
 
-from ...structure.config_probe import is_activation, probed_base
+from ...structure.modules import is_activation, probed_base
 from ...structure.smooth_activations import calls_in_class
-from ..batches import FORWARD_ERRORS, example_inputs
-from ..calibration import measuring
+from ..batches import FORWARD_ERRORS
+from ..forward import example_inputs, measuring
 from .operations import Event, OperationTrace
 
 _PIECEWISE = {"relu", "leaky_relu", "prelu", "relu6", "hardtanh", "threshold"}

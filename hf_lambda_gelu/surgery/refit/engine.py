@@ -11,87 +11,30 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ...measurement.batches import CalibrationError, model_batches, token_mask
+from ...measurement.batches import CalibrationError, batch_size, model_batches, token_mask
+from ...measurement.forward import in_decoder
 from ...structure.linear_maps import LinearMap, Trace, eager_experts, trace
 from .blocks import Chain, plan
 from .meeting_point import Meeting, Observed, find_meeting, observe
+from .report import Compensate, CompensatedSite, CompensationReport, _summary
 from .ridge import Moments, choose, effective_rank, solve
-from .two_networks import Twin, batch_size, in_decoder
+from .two_networks import Twin
 
 logger = logging.get_logger(__name__)
-
-Compensate = Literal["least_squares", "bias"]
 # one example in so many is held out to judge by
 _HELD_OUT = 5
 # above this ratio of parameters in effect to rows, a fit is expected to err by as much more on new data
 _RANK_WARNING = 0.25
 _FEW = "few rows"
-
-
-@dataclass(frozen=True)
-class CompensatedSite:
-    """One site: what was refit, and the relative output error ‖wanted − given‖ / ‖smooth output‖ on held-out rows.
-
-    Attributes:
-        weight: the parameter that was refit.
-        method: "least_squares", "bias" or "none", whichever did best on the held-out rows.
-        target: "stream", the smooth network's stream, or "local", the smooth gate on the same input.
-        rows: rows (tokens, patches) that the refit saw.
-        before, after: the relative error with ReLU as it is, and refit.
-        effective_rank: of the features, at the ridge that was chosen.
-        note: what a reader should know.
-    """
-
-    name: str
-    weight: str
-    method: str
-    target: str
-    rows: int
-    before: float
-    after: float
-    effective_rank: float | None = None
-    note: str = ""
-
-
-@dataclass
-class CompensationReport:
-    """What was refit. Printing it gives the table; `to_dict` what a JSON file can hold."""
-
-    sites: list[CompensatedSite] = field(default_factory=list)
-    uncompensated: dict[str, str] = field(default_factory=dict)  # site → why
-    bias_attribute: str | None = None  # the config attribute that was switched on to give the maps a bias
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        width = max([len(site.name) for site in self.sites] + [4])
-        lines = [
-            f"{len(self.sites)} sites compensated in {self.seconds:.0f} s: error relative to the smooth output, held out"
-        ]
-        if self.sites:
-            lines.append(f"  {'site':<{width}}  {'method':<13}  {'target':<6}  {'rows':>7}  {'before':>7}  {'after':>7}")
-        for s in self.sites:
-            note = f"  ({s.note})" if s.note else ""
-            lines.append(
-                f"  {s.name:<{width}}  {s.method:<13}  {s.target:<6}  {s.rows:>7}  {s.before:>7.3f}  {s.after:>7.3f}{note}"
-            )
-        if self.bias_attribute:
-            lines.append(f"  config.{self.bias_attribute} is True now: the maps had no bias, and it gives them one")
-        lines += [f"  {name} not compensated: {reason}" for name, reason in self.uncompensated.items()]
-        return "\n".join(lines)
 
 
 class Compensation(Twin):
@@ -298,8 +241,3 @@ def _take(
 
 def _empty(linear: LinearMap) -> Moments:
     return Moments.empty(*linear.shape, linear.parameter.device)
-
-
-def _summary(methods: list[str]) -> str:
-    counts = Counter(methods)
-    return methods[0] if len(counts) == 1 else ", ".join(f"{name} × {count}" for name, count in counts.items())

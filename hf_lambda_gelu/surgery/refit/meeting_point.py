@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...measurement.batches import main_output
+from ...measurement.forward import main_output
 from ...structure.linear_maps import LinearCall, LinearMap, watch_linears
 from .blocks import Arguments, hidden_of, hidden_place
 

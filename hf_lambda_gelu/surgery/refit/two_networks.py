@@ -15,11 +15,15 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from ...activation.module import hardness_sites
-from ...measurement.batches import FORWARD_ERRORS, CalibrationError, call, config_of, forward_failed
-from ...structure.config_probe import bias_attribute, get_attribute, own_config, put_attribute
+from ...measurement.batches import FORWARD_ERRORS, CalibrationError, batch_size, forward_failed
+from ...measurement.forward import call
+from ...structure.config import get_attribute, put_attribute
+from ...structure.config_probe import bias_attribute
+from ...structure.edits import own_config
 from ...structure.linear_maps import LinearMap
-from .blocks import Arguments, Chain, Store, capture, with_hidden, without_hidden
+from .blocks import Arguments, Chain, capture, with_hidden, without_hidden
 from .meeting_point import observe
+from .store import Store
 
 
 class Twin:
@@ -196,21 +200,6 @@ class Twin:
             config = getattr(module, "config", None)
             if type(config) is type(owner):
                 setattr(config, leaf, value)
-
-
-def batch_size(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """How many examples a batch holds."""
-    main = batch.get(getattr(model, "main_input_name", ""))
-    tensor = main if isinstance(main, Tensor) else next(value for value in batch.values() if isinstance(value, Tensor))
-    return max(1, len(tensor))
-
-
-def in_decoder(model: nn.Module, block: nn.Module) -> bool:
-    """Whether the block is part of the decoder of an encoder-decoder model."""
-    if not getattr(config_of(model), "is_encoder_decoder", False):
-        return False
-    decoder = model.get_decoder()
-    return decoder is not None and any(module is block for module in decoder.modules())
 
 
 def _parameters(model: nn.Module) -> Mapping[str, Any]:

@@ -1,0 +1,73 @@
+"""The number λ: its parameter s, the λ that a tolerance asks for, and how far from ReLU a gate of that λ is."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .bases import get_base
+
+# λ = 1 lies at s = −∞. The smallest excess that is stored, 2⁻²⁵, gives λ = 1 exactly in fp32 with a finite s.
+MIN_EXCESS = 2.0**-25
+
+
+def raw_from_hardness(value: float, temperature: float) -> float:
+    """s = t softplus⁻¹(λ − 1), the inverse of λ = 1 + softplus(s / t), for a number λ ≥ 1."""
+    excess = max(check_hardness(value) - 1.0, MIN_EXCESS)
+    # log(eʸ − 1) without overflow for large y and without cancellation for small y
+    return temperature * (excess + math.log(-math.expm1(-excess)))
+
+
+def check_hardness(value: float) -> float:
+    """`value` as a float.
+
+    Raises:
+        ValueError: it is below 1, above 1e30, or NaN.
+    """
+    value = float(value)
+    if not (1.0 <= value <= 1e30):  # far beyond any use, and λx stays a number in fp32 for any moderate x
+        raise ValueError(
+            f"hardness must be a finite number >= 1 (1 is the smooth activation itself) and <= 1e30, got {value}; "
+            "for ReLU itself, use relu_ize"
+        )
+    return value
+
+
+DEFAULT_TOLERANCE = 0.005
+
+
+DEFAULT_RELATIVE_TOLERANCE = 0.01
+
+
+def target_hardness(tolerance: float = DEFAULT_TOLERANCE, base: str = "gelu") -> float:
+    """λ at which the gate's ℓ1 distance to the Heaviside step is `tolerance`: 2 / (ε√(2π)) for the erf base.
+
+    ε = 0.005 gives 159.58, the paper's "≈ 160" (the bound is reported in a review of arXiv 2603.21991, the ε is inferred).
+
+    Args:
+        tolerance: ε > 0, in units of the gate's argument. An ε that would put λ below 1 gives 1.
+
+    Raises:
+        ValueError: ε is not a finite number > 0, or the base is unknown.
+    """
+    if not (0.0 < tolerance < math.inf):
+        raise ValueError(f"hardness tolerance must be a finite number > 0 (0.005 gives λ = 159.58), got {tolerance}")
+    return max(1.0, get_base(base).gate_l1 / tolerance)
+
+
+def check_relative_tolerance(tolerance: float) -> None:
+    """Raises ValueError unless τ, the error of a site relative to its output, is a finite number > 0."""
+    if not (0.0 < tolerance < math.inf):
+        raise ValueError(f"the relative tolerance must be a finite number > 0 (0.01 is 1 %), got {tolerance}")
+
+
+def sup_error(hardness: float, base: str = "gelu") -> float:
+    """sup over x of |f(x; λ) − ReLU(x)|: 0.16997 / λ for the erf base. [derived]"""
+    return get_base(base).sup_error / hardness
+
+
+def inverse_softplus(y: Tensor) -> Tensor:
+    """log(eʸ − 1) for y > 0, elementwise, without overflow for large y or cancellation for small y."""
+    return y + torch.log(-torch.expm1(-y))

@@ -1,0 +1,122 @@
+"""Proves a saved ReLU network: stock transformers loads it in a process without this package and computes the same."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..measurement.audit.audit import audit
+from ..measurement.forward import evaluating, example_inputs, main_output
+from ..structure.smooth_activations import smooth_activations
+from .card import REPORT_NAME, _write_record
+
+
+class VerificationError(RuntimeError):
+    """The saved folder does not reproduce the model in stock transformers; the message says what differed."""
+
+
+_RELOAD = """
+import sys
+sys.modules["hf_lambda_gelu"] = None  # any import of it fails
+import hashlib, json, torch, transformers
+from safetensors.torch import load_file, save_file
+folder, inputs, outputs, name, attention, threads = sys.argv[1:]
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(int(threads))
+extra = {"attn_implementation": attention} if attention else {}
+model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, **extra)
+wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(map(str, info["mismatched_keys"]))
+if wrong:
+    sys.exit("keys that do not fit: " + ", ".join(wrong[:5]))
+for parameter in model.parameters():  # mapped memory is aligned otherwise, which can change the last bit of a product
+    parameter.data = parameter.data.clone()
+with torch.no_grad():
+    output = model.eval()(**load_file(inputs))
+save_file({k: v.contiguous() for k, v in output.items() if isinstance(v, torch.Tensor)}, outputs)
+def digest(tensor):
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+print(json.dumps({name: digest(tensor) for name, tensor in model.state_dict().items()}))
+"""
+
+
+@torch.no_grad()
+def verify_relu_pretrained(
+    model: PreTrainedModel, folder: str | os.PathLike[str], inputs: dict[str, Tensor] | None = None
+) -> float:
+    """Load `folder` by stock transformers in a new process that cannot import this package, and compare the outputs.
+
+    What was compared is kept in the folder's `lambda_gelu.json`, as "checks".
+
+    Args:
+        model: the model in memory that the folder must reproduce, on the CPU (a copy is made of one that is elsewhere).
+        folder: what `save_relu_pretrained` wrote.
+        inputs: a batch for the model's forward; by default a small one made to fit it.
+
+    Returns:
+        max |difference| over the main output: 0.0 on the same machine.
+
+    Raises:
+        VerificationError: it does not load, keys do not fit, or outputs differ by more than 1e-6 of their scale.
+    """
+    if model.device.type != "cpu":
+        model = copy.deepcopy(model).cpu()
+    inputs = {k: v.cpu() for k, v in (inputs or example_inputs(model)).items()}
+    with evaluating(model):
+        expected = main_output(model(**inputs))
+    with tempfile.TemporaryDirectory() as scratch:
+        source, result = os.path.join(scratch, "inputs.safetensors"), os.path.join(scratch, "outputs.safetensors")
+        save_file({k: v.contiguous() for k, v in inputs.items()}, source)
+        attention = getattr(model.config, "_attn_implementation", None) or ""
+        arguments = [str(folder), source, result, type(model).__name__, attention, str(torch.get_num_threads())]
+        process = subprocess.run(
+            [sys.executable, "-c", _RELOAD, *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        )
+        if process.returncode:
+            lines = process.stderr.strip().splitlines() or ["no message"]
+            raise VerificationError(f"stock transformers does not load {str(folder)!r}: {lines[-1]}")
+        digests = json.loads(process.stdout.splitlines()[-1])
+        got = main_output(load_file(result))
+    difference = float((got.double() - expected.double()).abs().max())
+    scale = float(expected.double().abs().max())
+    if not difference <= 1e-6 * max(scale, 1e-12):
+        raise VerificationError(
+            f"{str(folder)!r} computes something else in stock transformers: outputs differ by {difference:.3g} at a scale "
+            f"of {scale:.3g}. Was the model edited after relu_ize, or cast (which rounds buffers that a reload computes)?"
+        )
+    # what the batch does not reach, such as most rows of an embedding, is compared too
+    other = [name for name, tensor in model.state_dict().items() if digests.get(name) != _digest(tensor)]
+    if other:
+        raise VerificationError(
+            f"{str(folder)!r} computes something else in stock transformers: {len(other)} tensors differ, e.g. {other[0]}"
+        )
+    path = Path(folder) / REPORT_NAME
+    if path.is_file():
+        checks = {
+            "reloaded_by": f"transformers {version('transformers')}, in a process without hf_lambda_gelu",
+            "largest_difference_of_outputs": difference,
+            "scale_of_outputs": scale,
+            "identical_tensors": len(digests),
+            "smooth_activations_left": [item.name for item in smooth_activations(model)],
+            "activations_that_ran": audit(model, inputs).counts,
+        }
+        _write_record(Path(folder), json.loads(path.read_text(encoding="utf-8")) | {"checks": checks})
+    return difference
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()

@@ -1,0 +1,103 @@
+"""What a config says of activations: the attributes that name one, read and set so that a reload follows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ..activation.bases import BASES
+
+# transformers' names of the activations that tend to ReLU, by base
+STOCK_KEYS: dict[str, str] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+LAMBDA_KEYS: dict[str, str] = {base.key: base.name for base in BASES.values()}
+
+
+def activation_attributes(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted path, value) of the config attributes whose value names a GELU, a SiLU or a λ-GELU, sub-configs included."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from activation_attributes(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and (value in STOCK_KEYS or value in LAMBDA_KEYS):
+            yield f"{prefix}{name}", value
+
+
+def get_attribute(config: PreTrainedConfig, path: str) -> object:
+    """The value at a dotted path."""
+    owner, name = _owner(config, path)
+    return getattr(owner, name)
+
+
+def put_attribute(config: PreTrainedConfig, path: str, value: str) -> None:
+    """Set the value at a dotted path, for the time being; `set_attribute` is for changes that are to be saved."""
+    owner, name = _owner(config, path)
+    setattr(owner, name, value)
+
+
+def set_attribute(config: PreTrainedConfig, path: str, value: str) -> bool:
+    """Set the attribute so that it survives saving and loading; False, with nothing changed, if it cannot.
+
+    T5's `dense_act_fn` is derived from `feed_forward_proj` ("gated-gelu") when a config is built. Attributes of the same
+    config from which this one is derived are set along with it.
+    """
+    trial = copy.deepcopy(config)
+    owner, name = _owner(trial, path)
+    changes = {name: value}
+    for source, text in vars(owner).items():
+        if isinstance(text, str) and source != name and _derives(type(owner), source, text, name):
+            head, dash, _ = text.rpartition("-")
+            changes[source] = head + dash + value
+    for attribute, new in changes.items():
+        setattr(owner, attribute, new)
+    if _reloaded(trial, path) != value:
+        return False
+    target, _ = _owner(config, path)
+    for attribute, new in changes.items():
+        setattr(target, attribute, new)
+    return True
+
+
+def _derives(cls: type[PreTrainedConfig], source: str, text: str, name: str) -> bool:
+    """Whether building a config with `source` = "…-tanh" in place of "…-gelu" makes `name` tanh."""
+    head, dash, last = text.rpartition("-")
+    if last not in STOCK_KEYS and last not in LAMBDA_KEYS:
+        return False
+    try:
+        return getattr(cls(**{source: f"{head}{dash}tanh"}), name, None) == "tanh"
+    except Exception:  # the class refuses the value
+        return False
+
+
+def _owner(config: PreTrainedConfig, path: str) -> tuple[PreTrainedConfig, str]:
+    *parents, name = path.split(".")
+    for parent in parents:
+        config = getattr(config, parent)
+    return config, name
+
+
+def _reloaded(config: PreTrainedConfig, path: str) -> object:
+    try:
+        return get_attribute(type(config).from_dict(config.to_dict()), path)
+    except Exception:  # a config may refuse the value while it is built: then it does not survive
+        return None
+
+
+def config_of(model: nn.Module) -> PreTrainedConfig | None:
+    """The config of a transformers model, or of one in a wrapper that shows it (PEFT's)."""
+    config = getattr(model, "config", None)
+    return config if isinstance(config, PreTrainedConfig) else None

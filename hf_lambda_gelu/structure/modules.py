@@ -1,0 +1,97 @@
+"""What a model is made of: its transformers parts, its modules by name, and which of them are activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, activations
+
+from ..activation.bases import BASES
+from ..activation.module import LambdaGELU
+
+_CLASS_BASES: dict[type[nn.Module], str] = {
+    activations.GELUActivation: "gelu",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.FastGELUActivation: "gelu_tanh",
+    activations.AccurateGELUActivation: "gelu_tanh",
+    activations.GELUTanh: "gelu_tanh",
+    activations.QuickGELUActivation: "quick_gelu",
+    activations.SiLUActivation: "silu",
+    nn.SiLU: "silu",
+}
+
+
+def base_of(module: nn.Module) -> str | None:
+    """The base whose λ = 1 this stock activation module is, or None if it is not of the family."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return _CLASS_BASES.get(type(module))
+
+
+def probed_base(module: nn.Module) -> str | None:
+    """The base whose λ = 1 the module computes, by its class or, of a class that is not known, by what it makes of numbers.
+
+    Only of a module without children, parameters and buffers, and not of torch's own others.
+    """
+    base = base_of(module)
+    if base is not None or type(module).__module__.startswith("torch.nn.") or isinstance(module, LambdaGELU):
+        return base
+    if any(True for _ in chain(module.children(), module.parameters(), module.buffers())):
+        return None
+    x = torch.linspace(-6.0, 6.0, 241)
+    with torch.no_grad(), torch.random.fork_rng(devices=()), torch.device("cpu"):
+        try:
+            y = module(x.clone())
+        except Exception:  # not a function of one tensor
+            return None
+        if not isinstance(y, torch.Tensor) or y.shape != x.shape or not y.is_floating_point():
+            return None
+        return next((b.name for b in BASES.values() if torch.allclose(y, b.activation(x), rtol=0.0, atol=2e-6)), None)
+
+
+def transformers_parts(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """{module name: model} of the outermost transformers models in `model`, itself under the name "" if it is one."""
+    found: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, PreTrainedModel) and not inside:
+            found[name] = module
+    return found
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters into the model: its checkpoints then hold these alone."""
+    return hasattr(model, "merge_and_unload") or bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def quantised_weight(model: nn.Module) -> str | None:
+    """The name of a weight that is quantised (bitsandbytes, torchao): its elements cannot be scaled or refit."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or type(parameter).__module__.startswith("torchao"):
+            return name
+    return None
+
+
+def joined(prefix: str, name: str) -> str:
+    """`prefix.name`, or the one of them that is not empty."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether the module is an activation at all, as torch and transformers define them."""
+    return (
+        isinstance(module, LambdaGELU)
+        or type(module) in _CLASS_BASES
+        or (
+            type(module).__module__ in ("torch.nn.modules.activation", activations.__name__)
+            and not isinstance(module, nn.MultiheadAttention)
+        )
+    )
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules with a shared instance under each of its names (xlm and flaubert share one activation)."""
+    return model.named_modules(remove_duplicate=False)
