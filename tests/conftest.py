@@ -11,14 +11,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 _MODULES = tempfile.TemporaryDirectory(prefix="hf_modules-")  # code of checkpoints is copied there when it is loaded
 os.environ["HF_MODULES_CACHE"] = _MODULES.name
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from assets import available
-
-torch.set_num_threads(1)  # two workers share two cores
+from support.hub_server import HubServer
+from support.publishing import TOKEN
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +35,21 @@ def asset() -> Callable[[str], Path]:
         return folder
 
     return find
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two workers share two cores, and tensors of these sizes are slower on two threads."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A server with nothing on it; the client in this process may go online, to loopback."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with HubServer(token=TOKEN) as server:
+        # cards are validated against the endpoint that was read at import
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        yield server

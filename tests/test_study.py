@@ -42,14 +42,6 @@ def network() -> MLPForClassification:
 TASK = ScratchTask("toy", "toy", 256, 200, 4, (1e-2, 1e-3), splits, network)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_rows_and_resuming(tmp_path: Path) -> None:
     """A run writes its rows once; the rate of a test run is the best one of the validation split."""
     results = tmp_path / "study.csv"

@@ -1,0 +1,339 @@
+"""Publishing: the real Hub client against the local stand-in server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import push_to_hub
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file, save_file
+from support import tiny
+from support.hub_server import HubServer
+from support.publishing import TOKEN, run_stock
+from transformers import BertTokenizer, PreTrainedModel
+
+import hf_lambda_gelu as hlg
+
+DETAILS = hlg.CardDetails(
+    base_model="someone/bert-tiny",
+    dataset="someone/reviews",
+    license="apache-2.0",
+    results={"GELU": {"accuracy": 0.84}, "ReLU": {"accuracy": 0.83, "loss": 0.4}},
+    final="ReLU",
+    command="python scripts/finetune_text.py --seed 0",
+)
+
+
+def relu_model() -> PreTrainedModel:
+    """A tiny classifier after substitution."""
+    model = tiny.build("bert-classifier")
+    hlg.convert(model)
+    hlg.relu_ize(model, force=True)
+    return model
+
+
+def test_push_and_load_without_the_package(hub: HubServer, tmp_path: Path) -> None:
+    """What a stranger loads from the Hub by stock transformers computes what the model in memory computes."""
+    model = relu_model()
+    batch = tiny.inputs(model)
+    expected = tiny.outputs(model, batch)[0]
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    commit = hlg.push_relu_to_hub(model, "tester/relu-bert", processor=(), details=DETAILS, private=True, tag="v1", api=api)
+    repo = hub.repos["tester/relu-bert"]
+    assert repo.private
+    assert len(repo.commits) == 1, "one commit"
+    assert commit.oid == repo.resolve("main") == repo.resolve("v1")
+    assert {"config.json", "model.safetensors", "README.md", "lambda_gelu.json"} <= set(repo.files)
+    assert b"raw_hardness" not in repo.files["model.safetensors"]
+    record = json.loads(repo.files["lambda_gelu.json"])
+    assert record["checks"]["largest_difference_of_outputs"] == 0.0
+    assert record["checks"]["identical_tensors"] == len(model.state_dict())
+    assert record["checks"]["smooth_activations_left"] == []
+    assert record["checks"]["activations_that_ran"] == {"relu": 2, "tanh": 1}
+    assert record["details"]["results"] == DETAILS.results
+    assert TOKEN.encode() not in b"".join(repo.files.values())
+
+    save_file(batch, tmp_path / "batch.safetensors")
+    run_stock(
+        hub,
+        tmp_path / "home",
+        """
+        import torch
+        from safetensors.torch import load_file, save_file
+        from transformers import AutoModelForSequenceClassification
+        torch.set_num_threads(1)
+        model = AutoModelForSequenceClassification.from_pretrained("tester/relu-bert")
+        assert model.config.hidden_act == "relu", model.config.hidden_act
+        with torch.no_grad():
+            save_file({"logits": model(**load_file(sys.argv[1])).logits}, sys.argv[2])
+        """,
+        str(tmp_path / "batch.safetensors"),
+        str(tmp_path / "logits.safetensors"),
+    )
+    assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
+
+
+def test_pipeline_without_the_package(hub: HubServer, tmp_path: Path) -> None:
+    """`pipeline()` by the repository's name finds task, weights and tokenizer, and scores as the model here does."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(names)})
+    model = relu_model().eval()
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    hlg.push_relu_to_hub(model, "tester/piped", processor=tokenizer, details=DETAILS, api=api)
+    printed = run_stock(
+        hub,
+        tmp_path / "home",
+        """
+        import json
+        from transformers import pipeline
+        classify = pipeline(model="tester/piped")
+        assert classify.task == "text-classification", classify.task
+        print("SCORES" + json.dumps(classify("good film", top_k=None)))
+        """,
+    )
+    scores = {entry["label"]: entry["score"] for entry in json.loads(printed.partition("SCORES")[2])}
+    with torch.no_grad():
+        logits = model(**tokenizer("good film", return_tensors="pt")).logits[0]
+    expected = {model.config.id2label[i]: p for i, p in enumerate(logits.softmax(-1).tolist())}
+    assert scores == pytest.approx(expected, abs=1e-6)
+
+
+def test_card_on_the_hub(hub: HubServer) -> None:
+    """The card's metadata, as huggingface_hub's own reader sees it."""
+    hlg.push_relu_to_hub(relu_model(), "tester/m", processor=(), details=DETAILS, api=HfApi(endpoint=hub.url, token=TOKEN))
+    card = ModelCard(hub.repos["tester/m"].files["README.md"].decode())
+    data = card.data.to_dict()
+    assert data["license"] == "apache-2.0"
+    assert data["base_model"] == "someone/bert-tiny"
+    assert data["datasets"] == ["someone/reviews"]
+    assert data["pipeline_tag"] == "text-classification"
+    assert data["library_name"] == "transformers"
+    assert {"relu", "lambda-gelu", "arxiv:2603.21991"} <= set(data["tags"])
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {"accuracy": 0.83, "loss": 0.4}
+    assert "| **ReLU** | 0.8300 | 0.4000 |" in card.text
+    assert "| GELU | 0.8400 | – |" in card.text
+    assert DETAILS.command in card.text
+
+
+def test_nothing_is_uploaded_when_the_folder_is_not_the_model(hub: HubServer, tmp_path: Path) -> None:
+    """A folder whose weights differ from what its config and the reload say is caught before the first request."""
+    folder = hlg.save_relu_pretrained(relu_model(), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(hlg.VerificationError, match="do not fit"):
+        hlg.push_relu_to_hub(folder, "tester/m", processor=(), api=HfApi(endpoint=hub.url, token=TOKEN))
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("name", "expected 'name' or 'owner/name'"),
+        ("soft", "call relu_ize"),
+        ("NaN", "hold NaN or infinity"),
+        ("offline", "HF_HUB_OFFLINE is set"),
+        ("no token", "no token for the Hub: run `hf auth login`"),
+        ("no processor", r"pass processor=….*processor=\(\) publishes"),
+        ("no processor in the folder", "holds no tokenizer, image processor or feature extractor"),
+        ("tag of a pull request", "tag and create_pr exclude each other"),
+    ],
+)
+def test_bad_input_before_any_request(
+    hub: HubServer, case: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can be known beforehand is refused before the first request, and before anything is written."""
+    model, changes = relu_model(), {}
+    if case == "soft":
+        model = tiny.build("bert-classifier")
+        hlg.convert(model)
+    elif case == "NaN":
+        model.classifier.bias.data[0] = torch.nan
+    elif case == "offline":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    elif case == "no token":
+        monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+        monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.get_token", lambda: None)
+        changes["api"] = HfApi(endpoint=hub.url)
+    elif case == "tag of a pull request":
+        changes |= {"tag": "v1", "create_pr": True}
+    source = hlg.save_relu_pretrained(model, tmp_path / "m") if case == "no processor in the folder" else model
+    given = {"processor": None if case.startswith("no processor") else (), "api": HfApi(endpoint=hub.url, token=TOKEN)}
+    kept = tmp_path / "kept"
+    if source is model:
+        changes["folder"] = kept
+    with pytest.raises(ValueError, match=message):
+        hlg.push_relu_to_hub(source, "a/b/c" if case == "name" else "tester/m", **(given | changes))
+    assert not hub.requests
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "route", "status"),
+    [
+        ("POST", "repos/create", 401),
+        ("POST", "repos/create", 403),
+        ("POST", "preupload", 403),
+        ("POST", "commit", 0),
+        ("POST", "commit", 409),
+        ("POST", "commit", 413),
+        ("POST", "commit", 429),
+        ("POST", "commit", 500),
+        ("POST", "lfs/objects/batch", 403),
+        ("PUT", "^/lfs/", 403),
+    ],
+)
+def test_failed_upload_keeps_the_folder(
+    hub: HubServer, tmp_path: Path, method: str, route: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused, too large, too often, failed or cut off: the saved model stays, and pushing the folder again succeeds."""
+    # the comparison in another process, which takes seconds, is the same each time
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *args: 0.0)
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    hub.fail_next(method, route, status, times=9 if status == 429 else 1, applied=False)
+    with pytest.raises(hlg.PushError, match="hf upload tester/m") as caught:
+        hlg.push_relu_to_hub(relu_model(), "tester/m", processor=(), folder=tmp_path / "kept", api=api)
+    assert TOKEN not in str(caught.value)
+    assert (tmp_path / "kept" / "model.safetensors").is_file()
+    assert not [repo for repo in hub.repos.values() if repo.commits], "nothing half uploaded"
+    hub._faults.clear()
+    hlg.push_relu_to_hub(tmp_path / "kept", "tester/m", processor=(), api=api)
+    assert "model.safetensors" in hub.repos["tester/m"].files
+
+
+def test_card_that_the_hub_refuses(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its metadata is validated before the first file is sent."""
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *args: 0.0)
+    details = hlg.CardDetails(license=["mit"])
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    with pytest.raises(hlg.PushError, match=r"license.* must be a string.*kept"):
+        hlg.push_relu_to_hub(relu_model(), "tester/m", processor=(), details=details, folder=tmp_path / "kept", api=api)
+    assert not hub.repos["tester/m"].commits
+    assert not [request for request in hub.requests if request.method == "PUT"]
+
+
+@pytest.mark.parametrize(("known", "licence"), [(True, "cc-by-4.0"), (False, None)])
+def test_licence_of_the_base_model(
+    hub: HubServer, known: bool, licence: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the card of the base model, if the Hub has it."""
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *args: 0.0)
+    if known:
+        hub.add_repo("someone/base", {"README.md": b"---\nlicense: cc-by-4.0\n---\n# Base\n"})
+    details = hlg.CardDetails(base_model="someone/base")
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    hlg.push_relu_to_hub(relu_model(), "tester/m", processor=(), details=details, api=api)
+    assert ModelCard(hub.repos["tester/m"].files["README.md"].decode()).data.license == licence
+
+
+def test_wrong_token(hub: HubServer, tmp_path: Path) -> None:
+    """A refused token is an error that names the folder and does not show the token."""
+    with pytest.raises(hlg.PushError, match="kept") as caught:
+        hlg.push_relu_to_hub(
+            relu_model(),
+            "tester/m",
+            processor=(),
+            folder=tmp_path / "kept",
+            api=HfApi(endpoint=hub.url, token="hf_wrong"),
+        )
+    assert "hf_wrong" not in str(caught.value)
+    assert "tester/m" not in hub.repos
+
+
+def test_script_pushes_a_hardened_checkpoint(hub: HubServer, tmp_path: Path) -> None:
+    """scripts/push_to_hub.py from a λ checkpoint folder; what it published is a stock ReLU model."""
+    model = tiny.build("bert-classifier")
+    hlg.convert(model, init_hardness=160.0)
+    model.save_pretrained(tmp_path / "hard")
+    script = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
+    process = subprocess.run(
+        [
+            sys.executable,
+            str(script),
+            "--folder",
+            str(tmp_path / "hard"),
+            "--repo_id",
+            "tester/m",
+            "--license",
+            "mit",
+            "--no_processor",
+        ],
+        capture_output=True,
+        text=True,
+        env=hub.env(tmp_path / "home"),
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "2 activations are ReLU now" in process.stdout
+    files = hub.repos["tester/m"].files
+    assert json.loads(files["config.json"])["hidden_act"] == "relu"
+    assert ModelCard(files["README.md"].decode()).data.license == "mit"
+    assert json.loads(files["lambda_gelu.json"])["substitution"]["sites"][0]["hardness"] == pytest.approx(160.0, rel=1e-5)
+
+
+PUSH_SCRIPT = """
+import sys
+import push_to_hub
+try:
+    push_to_hub.main(sys.argv[1:] + ["--dry_run", "--save_to", "kept"])
+finally:
+    print("=====")
+push_to_hub.main(sys.argv[1:])
+push_to_hub.collect(push_to_hub.HfApi(), "Two BERTs", ["bert-seed1"], False)  # as a second push would
+"""
+
+
+def test_several_as_a_collection(hub: HubServer, tmp_path: Path) -> None:
+    """A dry run shows what would be uploaded; a collection and an item that are there already are no mistake."""
+    folders = []
+    for seed, accuracy in enumerate((0.81, 0.83)):
+        details = hlg.CardDetails(results={"ReLU": {"accuracy": accuracy}}, final="ReLU")
+        torch.manual_seed(seed)
+        model = relu_model()
+        model.classifier.bias.data += seed
+        folders.append(str(hlg.save_relu_pretrained(model, tmp_path / f"seed{seed}" / "relu", details=details)))
+    env = hub.env(tmp_path / "home") | {"PYTHONPATH": str(Path(__file__).parents[2] / "scripts")}
+    command = [sys.executable, "-c", PUSH_SCRIPT, "--folder", *folders, "--repo_id", "tester/bert-{run}", "--no_processor"]
+    command += ["--collection", "Two BERTs"]
+    process = subprocess.run(command, capture_output=True, text=True, env=env, check=False, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    dry, first = process.stdout.split("=====\n")
+    expected = ["| tester/bert-seed0 | 0.8100 |", "| tester/bert-seed1 | 0.8300 |"]
+    for printed in (dry, first):
+        assert [line for line in printed.splitlines() if line.startswith("| tester")] == expected
+    assert "model.safetensors  " in dry
+    assert "http" not in dry
+    for seed in (0, 1):
+        kept, pushed = tmp_path / f"kept/bert-seed{seed}", hub.repos[f"tester/bert-seed{seed}"].files
+        assert (kept / "model.safetensors").read_bytes() == pushed["model.safetensors"]
+    assert (tmp_path / "kept" / "results.md").read_text().splitlines()[2:] == expected
+    (collection,) = hub.collections.values()
+    assert (collection.title, collection.items) == ("Two BERTs", ["tester/bert-seed0", "tester/bert-seed1"])
+    weights = [hub.repos[name].files["model.safetensors"] for name in collection.items]
+    assert weights[0] != weights[1]
+    assert f"{hub.url}/collections/tester/two-berts" in first
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "options", "message"),
+    [
+        ("tester/same", ["--no_processor"], "let --repo_id hold {run}"),
+        ("tester/{run}", [], "holds no tokenizer"),
+        ("a/b/{run}", ["--no_processor"], "expected 'name' or 'owner/name'"),
+        ("tester/{run}", ["--no_processor", "--save_to", "."], "--save_to: 'a' exists"),
+    ],
+)
+def test_several_refused(
+    hub: HubServer, tmp_path: Path, repo_id: str, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first request, and before the first upload of several."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.get_token", lambda: TOKEN)
+    folders = [str(hlg.save_relu_pretrained(relu_model(), tmp_path / name)) for name in ("a", "b")]
+    with pytest.raises((ValueError, SystemExit), match=message):
+        push_to_hub.main(["--folder", *folders, "--repo_id", repo_id, *options])
+    assert not hub.requests

@@ -1,0 +1,22 @@
+"""A token, and a stranger who loads what was published."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from support.hub_server import HubServer
+
+TOKEN = "hf_test"
+
+
+def run_stock(hub: HubServer, home: Path, code: str, *arguments: str) -> str:
+    """Run code in a process that cannot import the package, with the server as its Hub."""
+    program = "import sys; sys.modules['hf_lambda_gelu'] = None\n" + textwrap.dedent(code)
+    process = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=hub.env(home), check=False
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout.strip()

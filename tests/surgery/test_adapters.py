@@ -1,0 +1,129 @@
+"""Adapters: λ trains beside them, is in checkpoints, and merging leaves a plain ReLU model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from support import tiny
+from support.stock import stock_outputs
+from transformers import TrainerCallback
+
+import hf_lambda_gelu as hlg
+
+STEPS, SAVED = 8, 4
+LORA = {"task_type": "SEQ_CLS", "target_modules": ["query", "dense"], "r": 4, "init_lora_weights": False}
+
+
+def adapted(seed: int = 0) -> PeftModel:
+    torch.manual_seed(seed)
+    return get_peft_model(tiny.build("bert-classifier"), LoraConfig(**LORA)).eval()
+
+
+def rows() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 99, (32, 8), generator=generator)
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 1] > 50).long().tolist()})
+
+
+def trainer(model: PeftModel, folder: Path, **more: Any) -> hlg.LambdaGELUTrainer:
+    arguments = hlg.LambdaGELUTrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        hardness_learning_rate=0.05,
+        report_to="none",
+        disable_tqdm=True,
+        **{"hardness_compensate": "none", "save_strategy": "no", **more},
+    )
+    return hlg.LambdaGELUTrainer(model, arguments, train_dataset=rows())
+
+
+class Stop(TrainerCallback):
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_convert_train_merge(tmp_path: Path) -> None:
+    """Base weights stay, λ and adapters move; hardened, substituted and merged, stock transformers computes the same."""
+    model = adapted()
+    batch = tiny.inputs(model.get_base_model())
+    expected = tiny.outputs(model, batch)
+    report = hlg.convert(model)
+    assert tiny.relative_difference(expected, tiny.outputs(model, batch)) <= 1e-5
+    assert {site.attribute for site in report.sites} == {"base_model.model.hidden_act"}
+    tiny.set_hardness(model, 1.5)
+    start = {name: p.clone() for name, p in model.named_parameters()}
+    run = trainer(model, tmp_path / "run", hardness_switch_point=0.75)
+    run.train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == {n for n in start if "lora_" in n or "modules_to_save" in n or n.endswith("raw_hardness")}
+    assert all(abs(value - 1.5) > 1e-3 for value in run.learned_hardness.values())
+    hard = tiny.outputs(model.eval(), batch)
+    with pytest.raises(ValueError, match=r"has adapters.*merge_and_unload"):
+        hlg.save_relu_pretrained(model, tmp_path / "adapters")
+    hlg.relu_ize(model)
+    merged = model.merge_and_unload()
+    assert merged.config.hidden_act == "relu"
+    hlg.save_relu_pretrained(merged, tmp_path / "merged")
+    stock = stock_outputs({"merged": (type(merged).__name__, batch)}, tmp_path)["merged"]
+    assert tiny.relative_difference(hard, stock) <= 1e-3
+
+
+@pytest.mark.parametrize("switch", [0.25, 0.75])
+def test_resuming(tmp_path: Path, switch: float) -> None:
+    """Checkpoints hold adapters alone; λ is in the trainer's state, to the bit."""
+    twin_model = adapted()
+    hlg.convert(twin_model)
+    twin = trainer(twin_model, tmp_path / "twin", hardness_switch_point=switch)
+    twin.train()
+    saving = {"save_strategy": "steps", "save_steps": SAVED, "hardness_switch_point": switch}
+    for seed in (0, 9):  # the interrupted run; a new process, whose adapters are others until they are loaded
+        model = adapted(seed)
+        hlg.convert(model)
+        run = trainer(model, tmp_path / "run", **saving)
+        if seed == 0:
+            run.add_callback(Stop())
+            with pytest.raises(KeyboardInterrupt):
+                run.train()
+        else:
+            run.train(resume_from_checkpoint=True)
+    expected = twin_model.state_dict()
+    assert not [name for name, value in model.state_dict().items() if not torch.equal(value, expected[name])]
+    assert run.learned_hardness == twin.learned_hardness
+
+
+def test_told_before_it_starts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A refit of base weights, which no checkpoint would hold; λ that PEFT froze."""
+    model = adapted()
+    hlg.convert(model)
+    with pytest.raises(ValueError, match=r"refits base weights, which checkpoints of adapters do not hold"):
+        trainer(model, tmp_path, hardness_compensate="least_squares")
+    before = tiny.snapshot(model)
+    with pytest.raises(hlg.SoftGateError, match=r"can be refit.*feeds several linear maps.*Merge adapters"):
+        hlg.relu_ize(model, calibration=[tiny.inputs(model.get_base_model())], compensate="least_squares")
+    assert tiny.snapshot(model) == before
+
+    base = tiny.build("bert-classifier")
+    hlg.convert(base)
+    trainer(get_peft_model(base, LoraConfig(**LORA)), tmp_path)
+    assert "λ of 2 sites is frozen" in caplog.text
+
+
+@pytest.mark.parametrize("targets", [["query"], ["query", "dense"]])
+def test_fold_with_adapters(targets: list[str]) -> None:
+    """Also where the maps around an activation have adapters: base and adapter are scaled alike."""
+    model = get_peft_model(tiny.build("bert-classifier"), LoraConfig(**{**LORA, "target_modules": targets})).eval()
+    batch = tiny.inputs(model.get_base_model())
+    hlg.convert(model)
+    tiny.set_hardness(model, 7.0)
+    expected = tiny.outputs(model, batch)
+    report = hlg.fold(model, batch)
+    assert report.attributes == {"base_model.model.hidden_act": "gelu"}
+    assert any("lora_B" in name for names in report.scaled.values() for name in names) == ("dense" in targets)
+    assert tiny.relative_difference(expected, tiny.outputs(model, batch)) <= 1e-5

@@ -1,0 +1,205 @@
+"""The refit at the switch (`hardness_compensate`), against `relu_ize` on a copy, uninterrupted runs and a second process."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import tiny
+from support.training import (
+    SITES,
+    STEPS,
+    SWITCH,
+    TARGET,
+    At,
+    Masking,
+    NoisyRows,
+    Rows,
+    StopAfterSaving,
+    arguments,
+    converted,
+    logged,
+    trainer_of,
+)
+from transformers import TrainerCallback
+
+import hf_lambda_gelu as hlg
+
+WEIGHTS = [f"bert.encoder.layer.{i}.output.dense.{kind}" for i in (0, 1) for kind in ("weight", "bias")]
+
+
+class CopyBefore(TrainerCallback):
+    """Keeps the model as it is after the step before the hardness callback sees it."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.model = step, None
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            self.model = copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("method", ["bias", "least_squares"])
+def test_the_model_after_the_switch_is_what_relu_ize_makes(tmp_path: Path, method: str) -> None:
+    """All 32 examples in order, in batches of the run's size; nothing but the maps after the sites changes."""
+    trainer = trainer_of(converted(hardness=1.5), tmp_path, hardness_compensate=method)
+    before, after = CopyBefore(SWITCH), []
+    trainer.add_callback(before)
+    trainer.add_callback(At(lambda model: after.append(copy.deepcopy(model.state_dict()))))
+    trainer.train()
+    rows = Rows()
+    batches = [{"input_ids": rows.tokens[i : i + 8], "labels": rows.labels[i : i + 8]} for i in range(0, 32, 8)]
+    learned = hlg.hardness_profile(before.model)
+    report = hlg.relu_ize(before.model, calibration=batches, compensate=method)
+    expected, got = before.model.state_dict(), after[SWITCH - 1]
+    for name, tensor in expected.items():
+        assert torch.allclose(tensor, got[name], atol=1e-6), name
+    refit = {s.name: s.method for s in trainer.compensation.sites}
+    assert refit == {s.name: s.method for s in report.compensation.sites} == dict.fromkeys(SITES, method)
+    assert trainer.learned_hardness == pytest.approx(learned)
+    for site in SITES:
+        log = logged(trainer, f"hardness/{site}")
+        assert log[SWITCH] == pytest.approx(TARGET)  # at once
+        assert log[SWITCH - 1] < 2.0
+        assert log[STEPS] == pytest.approx(TARGET)
+    assert not hlg.relu_ize(trainer.model).forced
+
+
+def test_the_last_step_as_switch(tmp_path: Path) -> None:
+    """Only a ramp needs room for its hold: a refit may come as late as one wants."""
+    late = {"hardness_switch_point": (STEPS - 1) / STEPS, "hardness_hold": 0.5}
+    with pytest.raises(ValueError, match="must not exceed 1"):
+        arguments(tmp_path, **late)
+    trainer = trainer_of(converted(), tmp_path, hardness_compensate="bias", **late)
+    trainer.train()
+    log = logged(trainer, f"hardness/{SITES[0]}")
+    assert (log[STEPS - 1], log[STEPS]) == (pytest.approx(TARGET), pytest.approx(TARGET))
+    assert log[STEPS - 2] < 2.0
+
+
+def test_the_function_stays_where_a_jump_without_refit_changes_it(tmp_path: Path) -> None:
+    """The outputs around the switch, on the training examples."""
+    changes = {}
+    for method in ("least_squares", "none"):
+        trainer = trainer_of(converted(hardness=1.0), tmp_path, hardness_compensate=method, max_steps=SWITCH * 4)
+        before, after = CopyBefore(SWITCH), []
+        trainer.add_callback(before)
+        trainer.add_callback(At(lambda model, after=after: after.append(copy.deepcopy(model))))
+        trainer.train()
+        jumped = after[SWITCH - 1].eval()
+        tiny.set_hardness(jumped, TARGET)
+        with torch.no_grad():
+            first, second = (m.eval()(input_ids=Rows().tokens).logits for m in (before.model, jumped))
+        changes[method] = float((first - second).norm() / first.norm())
+    assert changes["least_squares"] < 0.5 * changes["none"]
+
+
+def test_resuming_after_the_switch(tmp_path: Path) -> None:
+    """An uninterrupted twin has the same λ and weights; the refit is not done again."""
+    options = {"hardness_compensate": "least_squares", "save_strategy": "steps", "save_steps": 9}
+    whole = trainer_of(converted(hardness=1.5), tmp_path / "whole", **options)
+    whole.train()
+    cut = trainer_of(converted(hardness=1.5), tmp_path / "cut", **options)
+    cut.add_callback(StopAfterSaving(9))
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    resumed = trainer_of(converted(seed=7), tmp_path / "cut", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.compensation is None
+    for (name, first), second in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(first, second), name
+
+
+def test_the_refit_disturbs_neither_data_nor_random_numbers(tmp_path: Path) -> None:
+    """What the model is fed in training, with a data set and a collator that draw random numbers."""
+    records = []
+    for method in ("none", "least_squares"):
+        fed: list[torch.Tensor] = []
+        model = converted(hardness=1.5)
+        model.register_forward_pre_hook(
+            lambda m, args, kwargs, fed=fed: fed.append(kwargs["input_ids"]) if m.training else None, with_kwargs=True
+        )
+        args = arguments(tmp_path, hardness_compensate=method)
+        hlg.LambdaGELUTrainer(model, args, train_dataset=NoisyRows(), data_collator=Masking()).train()
+        records.append(torch.stack(fed))
+    assert torch.equal(*records)
+
+
+def test_no_parameter_is_added(tmp_path: Path) -> None:
+    """The optimizer would not know it: Llama's maps are refit without the bias that relu_ize would give them."""
+    model = tiny.build("llama")
+    hlg.convert(model)
+    names = [name for name, _ in model.named_parameters()]
+    rows = [{"input_ids": t, "labels": t} for t in Rows().tokens]
+    args = arguments(tmp_path, hardness_compensate="least_squares", max_steps=8)
+    trainer = hlg.LambdaGELUTrainer(model, args, train_dataset=rows)
+    trainer.train()
+    assert [name for name, _ in model.named_parameters()] == names
+    assert model.config.mlp_bias is False
+    assert {site.method for site in trainer.compensation.sites} == {"least_squares"}
+
+
+def test_sharded_weights_are_refused(tmp_path: Path) -> None:
+    """Before the first step, with the way out."""
+    trainer = trainer_of(converted(), tmp_path, hardness_compensate="least_squares")
+    trainer.args.deepspeed = {"zero_optimization": {"stage": 3}}
+    from hf_lambda_gelu.training.switch import check_calibratable
+
+    with pytest.raises(ValueError, match="DeepSpeed cut up: set hardness_compensate='none', or substitute before training"):
+        check_calibratable(trainer.args, Rows())
+
+
+_TWO = """
+import json, sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import torch
+torch.set_num_threads(1)
+from support.training import Rows, arguments, converted
+import hf_lambda_gelu as hlg
+import hf_lambda_gelu.training.switch
+folder = Path({folder!r})
+args = arguments(folder / "out", hardness_compensate="least_squares", max_steps=8, per_device_train_batch_size=4)
+if args.process_index:  # what this process finds for itself is worth nothing: the first one's weights must arrive
+    compensation = hf_lambda_gelu.training.switch.compensation
+    class Wrong:
+        def __init__(self, inner): self.inner = inner
+        def __enter__(self):
+            self.work = self.inner.__enter__()
+            run = self.work.run
+            def spoiled(*a, **k):
+                report = run(*a, **k)
+                for parameter in self.work.originals:
+                    parameter.data.add_(1.0)
+                return report
+            self.work.run = spoiled
+            return self.work
+        def __exit__(self, *a): return self.inner.__exit__(*a)
+    hf_lambda_gelu.training.switch.compensation = lambda *a: Wrong(compensation(*a))
+trainer = hlg.LambdaGELUTrainer(converted(hardness=1.5), args, train_dataset=Rows())
+trainer.train()
+sums = {{name: float(t.double().sum()) for name, t in trainer.model.state_dict().items()}}
+(folder / f"rank{{args.process_index}}.json").write_text(json.dumps([args.world_size, sums]))
+torch.distributed.destroy_process_group()  # or its threads may end the process with an abort
+"""
+
+
+def test_two_processes_go_on_with_the_same_weights(tmp_path: Path) -> None:
+    """Though the second one's own refit is spoiled on purpose."""
+    script = tmp_path / "two.py"
+    script.write_text(_TWO.format(paths=[str(Path(__file__).parents[1]), *sys.path], folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first[0] == 2
+    assert first == second
