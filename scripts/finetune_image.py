@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from finetuning import DataArguments, ModelArguments, classification_metrics, load_splits, prepare, run
+from finetuning import DataArguments, ModelArguments, classification_metrics, leave_process_group, load_splits, prepare, run
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, Trainer, set_seed
 
 from hf_lambda_gelu import LambdaGELUTrainingArguments
@@ -80,3 +80,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
+    leave_process_group()

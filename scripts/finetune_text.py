@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetuning import DataArguments, ModelArguments, classification_metrics, load_splits, prepare, run
+from finetuning import DataArguments, ModelArguments, classification_metrics, leave_process_group, load_splits, prepare, run
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -81,3 +81,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
+    leave_process_group()

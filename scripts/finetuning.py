@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import shlex
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
+import torch
 from sklearn.metrics import accuracy_score, f1_score
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer
@@ -233,6 +235,20 @@ def run(
     if trainer.is_world_process_zero():
         (output / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
+
+
+def leave_process_group() -> None:
+    """End this process's part in a distributed run, where there is one: once, at the end of a script, the trainer let go of.
+
+    gloo's worker threads let go of their last tensors some time after the result is there. That takes Python's lock (GIL);
+    where the interpreter is ending by then, Python ends the thread in the midst of a destructor, and C++ aborts the process
+    ("terminate called without an active exception"). The group's own destructor waits for these threads, without the lock.
+    It runs when nobody refers to the group any more, and DistributedDataParallel does: hence the garbage first. Otherwise
+    the group would die with DistributedDataParallel, which would wait with the lock that the threads may need.
+    """
+    gc.collect()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _compensated(trainer: Trainer, arguments: ModelArguments) -> hlg.SubstitutionReport:

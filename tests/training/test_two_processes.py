@@ -14,6 +14,7 @@ import finetune_text
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.gloo_threads import WORKERS
 from support.texts import text_model, text_rows, write_csv
 
 import hf_lambda_gelu as hlg
@@ -25,6 +26,7 @@ PROBE = """
 import hashlib, json, os, runpy, sys
 from pathlib import Path
 import torch
+from support.gloo_threads import check_none_is_left, gloo_workers
 import hf_lambda_gelu as hlg
 
 torch.set_num_threads(1)
@@ -36,6 +38,7 @@ def probed(trainer, *args, **kwargs):
     digest = {n: hashlib.sha256(t.detach().numpy().tobytes()).hexdigest() for n, t in trainer.model.state_dict().items()}
     record = {"log": trainer.state.log_history, "learned": trainer.learned_hardness, "digest": digest}
     record |= {"wrapped": type(trainer.model_wrapped).__name__, "world": trainer.args.world_size}
+    record["workers"] = gloo_workers()
     (folder / f"rank{rank}.json").write_text(json.dumps(record))
     return output
 
@@ -44,8 +47,7 @@ if len(sys.argv[3]):
     hlg.verify_relu_pretrained = lambda *_: 0.0  # slow, and done by the run on two processes
 sys.argv = [script, *sys.argv[4:], "--output_dir", str(folder / f"out{rank}")]
 runpy.run_path(script, run_name="__main__")
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()  # or its threads may end the process with an abort
+check_none_is_left()
 """
 
 OPTIONS = "--text_column first --text_pair_column second --num_train_epochs 4 --per_device_eval_batch_size 5"
@@ -85,7 +87,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
             "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": "1",
             "HF_DATASETS_CACHE": str(folder / "cache"),
-            "PYTHONPATH": os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
         }
         script = [str(probe), str(folder), str(SCRIPTS / "finetune_text.py"), "skip" if name == "one" else ""]
         own = [*options, "--per_device_train_batch_size", batch]
@@ -119,6 +121,12 @@ def test_ranks_agree_bit_for_bit(runs: dict[str, Run]) -> None:
         assert values == column(second, key)
         assert len(values) == 24
         assert len({*values}) > 20  # learned, then ramped: every step another
+
+
+def test_processes_end_without_the_threads_of_their_group(runs: dict[str, Run]) -> None:
+    """There were some; each process looked for them after the script's last line, and would have failed."""
+    assert [rank["workers"] for rank in runs["two"].ranks] == [WORKERS] * 2
+    assert runs["one"].ranks[0]["workers"] == 0
 
 
 def test_two_processes_are_one_with_the_batch_of_both(runs: dict[str, Run]) -> None:
