@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from datasets import Dataset
-from hub_server import HubServer
 from PIL import Image
+from support import tiny
+from support.hub_server import HubServer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
