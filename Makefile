@@ -4,8 +4,9 @@ VENV ?= .venv
 SIZE ?= small
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+DOCS = $(VENV)/.docs
 
-.PHONY: help demo demo-vision cards test assets lint coverage coverage-latest bench clean
+.PHONY: help demo demo-vision cards test assets lint coverage coverage-latest bench docs clean
 
 help:
 	@echo "make demo          MiniLM on movie reviews: fine-tune, harden, substitute, reload in stock transformers"
@@ -16,6 +17,7 @@ help:
 	@echo "make coverage-latest   the same with the newest transformers, in .venv-latest; prints what changed"
 	@echo "make bench         what λ-GELU costs, as ratios to F.gelu: activation, torch.compile, training steps, conversion"
 	@echo "make lint          ruff, the direction of imports, types"
+	@echo "make docs          the documentation into site/, strictly: names, links and anchors must hold"
 
 # torch first and pinned: its CPU build is taken where one is offered, and nothing later pulls in another
 $(STAMP): pyproject.toml constraints.txt
@@ -60,5 +62,13 @@ coverage-latest:
 bench: $(STAMP)
 	$(BIN)/python scripts/benchmark.py
 
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $(DOCS)
+
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 clean:
-	rm -rf $(VENV) .venv-latest runs build dist *.egg-info
+	rm -rf $(VENV) .venv-latest runs site build dist *.egg-info
