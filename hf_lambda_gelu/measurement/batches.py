@@ -124,7 +124,6 @@ def rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def batch_size(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """How many examples a batch holds."""
-    main = batch.get(getattr(model, "main_input_name", ""))
-    tensor = main if isinstance(main, Tensor) else next(value for value in batch.values() if isinstance(value, Tensor))
-    return max(1, len(tensor))
+    """How many examples a batch holds: labels, or else the main input, or else the first tensor."""
+    named = [batch.get("labels"), batch.get(getattr(model, "main_input_name", "")), *batch.values()]
+    return next((max(1, len(value)) for value in named if isinstance(value, Tensor) and value.dim()), 1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -13,14 +15,6 @@ from transformers import PreTrainedModel
 
 from ..structure.config import config_of
 from .batches import FORWARD_ERRORS, CalibrationError, forward_failed
-
-
-def in_decoder(model: nn.Module, block: nn.Module) -> bool:
-    """Whether the block is part of the decoder of an encoder-decoder model."""
-    if not getattr(config_of(model), "is_encoder_decoder", False):
-        return False
-    decoder = model.get_decoder()
-    return decoder is not None and any(module is block for module in decoder.modules())
 
 
 @contextlib.contextmanager
@@ -50,8 +44,8 @@ def decoder_modules(model: nn.Module) -> set[nn.Module]:
     """The modules of the decoder of an encoder-decoder model; none for other models."""
     if not getattr(config_of(model), "is_encoder_decoder", False):
         return set()
-    decoder = model.get_decoder()
-    return set() if decoder is model else set(decoder.modules())  # itself: transformers found none
+    decoder: nn.Module | None = cast(PreTrainedModel, model).get_decoder()  # type: ignore[no-untyped-call]
+    return set() if decoder is None or decoder is model else set(decoder.modules())  # itself: transformers found none
 
 
 def call(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -82,6 +76,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def random_state_kept(model: nn.Module | None) -> Iterator[None]:
+    """Within the block, random numbers may be drawn; afterwards Python, NumPy and torch draw as if they had not been."""
+    parameters = () if model is None else model.parameters()
+    devices = {index for p in parameters if p.is_cuda and (index := p.device.index) is not None}
+    state, numbers = random.getstate(), np.random.get_state()  # BigBird seeds NumPy in its forward
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numbers)
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
