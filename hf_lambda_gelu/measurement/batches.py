@@ -125,5 +125,6 @@ def rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
 
 def batch_size(model: nn.Module, batch: Mapping[str, Any]) -> int:
     """How many examples a batch holds: labels, or else the main input, or else the first tensor."""
-    named = [batch.get("labels"), batch.get(getattr(model, "main_input_name", "")), *batch.values()]
+    main = getattr(model, "main_input_name", "")  # OneFormer has a list of them
+    named = [batch.get(name) for name in ("labels", *([main] if isinstance(main, str) else main))] + list(batch.values())
     return next((max(1, len(value)) for value in named if isinstance(value, Tensor) and value.dim()), 1)

@@ -81,44 +81,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def random_state_kept(model: nn.Module | None) -> Iterator[None]:
     """Within the block, random numbers may be drawn; afterwards Python, NumPy and torch draw as if they had not been."""
-    parameters = () if model is None else model.parameters()
-    devices = {index for p in parameters if p.is_cuda and (index := p.device.index) is not None}
     state, numbers = random.getstate(), np.random.get_state()  # BigBird seeds NumPy in its forward
     try:
-        with torch.random.fork_rng(devices=sorted(devices)):
+        with torch.random.fork_rng(devices=_cuda_devices(model)):
             yield
     finally:
         random.setstate(state)
         np.random.set_state(numbers)
 
 
-def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A small deterministic batch for the model's forward, made from its main input name and its config.
+@contextlib.contextmanager
+def same_random_numbers(model: nn.Module) -> Iterator[None]:
+    """`random_state_kept`, and the numbers drawn are the same each time: ViLT's forward draws which patches it takes."""
+    with random_state_kept(model):
+        random.seed(0)
+        np.random.seed(0)
+        for generator in [torch.default_generator, *(torch.cuda.default_generators[i] for i in _cuda_devices(model))]:
+            generator.manual_seed(0)
+        yield
 
-    Raises:
-        ValueError: the main input is of a kind that cannot be guessed: pass inputs of your own.
-    """
-    generator = torch.Generator().manual_seed(0)
-    config = model.config
-    text = getattr(config, "text_config", config)
-    vision = getattr(config, "vision_config", config)
-    names = {model.main_input_name}
-    if text is not config and vision is not config:
-        names |= {"input_ids", "pixel_values"}
-    batch: dict[str, Tensor] = {}
-    if "input_ids" in names:
-        batch["input_ids"] = torch.randint(0, text.vocab_size, (2, 8), generator=generator)
-    if "pixel_values" in names:
-        size = vision.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        batch["pixel_values"] = torch.randn(2, getattr(vision, "num_channels", 3), height, width, generator=generator)
-    if "input_features" in names and hasattr(config, "num_mel_bins"):
-        frames = 2 * getattr(config, "max_source_positions", 50)
-        batch["input_features"] = torch.randn(1, config.num_mel_bins, frames, generator=generator)
-    if "input_values" in names:
-        batch["input_values"] = torch.randn(1, 4000, generator=generator)
-    if not batch:
-        raise ValueError(f"cannot make a batch for {type(model).__name__} ({model.main_input_name}): pass inputs=…")
-    if getattr(config, "is_encoder_decoder", False):
-        batch["decoder_input_ids"] = torch.randint(0, text.vocab_size, (batch[min(batch)].shape[0], 4), generator=generator)
-    return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
+
+def _cuda_devices(model: nn.Module | None) -> list[int]:
+    parameters = () if model is None else model.parameters()
+    return sorted({index for p in parameters if p.is_cuda and (index := p.device.index) is not None})

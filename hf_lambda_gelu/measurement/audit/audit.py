@@ -23,7 +23,8 @@ from ...reports import to_dict
 from ...structure.modules import is_activation, probed_base
 from ...structure.smooth_activations import calls_in_class
 from ..batches import FORWARD_ERRORS
-from ..forward import example_inputs, measuring, random_state_kept
+from ..examples.choice import example_inputs
+from ..forward import measuring, random_state_kept
 from .kinds import Group, group_of
 from .operations import Event, OperationTrace
 
@@ -199,10 +200,7 @@ def _check_runnable(model: nn.Module) -> None:
 def _arguments(model: nn.Module, inputs: Any) -> tuple[list[Any], dict[str, Any]]:
     """Positional and named arguments for forward, on the model's device; copies, as a model may write into its input."""
     if inputs is None and isinstance(model, PreTrainedModel):
-        try:
-            inputs = example_inputs(model)
-        except FORWARD_ERRORS as error:
-            raise ValueError(f"no inputs can be guessed for {type(model).__name__}: {error}. Pass inputs=…") from error
+        inputs = example_inputs(model)
     if inputs is None:
         raise ValueError(f"{type(model).__name__} is no transformers model: pass inputs=…, what its forward takes")
     tensor = next(model.parameters(), next(model.buffers(), None))
