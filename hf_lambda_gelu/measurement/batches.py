@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 
 class CalibrationError(ValueError):
-    """The calibration set cannot be used; the message says what was got and what to do. The model is as it was."""
+    """The calibration set cannot be used; the message says what was got and what to do. The model is as it was.
+
+    Example:
+        >>> try:
+        ...     hlg.calibrate(model, [])  # import hf_lambda_gelu as hlg; a converted model
+        ... except hlg.CalibrationError as error:
+        ...     print(error)  # the calibration set yielded no batch: …
+    """
 
 
 # what a forward raises when its input does not fit; out of memory is a RuntimeError too

@@ -1,4 +1,4 @@
-"""Inputs by the signature of forward, or, where it does not tell them, by the architecture."""
+"""Inputs by the architecture where the signature of forward does not tell them, else by the signature."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import special_sounds as sounds
 from .maker import Maker
 from .signature import all_inputs
 
-# The inputs of those whose signature does not tell them.
+# By model type, as configs name it.
 SPECIAL: dict[str, Callable[[Maker], dict[str, Any]]] = {
     "audio-spectrogram-transformer": sounds.audio_spectrogram,
     "blip_2_qformer": others.qformer,
@@ -82,11 +82,10 @@ SPECIAL: dict[str, Callable[[Maker], dict[str, Any]]] = {
 
 
 def inputs_by_architecture(model: PreTrainedModel, batch_size: int = 2) -> dict[str, Tensor]:
-    """Inputs that forward takes, the same ones each time.
+    """Inputs by the architecture, or else by forward's signature, the same ones each time; on the CPU, in fp32.
 
     Args:
-        model: a model of tiny_model.
-        batch_size: how many texts, images or sounds.
+        batch_size: how many texts, images or sounds; a few architectures take one only.
     """
     inputs = Maker(model, batch_size)
     made = SPECIAL[model.config.model_type](inputs) if model.config.model_type in SPECIAL else all_inputs(inputs)

@@ -36,7 +36,14 @@ def fitting(model: PreTrainedModel, value: Tensor) -> Tensor:
 
 
 class Maker:
-    """Makes the inputs of one model."""
+    """Makes the inputs of one model.
+
+    Attributes:
+        batch: how many examples there are.
+        names: of forward's arguments.
+        vision, audio: the innermost configs of the senses.
+        made: the inputs so far; some are made to fit others.
+    """
 
     def __init__(self, model: PreTrainedModel, batch: int) -> None:
         self.model, self.config, self.batch = model, model.config, batch
