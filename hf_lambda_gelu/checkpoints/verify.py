@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..measurement.audit.audit import audit
-from ..measurement.forward import evaluating, example_inputs, main_output
+from ..measurement.examples.choice import example_inputs
+from ..measurement.forward import evaluating, main_output, same_random_numbers
 from ..structure.smooth_activations import smooth_activations
 from .card import REPORT_NAME, _write_record
 
@@ -42,6 +43,7 @@ if wrong:
     sys.exit("keys that do not fit: " + ", ".join(wrong[:5]))
 for parameter in model.parameters():  # mapped memory is aligned otherwise, which can change the last bit of a product
     parameter.data = parameter.data.clone()
+torch.manual_seed(0)  # as `same_random_numbers` does
 with torch.no_grad():
     output = model.eval()(**load_file(inputs))
 save_file({k: v.contiguous() for k, v in output.items() if isinstance(v, torch.Tensor)}, outputs)
@@ -73,7 +75,7 @@ def verify_relu_pretrained(
     if model.device.type != "cpu":
         model = copy.deepcopy(model).cpu()
     inputs = {k: v.cpu() for k, v in (inputs or example_inputs(model)).items()}
-    with evaluating(model):
+    with evaluating(model), same_random_numbers(model):
         expected = main_output(model(**inputs))
     with tempfile.TemporaryDirectory() as scratch:
         source, result = os.path.join(scratch, "inputs.safetensors"), os.path.join(scratch, "outputs.safetensors")

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 
 class CalibrationError(ValueError):
-    """The calibration set cannot be used; the message says what was got and what to do. The model is as it was."""
+    """The calibration set cannot be used; the message says what was got and what to do. The model is as it was.
+
+    Example:
+        >>> try:
+        ...     hlg.calibrate(model, [])  # import hf_lambda_gelu as hlg; a converted model
+        ... except hlg.CalibrationError as error:
+        ...     print(error)  # the calibration set yielded no batch: …
+    """
 
 
 # what a forward raises when its input does not fit; out of memory is a RuntimeError too
@@ -124,7 +131,7 @@ def rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def batch_size(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """How many examples a batch holds."""
-    main = batch.get(getattr(model, "main_input_name", ""))
-    tensor = main if isinstance(main, Tensor) else next(value for value in batch.values() if isinstance(value, Tensor))
-    return max(1, len(tensor))
+    """How many examples a batch holds: labels, or else the main input, or else the first tensor."""
+    main = getattr(model, "main_input_name", "")  # OneFormer has a list of them
+    named = [batch.get(name) for name in ("labels", *([main] if isinstance(main, str) else main))] + list(batch.values())
+    return next((max(1, len(value)) for value in named if isinstance(value, Tensor) and value.dim()), 1)

@@ -7,10 +7,9 @@ E[D²] relative to E[ReLU²]: it depends on λ · std(x), which differs from lay
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,17 +19,19 @@ from torch import Tensor, nn
 from ..activation.bases import get_base
 from ..activation.hardness import DEFAULT_RELATIVE_TOLERANCE, check_hardness, check_relative_tolerance, target_hardness
 from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
+from ..reports import finite_or_none, progress, table, to_dict
+from ..structure.hooks import Hooks
 from .batches import CalibrationError, model_batches, rows, token_mask
 from .forward import decoder_modules, measuring, run_batch
 
 # A histogram of log2|x|. Its lowest bin is for 0 and what fp32 has as subnormal, taken as 0; in its highest, |x| ≥ 2¹⁰,
 # every gate is 0 or 1 at any λ ≥ 1. A bin's width displaces |x| by a factor of at most 2^(1/128).
-_PER_OCTAVE = 64
-_LOWEST, _HIGHEST = -126, 10
-_BINS = (_HIGHEST - _LOWEST) * _PER_OCTAVE
-_MAGNITUDES = torch.exp2(_LOWEST + (torch.arange(_BINS, dtype=torch.float64) + 0.5) / _PER_OCTAVE)
+_BINS_PER_OCTAVE = 64
+_LOWEST_OCTAVE, _HIGHEST_OCTAVE = -126, 10
+_BINS = (_HIGHEST_OCTAVE - _LOWEST_OCTAVE) * _BINS_PER_OCTAVE
+_MAGNITUDES = torch.exp2(_LOWEST_OCTAVE + (torch.arange(_BINS, dtype=torch.float64) + 0.5) / _BINS_PER_OCTAVE)
 _MAGNITUDES[0] = 0.0
-_PIECE = 1 << 22  # elements
+_PIECE_ELEMENTS = 1 << 22  # 32 MiB in fp64
 _MAX_HARDNESS = 1e30  # what `LambdaGELU.set_hardness` takes
 
 
@@ -44,7 +45,11 @@ class SiteStatistics:
         mean, std: of x, in its own units; std with 1/count.
         negative: fraction of x < 0, in [0, 1].
         relu_square: mean of ReLU(x)².
-        histogram: counts of log2|x|, fp64.
+        histogram: counts of log2|x| in 64 bins an octave from 2⁻¹²⁶ to 2¹⁰, fp64, shape (8704,).
+
+    Example:
+        >>> site = hlg.calibrate(model, batches).sites[0]  # import hf_lambda_gelu as hlg; a converted model
+        >>> site.relative_error(100.0), site.target_hardness(0.01)
     """
 
     name: str
@@ -81,7 +86,7 @@ class SiteStatistics:
         """The smallest λ ≥ 1 with `relative_error(λ)` ≤ `tolerance`, by bisection in log λ; at most 1e30. [derived]
 
         Where ReLU is 0 throughout, that is where f is 0 too, to fp64's accuracy. A site without pre-activations gets
-        `hardening.target_hardness` at its default, the target that knows no data.
+        `activation.hardness.target_hardness` at its default, the target that knows no data.
 
         Raises:
             ValueError: the tolerance is not a finite number > 0.
@@ -101,7 +106,12 @@ class SiteStatistics:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What `calibrate` measured. Printing it gives the table; `to_dict` what a JSON file can hold."""
+    """What `calibrate` measured. Printing it gives the table; `to_dict` what a JSON file can hold.
+
+    Example:
+        >>> report = hlg.calibrate(model, batches)  # import hf_lambda_gelu as hlg; a converted model
+        >>> report.targets(0.01)  # {module name: λ at which ReLU is within 1 %}
+    """
 
     sites: list[SiteStatistics]  # in network order
 
@@ -113,35 +123,38 @@ class CalibrationReport:
         """Per site the statistics, the relative error as ReLU and λ for 1 %; None for what is not a finite number."""
         sites = []
         for site in self.sites:
-            entry = {f.name: getattr(site, f.name) for f in fields(site) if f.compare}  # all but the histogram
+            entry = to_dict(site)
             entry["relative_error"] = site.relative_error(site.hardness)
             entry["hardness_for_1_percent"] = site.target_hardness(0.01)
-            sites.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()})
+            sites.append({name: finite_or_none(value) for name, value in entry.items()})
         return {"sites": sites}
 
     def __str__(self) -> str:
-        width = max(len(site.name) for site in self.sites)
-        header = f"{'λ':>9}  {'mean':>9}  {'std':>9}  {'% < 0':>6}  {'λ·std':>9}  {'error as ReLU':>13}  {'λ for 1 %':>9}"
-        lines = [f"pre-activations of {len(self.sites)} activations", f"  {'site':<{width}}  {header}"]
+        header = ["site", "λ", "mean", "std", "% < 0", "λ·std", "error as ReLU", "λ for 1 %"]
+        cells = []
         for s in self.sites:
-            line = f"  {s.name:<{width}}  {s.hardness:>9.4g}  "
+            row = [s.name, f"{s.hardness:.4g}"]
             if s.count:
-                line += f"{s.mean:>9.3g}  {s.std:>9.3g}  {100 * s.negative:>6.1f}  {s.hardness * s.std:>9.4g}  "
-                line += f"{100 * s.relative_error(s.hardness):>11.3g} %  {s.target_hardness(0.01):>9.4g}"
+                row += [f"{s.mean:.3g}", f"{s.std:.3g}", f"{100 * s.negative:.1f}", f"{s.hardness * s.std:.4g}"]
+                row += [f"{100 * s.relative_error(s.hardness):.3g} %", f"{s.target_hardness(0.01):.4g}"]
             else:
-                line += "no batch reached it"
-            lines.append(line)
-        return "\n".join(lines)
+                row.append("no batch reached it")
+            cells.append(row)
+        lines = table(header, [">9", ">9", ">9", ">6", ">9", ">13", ">9"], cells)
+        return "\n".join([f"pre-activations of {len(self.sites)} activations", *lines])
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
-    """Measure the pre-activations of every λ-GELU of `model`, with its present λ, in one pass over `dataloader`.
+    """Measures the pre-activations of every λ-GELU of `model`, with its present λ, in one pass over `dataloader`.
 
+    By site: count, mean, std, fraction of x < 0, mean of ReLU(x)² and a histogram of log2|x|, summed in fp64 whatever dtype
+    the model has. From these, √(E[(f(x; λ) − ReLU(x))²] / E[ReLU(x)²]) at any λ. [derived]
     The model is run in eval mode without gradients and left as it was. Padding does not count where the attention mask fits
-    what the site works on (tokens). Memory does not grow with the number of batches. The method is derived, not the paper's.
+    what the site works on (tokens). Memory does not grow with the number of batches.
 
     Args:
+        model: a converted model.
         dataloader: batches, mappings of what the model's forward takes, like those that it will see; some dozens of examples
             are enough, and labels are not needed.
 
@@ -149,14 +162,23 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
         ValueError: the model has no λ-GELU, or is on the meta device.
         CalibrationError: a loader that yields nothing usable (see `batches.model_batches`), a forward that raises, or
             pre-activations that are not finite; the message names the batch and the site.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        >>> name = "textattack/bert-base-uncased-SST-2"
+        >>> model = AutoModelForSequenceClassification.from_pretrained(name)
+        >>> batch = AutoTokenizer.from_pretrained(name)(["a good film", "a dull film"], padding=True, return_tensors="pt")
+        >>> _ = hlg.convert(model)
+        >>> print(hlg.calibrate(model, [batch]))
     """
     sites, profile = calibration_sites(model), hardness_profile(model)
-    streams = {name: _Stream() for name in sites}
+    running = {name: _RunningStatistics() for name in sites}
     decoder = decoder_modules(model)
     index = 0
     masks: dict[bool, Tensor | None] = {}
 
-    def watch(name: str, in_decoder: bool, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def watch(name: str, in_decoder: bool, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         x = rows(args[0], masks[in_decoder])
         if not bool(torch.isfinite(x).all()):
             raise CalibrationError(
@@ -164,15 +186,15 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
                 "precision, or for weights or inputs that are NaN"
             )
         for piece in pieces(x):
-            streams[name].add(piece)
+            running[name].add(piece)
 
-    with measuring(model), contextlib.ExitStack() as hooks:
+    with measuring(model), Hooks() as hooks:
         for name, site in sites.items():
-            hooks.enter_context(site.register_forward_pre_hook(partial(watch, name, site in decoder)))
-        for index, batch in enumerate(model_batches(model, dataloader)):
+            hooks.before(site, partial(watch, name, site in decoder))
+        for index, batch in enumerate(model_batches(model, progress(dataloader, "calibration"))):
             masks = {in_decoder: token_mask(batch, decoder=in_decoder) for in_decoder in (False, True)}
             run_batch(model, batch, index)
-    return CalibrationReport([stream.statistics(n, sites[n].base, profile[n]) for n, stream in streams.items()])
+    return CalibrationReport([statistics.of(n, sites[n].base, profile[n]) for n, statistics in running.items()])
 
 
 def calibration_sites(model: nn.Module) -> dict[str, LambdaGELU]:
@@ -187,12 +209,12 @@ def calibration_sites(model: nn.Module) -> dict[str, LambdaGELU]:
 
 def pieces(x: Tensor) -> Iterator[Tensor]:
     """The elements of x in order, fp64, so many at once that memory does not matter; MPS has no fp64."""
-    for piece in x.reshape(-1).split(_PIECE):
+    for piece in torch.split(x.reshape(-1), _PIECE_ELEMENTS):
         if piece.numel():
             yield (piece.cpu() if piece.device.type == "mps" else piece).double()
 
 
-class _Stream:
+class _RunningStatistics:
     """Statistics of elements that arrive piece by piece; mean and variance by Chan's update, which does not cancel."""
 
     def __init__(self) -> None:
@@ -201,7 +223,7 @@ class _Stream:
         self.histogram = torch.zeros(_BINS, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
-        """Take in the elements of x, fp64."""
+        """Takes in the elements of x, fp64."""
         mean, total = float(x.mean()), self.count + x.numel()
         shift = mean - self.mean
         self.squares += float((x - mean).square().sum()) + shift * shift * self.count * x.numel() / total
@@ -210,10 +232,10 @@ class _Stream:
         self.negative += int((x < 0).sum())
         self.relu_squares += float(x.relu().square().sum())
         # counts, not sums of weights: integers add up to the same on every device and in every order
-        bins = ((x.abs().log2() - _LOWEST) * _PER_OCTAVE).floor().clamp(0, _BINS - 1).long()
+        bins = ((x.abs().log2() - _LOWEST_OCTAVE) * _BINS_PER_OCTAVE).floor().clamp(0, _BINS - 1).long()
         self.histogram += bins.bincount(minlength=_BINS).cpu()
 
-    def statistics(self, name: str, base: str, hardness: float) -> SiteStatistics:
+    def of(self, name: str, base: str, hardness: float) -> SiteStatistics:
         n = self.count or math.nan
         values = self.mean * n / n, math.sqrt(self.squares / n), self.negative / n, self.relu_squares / n
         return SiteStatistics(name, base, hardness, self.count, *values, self.histogram)

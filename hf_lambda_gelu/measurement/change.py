@@ -7,20 +7,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction
-from transformers.trainer_pt_utils import nested_concat
 
 from ..activation.module import hardness_sites
+from ..reports import progress
+from ..structure.hooks import Hooks
 from .batches import CalibrationError, rows, token_mask
 from .forward import decoder_modules, main_output, run_batch
 
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
+
+State = Callable[[], AbstractContextManager[None]]  # within the block, the model is in that state
+
 
 @dataclass
-class Change:
+class MeasuredChange:
     """What was measured: see `SubstitutionReport`, which has the same attributes."""
 
     relative_change: float = 0.0
@@ -32,21 +37,42 @@ class Change:
 def measure_change(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
-    before_: Callable[[], AbstractContextManager[None]],
-    after_: Callable[[], AbstractContextManager[None]],
+    before: State,
+    after: State,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
-) -> Change:
-    """Run the model on each batch within both contexts, and measure what differs."""
-    change = norm = 0.0
-    losses: list[tuple[float, float]] = []
-    logits: tuple[Tensor, Tensor] | None = None
-    labels: Tensor | None = None
-    zeros = _Zeros(model)
-    for index, batch in enumerate(batches):
-        with before_():
+    total: int | None = None,
+) -> MeasuredChange:
+    """Runs the model on each batch in both states, and measures what differs.
+
+    Args:
+        compute_metrics: as for `Trainer`, called for either state on the logits of all batches that hold labels.
+        total: how many batches there are, for the progress bar, if `batches` has no length.
+
+    Raises:
+        CalibrationError: the model's forward raises, or the output changes its shape.
+    """
+    comparison, zeros = _Comparison(keep_logits=compute_metrics is not None), _Zeros(model)
+    for index, batch in enumerate(progress(batches, "measuring the change", total)):
+        with before():
             smooth = run_batch(model, batch, index)
-        with after_(), zeros.counting(batch):
+        with after(), zeros.counting(batch):
             hard = run_batch(model, batch, index)
+        comparison.add(index, batch, smooth, hard)
+    return MeasuredChange(comparison.relative_change(), comparison.metrics(compute_metrics), zeros.fractions())
+
+
+class _Comparison:
+    """Sums over the batches of what two states of a model put out."""
+
+    def __init__(self, keep_logits: bool) -> None:
+        self.keep_logits = keep_logits
+        self.change = self.norm = 0.0  # sums of squares
+        self.losses: list[tuple[float, float]] = []  # an entry for each example
+        self.logits: tuple[Tensor, Tensor] | None = None
+        self.labels: Tensor | None = None
+
+    def add(self, index: int, batch: Mapping[str, Any], smooth: Mapping[str, Any], hard: Mapping[str, Any]) -> None:
+        """Takes in what both states put out on the batch of that number."""
         before, after = main_output(smooth), main_output(hard)
         if before.shape != after.shape:  # durations that the model predicts, for one
             raise CalibrationError(
@@ -55,25 +81,42 @@ def measure_change(
                 "the change cannot be measured. Substitute without calibration, or pass inputs that fix the length"
             )
         for first, second in zip(before, after, strict=True):  # one by one: a language model's logits are large
-            change += float((second.float() - first.float()).square().sum(dtype=torch.float64))
-            norm += float(first.float().square().sum(dtype=torch.float64))
-        if batch.get("labels") is not None:
-            if smooth.get("loss") is not None:
-                size = len(batch["labels"])  # the mean over examples, as the Trainer reports it
-                losses += [(float(smooth["loss"]), float(hard["loss"]))] * size
-            if compute_metrics is None:
-                continue
-            # of unequal length under dynamic padding: padded with −100, as the Trainer does
-            both, truth = (before.float().cpu(), after.float().cpu()), batch["labels"].cpu()
-            logits = both if logits is None else nested_concat(logits, both)
-            labels = truth if labels is None else nested_concat(labels, truth)
-    report = Change((change / norm) ** 0.5 if norm else 0.0, zeros=zeros.fractions())
-    if losses:
-        report.metrics["loss"] = tuple(sum(column) / len(losses) for column in zip(*losses, strict=True))  # type: ignore[assignment]
-    if logits is not None:
-        first, second = (compute_metrics(EvalPrediction(side.numpy(), labels.numpy())) for side in logits)
-        report.metrics.update({name: (first[name], second[name]) for name in first})
-    return report
+            self.change += float((second.float() - first.float()).square().sum(dtype=torch.float64))
+            self.norm += float(first.float().square().sum(dtype=torch.float64))
+        if batch.get("labels") is None:
+            return
+        if smooth.get("loss") is not None:
+            size = len(batch["labels"])  # the mean over examples, as the Trainer reports it
+            self.losses += [(float(smooth["loss"]), float(hard["loss"]))] * size
+        if self.keep_logits:
+            self._keep((before.float().cpu(), after.float().cpu()), batch["labels"].cpu())
+
+    def _keep(self, both: tuple[Tensor, Tensor], truth: Tensor) -> None:
+        from transformers.trainer_pt_utils import nested_concat
+
+        # of unequal length under dynamic padding: padded with −100, as the Trainer does
+        self.logits = both if self.logits is None else nested_concat(self.logits, both)  # type: ignore[no-untyped-call]
+        self.labels = truth if self.labels is None else nested_concat(self.labels, truth)  # type: ignore[no-untyped-call]
+
+    def relative_change(self) -> float:
+        """‖after − before‖ / ‖before‖ of all outputs."""
+        return (self.change / self.norm) ** 0.5 if self.norm else 0.0
+
+    def metrics(
+        self, compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None
+    ) -> dict[str, tuple[float, float]]:
+        """{name: (before, after)} of the loss, if there is one, and of what `compute_metrics` returns."""
+        from transformers import EvalPrediction
+
+        found: dict[str, tuple[float, float]] = {}
+        if self.losses:
+            before, after = (sum(column) / len(self.losses) for column in zip(*self.losses, strict=True))
+            found["loss"] = (before, after)
+        if compute_metrics is not None and self.logits is not None and self.labels is not None:
+            truth = self.labels.numpy()
+            first, second = (compute_metrics(EvalPrediction(side.numpy(), truth)) for side in self.logits)
+            found.update({name: (first[name], second[name]) for name in first})
+        return found
 
 
 class _Zeros:
@@ -88,14 +131,14 @@ class _Zeros:
     def counting(self, batch: Mapping[str, Any]) -> Iterator[None]:
         masks = {in_decoder: token_mask(batch, in_decoder) for in_decoder in (False, True)}
 
-        def watch(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def watch(name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             x = rows(args[0], masks[module in self.decoder])
             self.counts[name][0] += int((x <= 0).sum())
             self.counts[name][1] += x.numel()
 
-        with contextlib.ExitStack() as hooks:
+        with Hooks() as hooks:
             for name, site in self.sites.items():
-                hooks.enter_context(site.register_forward_pre_hook(partial(watch, name)))
+                hooks.before(site, partial(watch, name))
             yield
 
     def fractions(self) -> dict[str, float]:

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-# of the largest output; λ that is no power of two is rounded into every weight
+# relative to the largest output; λ that is no power of two is rounded into every weight
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
 _FP32_TOLERANCE = 1e-5
 
 

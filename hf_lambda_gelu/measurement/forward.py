@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -13,14 +15,6 @@ from transformers import PreTrainedModel
 
 from ..structure.config import config_of
 from .batches import FORWARD_ERRORS, CalibrationError, forward_failed
-
-
-def in_decoder(model: nn.Module, block: nn.Module) -> bool:
-    """Whether the block is part of the decoder of an encoder-decoder model."""
-    if not getattr(config_of(model), "is_encoder_decoder", False):
-        return False
-    decoder = model.get_decoder()
-    return decoder is not None and any(module is block for module in decoder.modules())
 
 
 @contextlib.contextmanager
@@ -50,8 +44,8 @@ def decoder_modules(model: nn.Module) -> set[nn.Module]:
     """The modules of the decoder of an encoder-decoder model; none for other models."""
     if not getattr(config_of(model), "is_encoder_decoder", False):
         return set()
-    decoder = model.get_decoder()
-    return set() if decoder is model else set(decoder.modules())  # itself: transformers found none
+    decoder: nn.Module | None = cast(PreTrainedModel, model).get_decoder()  # type: ignore[no-untyped-call]
+    return set() if decoder is None or decoder is model else set(decoder.modules())  # itself: transformers found none
 
 
 def call(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -84,33 +78,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A small deterministic batch for the model's forward, made from its main input name and its config.
+@contextlib.contextmanager
+def random_state_kept(model: nn.Module | None) -> Iterator[None]:
+    """Within the block, random numbers may be drawn; afterwards Python, NumPy and torch draw as if they had not been."""
+    state, numbers = random.getstate(), np.random.get_state()  # BigBird seeds NumPy in its forward
+    try:
+        with torch.random.fork_rng(devices=_cuda_devices(model)):
+            yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numbers)
 
-    Raises:
-        ValueError: the main input is of a kind that cannot be guessed: pass inputs of your own.
-    """
-    generator = torch.Generator().manual_seed(0)
-    config = model.config
-    text = getattr(config, "text_config", config)
-    vision = getattr(config, "vision_config", config)
-    names = {model.main_input_name}
-    if text is not config and vision is not config:
-        names |= {"input_ids", "pixel_values"}
-    batch: dict[str, Tensor] = {}
-    if "input_ids" in names:
-        batch["input_ids"] = torch.randint(0, text.vocab_size, (2, 8), generator=generator)
-    if "pixel_values" in names:
-        size = vision.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        batch["pixel_values"] = torch.randn(2, getattr(vision, "num_channels", 3), height, width, generator=generator)
-    if "input_features" in names and hasattr(config, "num_mel_bins"):
-        frames = 2 * getattr(config, "max_source_positions", 50)
-        batch["input_features"] = torch.randn(1, config.num_mel_bins, frames, generator=generator)
-    if "input_values" in names:
-        batch["input_values"] = torch.randn(1, 4000, generator=generator)
-    if not batch:
-        raise ValueError(f"cannot make a batch for {type(model).__name__} ({model.main_input_name}): pass inputs=…")
-    if getattr(config, "is_encoder_decoder", False):
-        batch["decoder_input_ids"] = torch.randint(0, text.vocab_size, (batch[min(batch)].shape[0], 4), generator=generator)
-    return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
+
+@contextlib.contextmanager
+def same_random_numbers(model: nn.Module) -> Iterator[None]:
+    """`random_state_kept`, and the numbers drawn are the same each time: ViLT's forward draws which patches it takes."""
+    with random_state_kept(model):
+        random.seed(0)
+        np.random.seed(0)
+        for generator in [torch.default_generator, *(torch.cuda.default_generators[i] for i in _cuda_devices(model))]:
+            generator.manual_seed(0)
+        yield
+
+
+def _cuda_devices(model: nn.Module | None) -> list[int]:
+    parameters = () if model is None else model.parameters()
+    return sorted({index for p in parameters if p.is_cuda and (index := p.device.index) is not None})

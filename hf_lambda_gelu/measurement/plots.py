@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .sensitivity import SensitivityReport
 
-_LABELLED = 24  # up to so many sites, each has its tick
+_MOST_TICKS = 24  # sites; of more, no site has a tick
 
 
 def plot_hardness(
@@ -18,16 +18,23 @@ def plot_hardness(
     history: Sequence[Mapping[str, Any]] = (),
     title: str = "Learned hardness",
 ) -> Path:
-    """Write a PNG with λ per site in network order and, if `history` holds it, λ per site over the training steps.
+    """Writes a PNG with λ per site in network order and, if `history` holds it, λ per site over the training steps.
 
     Args:
         profile: {module name: λ}, as `hardness_profile` and `LambdaGELUTrainer.learned_hardness` give it.
-        path: the file to write.
+        path: the PNG file to write.
         history: `trainer.state.log_history`.
 
     Raises:
         ImportError: matplotlib is missing (`pip install hf_lambda_gelu[plots]`).
         ValueError: the profile is empty.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2))
+        >>> _ = hlg.convert(model, init_hardness=2.0)
+        >>> path = hlg.plot_hardness(hlg.hardness_profile(model), "hardness.png")
     """
     if not profile:
         raise ValueError("the hardness profile is empty: nothing to plot")
@@ -53,7 +60,7 @@ def plot_hardness(
 
 
 def plot_sensitivity(report: SensitivityReport, path: str | Path, title: str = "One site as ReLU at a time") -> Path:
-    """Write a PNG with what the substitution of each site costs, in network order, and its rank (1 costs least).
+    """Writes a PNG with what the substitution of each site costs, in network order, and its rank (1 costs least).
 
     Args:
         report: what `sensitivity` returned. The bars are the change of the loss if it has one, else of the outputs.
@@ -62,6 +69,11 @@ def plot_sensitivity(report: SensitivityReport, path: str | Path, title: str = "
     Raises:
         ImportError: matplotlib is missing (`pip install hf_lambda_gelu[plots]`).
         ValueError: the report is empty.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> report = hlg.sensitivity(model, batches)  # a converted model
+        >>> path = hlg.plot_sensitivity(report, "sensitivity.png")
     """
     if not report.sites:
         raise ValueError("the sensitivity report is empty: nothing to plot")
@@ -71,7 +83,7 @@ def plot_sensitivity(report: SensitivityReport, path: str | Path, title: str = "
     axes[0].axhline(0.0, color="black", linewidth=0.8)
     label = "relative change of the outputs" if report.loss is None else f"change of the loss   (of {report.loss:.3g})"
     axes[0].set(title=title, xlabel="site, in network order", ylabel=label)
-    if len(values) <= _LABELLED:
+    if len(values) <= _MOST_TICKS:
         axes[0].set_xlabel("site, in network order   (at the bars: rank, 1 costs least)")
         axes[0].bar_label(bars, [str(site.rank) for site in report.sites], padding=2, fontsize=8, color="dimgrey")
         axes[0].margins(y=0.1)
@@ -91,7 +103,7 @@ def _figure(columns: int, sites: int) -> tuple[Any, Any, list[Any]]:
     figure = Figure(figsize=(5.5 * columns, 3.8), layout="constrained")  # no pyplot: no global state, no display
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns, squeeze=False)[0]
-    if sites <= _LABELLED:
+    if sites <= _MOST_TICKS:
         axes[0].set_xticks(range(sites))
     return figure, axes, [colormaps["viridis"](i / max(1, sites - 1) * 0.9) for i in range(sites)]
 

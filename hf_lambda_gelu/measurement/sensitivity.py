@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..activation.module import LambdaGELU, hardness_profile
+from ..reports import length, progress, table, to_dict
 from ..structure.config import config_of
-from .batches import CalibrationError, model_batches, rows, token_mask
+from .batches import CalibrationError, batch_size, model_batches, rows, token_mask
 from .calibration import calibration_sites, pieces
 from .forward import main_output, measuring, run_batch
 
@@ -30,6 +31,10 @@ class SiteSensitivity:
         rank: 1 for the site whose substitution costs least.
         relative_change: ‖Δoutput‖ / ‖output‖ over all batches, root mean square, of the logits or the first output.
         loss_change: loss with the site as ReLU minus loss without, negative if ReLU is better; None without a loss.
+
+    Example:
+        >>> cheapest = min(report.sites, key=lambda site: site.rank)  # report = hlg.sensitivity(model, batches)
+        >>> cheapest.name, cheapest.relative_change
     """
 
     name: str
@@ -48,6 +53,10 @@ class SensitivityReport:
         sites: in network order.
         loss: of the model as it is; None if a batch gave none, and then sites are ranked by their relative change.
         examples: how many were measured.
+
+    Example:
+        >>> report = hlg.sensitivity(model, batches)  # import hf_lambda_gelu as hlg; a model after hlg.convert
+        >>> report.order[0]  # the site to begin with
     """
 
     sites: list[SiteSensitivity]
@@ -60,27 +69,32 @@ class SensitivityReport:
         return [site.name for site in sorted(self.sites, key=lambda site: site.rank)]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "order": self.order}
+        """The attributes, and `order`."""
+        return {**to_dict(self), "order": self.order}
 
     def __str__(self) -> str:
-        width = max(len(site.name) for site in self.sites)
         without = "" if self.loss is None else f"; loss {self.loss:.4f} without"
-        lines = [f"one of {len(self.sites)} activations as ReLU at a time, {self.examples} examples{without}"]
-        header = f"  {'site':<{width}}  {'λ':>9}  {'outputs':>9}"
-        lines.append(header + ("" if self.loss is None else f"  {'Δ loss':>9}") + "  rank (1: costs least)")
+        header, formats = ["site", "λ", "outputs"], [">9", ">9"]
+        if self.loss is not None:
+            header, formats = [*header, "Δ loss"], [*formats, ">9"]
+        cells = []
         for s in self.sites:
-            line = f"  {s.name:<{width}}  {s.hardness:>9.4g}  {s.relative_change:>9.2e}"
-            lines.append(line + ("" if s.loss_change is None else f"  {s.loss_change:>+9.4f}") + f"  {s.rank:>4}")
-        return "\n".join(lines)
+            row = [s.name, f"{s.hardness:.4g}", f"{s.relative_change:.2e}"]
+            cells.append([*row, *([] if s.loss_change is None else [f"{s.loss_change:+.4f}"]), str(s.rank)])
+        lines = [f"one of {len(self.sites)} activations as ReLU at a time, {self.examples} examples{without}"]
+        return "\n".join(lines + table([*header, "rank (1: costs least)"], [*formats, ">4"], cells))
 
 
 @torch.no_grad()
 def sensitivity(model: nn.Module, dataloader: Iterable[Any]) -> SensitivityReport:
-    """Measure, site by site, how the loss and the outputs change when only that site is ReLU. [derived]
+    """Measures, site by site, how the loss and the outputs change when only that site is ReLU. [derived]
 
-    The model is run in eval mode without gradients, n_sites + 1 times a batch, and left as it was; the others keep their λ.
+    With y the outputs of the model as it is and yᵢ those with site i as ReLU, the relative change of i is
+    √(Σ‖yᵢ − y‖² / Σ‖y‖²), summed over all examples in fp64. The model is run in eval mode without gradients, in its own
+    dtype, n_sites + 1 times a batch, and left as it was; the others keep their λ.
 
     Args:
+        model: a converted model.
         dataloader: batches, mappings of what the model's forward takes, iterated once. With labels, sites are ranked by the
             change of the loss, a mean over examples (each batch counts by its size, as the Trainer reports it); without, by
             the relative change of the outputs, where padding does not count.
@@ -89,38 +103,75 @@ def sensitivity(model: nn.Module, dataloader: Iterable[Any]) -> SensitivityRepor
         ValueError: the model has no λ-GELU, is on the meta device, or puts out no tensor to compare.
         CalibrationError: a loader that yields nothing usable (see `batches.model_batches`), a forward that raises, or a loss
             or outputs that are not finite; the message names the batch and the site.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        >>> name = "textattack/bert-base-uncased-SST-2"
+        >>> model = AutoModelForSequenceClassification.from_pretrained(name)
+        >>> batch = AutoTokenizer.from_pretrained(name)(["a good film", "a dull film"], padding=True, return_tensors="pt")
+        >>> _ = hlg.convert(model)
+        >>> print(hlg.sensitivity(model, [batch]))
     """
     sites, profile = calibration_sites(model), hardness_profile(model)
     decoder = bool(getattr(config_of(model), "is_encoder_decoder", False))
-    squares = dict.fromkeys(sites, 0.0)
-    losses = dict.fromkeys(sites, 0.0)
-    norm = loss = 0.0
-    examples, has_loss = 0, True
+    costs = _Costs(sites)
+    batches = length(dataloader)
+    total = None if batches is None else batches * (len(sites) + 1)
     with measuring(model):
-        for index, batch in enumerate(model_batches(model, dataloader)):
+        passes = _passes(model_batches(model, dataloader), sites)
+        for index, batch, name in progress(passes, "sensitivity", total):
             mask = token_mask(batch, decoder=decoder)
-            before, loss_before = _measured(model, batch, mask, index)
-            size = _examples(batch)
-            examples += size
-            norm += sum(float(piece.square().sum()) for piece in pieces(before))
-            has_loss = has_loss and loss_before is not None
-            loss += size * (loss_before or 0.0)
-            for name, site in sites.items():
-                with _as_relu(site):
-                    after, loss_after = _measured(model, batch, mask, index, f" with {name} as ReLU")
-                for old, new in zip(pieces(before), pieces(after), strict=True):
-                    squares[name] += float((new - old).square().sum())
-                losses[name] += size * (loss_after or 0.0)
+            if name is None:
+                costs.start(batch_size(model, batch), *_measured(model, batch, mask, index))
+            else:
+                with _as_relu(sites[name]):
+                    costs.add(name, *_measured(model, batch, mask, index, f" with {name} as ReLU"))
+    return costs.report(profile)
 
-    changes = {name: math.sqrt(square / norm) if norm else 0.0 for name, square in squares.items()}
-    loss_changes = {name: (value - loss) / examples for name, value in losses.items()}
-    cost = loss_changes if has_loss else changes
-    ranks = {name: rank for rank, name in enumerate(sorted(sites, key=cost.__getitem__), 1)}
-    found = [
-        SiteSensitivity(n, s.base, profile[n], ranks[n], changes[n], loss_changes[n] if has_loss else None)
-        for n, s in sites.items()
-    ]
-    return SensitivityReport(found, loss / examples if has_loss else None, examples)
+
+def _passes(batches: Iterable[dict[str, Any]], sites: Iterable[str]) -> Iterator[tuple[int, dict[str, Any], str | None]]:
+    """What is run: each batch with the model as it is (None), then with each site as ReLU."""
+    for index, batch in enumerate(batches):
+        for name in (None, *sites):
+            yield index, batch, name
+
+
+class _Costs:
+    """Sums over the batches: of the model as it is, and by site."""
+
+    def __init__(self, sites: Mapping[str, LambdaGELU]) -> None:
+        self.sites = sites
+        self.norm = self.loss = 0.0  # Σ‖y‖², and the sum of the loss over examples
+        self.squares = dict.fromkeys(sites, 0.0)  # Σ‖yᵢ − y‖²
+        self.losses = dict.fromkeys(sites, 0.0)
+        self.examples, self.has_loss = 0, True
+        self._size, self._before = 0, torch.empty(0)  # the batch at hand
+
+    def start(self, size: int, output: Tensor, loss: float | None) -> None:
+        """Takes in a batch of that many examples, run through the model as it is."""
+        self._size, self._before = size, output
+        self.examples += size
+        self.norm += sum(float(piece.square().sum()) for piece in pieces(output))
+        self.has_loss = self.has_loss and loss is not None
+        self.loss += size * (loss or 0.0)
+
+    def add(self, name: str, output: Tensor, loss: float | None) -> None:
+        """Takes in the same batch with that site as ReLU."""
+        for old, new in zip(pieces(self._before), pieces(output), strict=True):
+            self.squares[name] += float((new - old).square().sum())
+        self.losses[name] += self._size * (loss or 0.0)
+
+    def report(self, profile: Mapping[str, float]) -> SensitivityReport:
+        changes = {name: math.sqrt(square / self.norm) if self.norm else 0.0 for name, square in self.squares.items()}
+        loss_changes = {name: (value - self.loss) / self.examples for name, value in self.losses.items()}
+        cost = loss_changes if self.has_loss else changes
+        ranks = {name: rank for rank, name in enumerate(sorted(self.sites, key=cost.__getitem__), 1)}
+        found = [
+            SiteSensitivity(n, s.base, profile[n], ranks[n], changes[n], loss_changes[n] if self.has_loss else None)
+            for n, s in self.sites.items()
+        ]
+        return SensitivityReport(found, self.loss / self.examples if self.has_loss else None, self.examples)
 
 
 @contextmanager
@@ -145,9 +196,3 @@ def _measured(
             "labels are −100; else look for an overflow of half precision"
         )
     return output, loss
-
-
-def _examples(batch: Mapping[str, Any]) -> int:
-    labels = batch.get("labels")
-    tensors = [labels] if isinstance(labels, Tensor) else [v for v in batch.values() if isinstance(v, Tensor) and v.dim()]
-    return len(tensors[0])

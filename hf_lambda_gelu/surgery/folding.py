@@ -18,7 +18,8 @@ from transformers.activations import ACT2FN
 from ..activation.bases import BASES
 from ..activation.module import LambdaGELU, hardness_sites
 from ..measurement.difference import difference, float_outputs, tolerance
-from ..measurement.forward import call, evaluating, example_inputs
+from ..measurement.examples.choice import example_inputs
+from ..measurement.forward import call, evaluating, same_random_numbers
 from ..structure.config import LAMBDA_KEYS, STOCK_KEYS, activation_attributes, set_attribute
 from ..structure.edits import own_config, replace_module, update_config_copies
 from ..structure.linear_maps import eager_experts
@@ -122,11 +123,15 @@ def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None =
 
 
 def forward(model: nn.Module, inputs: Any) -> Callable[[], Any]:
-    """The model's forward on `inputs`, a mapping, a tensor or a tuple."""
-    if isinstance(inputs, Mapping):
-        return lambda: call(model, inputs)
-    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-    return lambda: model(*arguments)
+    """The model's forward on `inputs`, a mapping, a tensor or a tuple; with the same random numbers each time."""
+
+    def run() -> Any:
+        with same_random_numbers(model):
+            if isinstance(inputs, Mapping):
+                return call(model, inputs)
+            return model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+
+    return run
 
 
 def _refuse(folds: Mapping[str, Fold]) -> None:

@@ -16,8 +16,9 @@ from transformers.activations import ACT2FN
 from ..activation.hardness import DEFAULT_TOLERANCE, sup_error, target_hardness
 from ..activation.module import hardness_profile, hardness_sites
 from ..measurement.batches import model_batches
-from ..measurement.change import Change, measure_change
+from ..measurement.change import MeasuredChange, measure_change
 from ..measurement.forward import measuring
+from ..reports import length
 from ..structure.config import LAMBDA_KEYS, activation_attributes, set_attribute
 from ..structure.config_probe import hard_coded_sites
 from ..structure.edits import own_config, replace_module, update_config_copies
@@ -64,7 +65,7 @@ class SubstitutionReport:
         """{module name: λ before substitution}, in network order."""
         return {site.name: site.hardness for site in self.sites}
 
-    def take(self, change: Change) -> None:
+    def take(self, change: MeasuredChange) -> None:
         """Take in what was measured."""
         self.relative_change, self.metrics, self.zeros = change.relative_change, change.metrics, change.zeros
 
@@ -173,7 +174,7 @@ def relu_ize(
                     "Merge adapters before; else force=True substitutes all the same"
                 )
             batches = map(work.batch, range(work.count))
-            report.take(measure_change(model, batches, work.smooth, work.substituted, compute_metrics))
+            report.take(measure_change(model, batches, work.smooth, work.substituted, compute_metrics, work.count))
             _fold(model, stay, work.batch(0), report)
     else:
         first: list[Mapping[str, Any]] = []
@@ -181,7 +182,9 @@ def relu_ize(
             with measuring(model):
                 batches = _keeping_first(model_batches(model, calibration), first)
                 hard = partial(gates_as_relu, model)
-                report.take(measure_change(model, batches, contextlib.nullcontext, hard, compute_metrics))
+                report.take(
+                    measure_change(model, batches, contextlib.nullcontext, hard, compute_metrics, length(calibration))
+                )
         _fold(model, stay, first[0] if first else None, report)
 
     modules = set(hardness_sites(model).values())

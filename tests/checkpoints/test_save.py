@@ -38,7 +38,8 @@ from transformers import (
 )
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.measurement.forward import example_inputs, main_output
+from hf_lambda_gelu.measurement.examples.choice import example_inputs
+from hf_lambda_gelu.measurement.forward import main_output
 
 
 class Saved(NamedTuple):

@@ -123,7 +123,7 @@ def test_streaming(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many uneven batches, cut into pieces, are one; variance is not lost beside a mean 1e6 times as large."""
     x = 1e4 + 0.01 * np.random.default_rng(0).standard_normal(3000)
     whole = probed(x)
-    monkeypatch.setattr(calibration, "_PIECE", 7)
+    monkeypatch.setattr(calibration, "_PIECE_ELEMENTS", 7)
     parts = probed(*np.split(x, [1, 2, 50, 1000, 1001]))
     for site in (whole, parts):
         assert (site.count, site.negative) == (3000, 0.0)

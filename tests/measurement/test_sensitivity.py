@@ -96,7 +96,7 @@ def test_a_site_whose_relu_lowers_the_loss_costs_least() -> None:
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "albert"])
 def test_change_of_the_outputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without labels: the relative root mean square over all batches of uneven norm, at tokens that are no padding."""
-    monkeypatch.setattr(calibration, "_PIECE", 100)
+    monkeypatch.setattr(calibration, "_PIECE_ELEMENTS", 100)
     model = converted(name)
     batches = [tiny.inputs(model, seed) for seed in range(2)]
     mask = "decoder_attention_mask" if name == "t5" else "attention_mask"

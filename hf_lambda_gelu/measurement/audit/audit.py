@@ -6,30 +6,28 @@ formula is known by its numbers: of x · gate, the argument of the erf, tanh or 
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.activations import LinearActivation
 
+from ...reports import to_dict
 from ...structure.modules import is_activation, probed_base
 from ...structure.smooth_activations import calls_in_class
 from ..batches import FORWARD_ERRORS
-from ..forward import example_inputs, measuring
+from ..examples.choice import example_inputs
+from ..forward import measuring, random_state_kept
+from .kinds import Group, group_of
 from .operations import Event, OperationTrace
 
-_PIECEWISE = {"relu", "leaky_relu", "prelu", "relu6", "hardtanh", "threshold"}
-_OTHER = {"tanh", "sigmoid", "sigmoid gate", "hardsigmoid", "log_sigmoid", "erf", "erfc", "lstm", "gru"}
 _NO_ACTIVATION = (nn.Softmax, nn.Softmin, nn.Softmax2d, nn.LogSoftmax, LinearActivation)
 
 
@@ -54,9 +52,9 @@ class AuditEntry:
     zeros: float | None = None
 
     @property
-    def group(self) -> str:
+    def group(self) -> Group:
         """ "piecewise": piecewise linear; "other": bounded or a gate; "smooth": all else, ReLU² and hardswish too."""
-        return "piecewise" if self.kind in _PIECEWISE else "other" if self.kind in _OTHER else "smooth"
+        return group_of(self.kind)
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,10 @@ class AuditReport:
         entries: in the order of their first call.
         unreached: (module name, what) of activations that the pass did not come to, so that it says nothing about them.
         opaque: operations that are not torch's own: what they do inside is not seen.
+
+    Example:
+        >>> report = hlg.audit("runs/bert-relu")  # import hf_lambda_gelu as hlg
+        >>> report.is_relu, report.counts
     """
 
     model: str
@@ -91,8 +93,9 @@ class AuditReport:
         return not self.smooth and "relu" in self.counts
 
     def to_dict(self) -> dict[str, Any]:
-        entries = [asdict(entry) | {"group": entry.group} for entry in self.entries]
-        return asdict(self) | {"entries": entries, "counts": self.counts, "is_relu": self.is_relu}
+        """The attributes, each entry with its group, and `counts` and `is_relu`."""
+        entries = [to_dict(entry) | {"group": entry.group} for entry in self.entries]
+        return to_dict(self) | {"entries": entries, "counts": self.counts, "is_relu": self.is_relu}
 
     def __str__(self) -> str:
         rows: dict[tuple[str, str, str], list[AuditEntry]] = {}
@@ -121,7 +124,7 @@ class AuditReport:
 
 
 def audit(model_or_path: nn.Module | str | os.PathLike[str], inputs: Any = None) -> AuditReport:
-    """Run the model once and tell which activations ran, whatever the modules and the config are called.
+    """Runs the model once and tells which activations ran, whatever the modules and the config are called.
 
     Softmax, normalisation and rotary embeddings are no activations; neither is a function of parameters alone. What is seen
     are torch's operations: kernels that go past them (a compiled extension) are not.
@@ -136,18 +139,23 @@ def audit(model_or_path: nn.Module | str | os.PathLike[str], inputs: Any = None)
         TypeError: neither a module nor a path; inputs of another type.
         ValueError: a folder without a model, a model on meta or compiled, no inputs and none to be guessed, or a
             forward that raises.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> from transformers import BertConfig, BertModel
+        >>> print(hlg.audit(BertModel(BertConfig(num_hidden_layers=2))))
     """
     if isinstance(model_or_path, nn.Module):
         model = model_or_path
     elif isinstance(model_or_path, (str, os.PathLike)):
-        with _random_state_kept(None):
+        with random_state_kept(None):
             model = _load(os.fspath(model_or_path))
     else:
         raise TypeError(f"audit expects a module or the folder of a checkpoint, got {type(model_or_path).__name__}")
     _check_runnable(model)
     args, kwargs = _arguments(model, inputs)
     trace = OperationTrace(model)
-    with _random_state_kept(model), measuring(model), torch.no_grad():
+    with random_state_kept(model), measuring(model), torch.no_grad():
         try:
             with trace.watching(model), trace:
                 model(*args, **kwargs)
@@ -166,7 +174,7 @@ def _entries(events: list[Event]) -> Iterator[AuditEntry]:
             groups.setdefault((event.name, event.kind), []).append(event)
     for (name, kind), events in groups.items():
         size = sum(event.size for event in events)
-        zeros = sum(event.zeros for event in events) / size if size else None
+        zeros = sum(event.zeros or 0 for event in events) / size if size else None
         yield AuditEntry(name, kind, len(events), events[0].hardness, events[0].base, zeros)
 
 
@@ -174,7 +182,7 @@ def _load(folder: str) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], AutoModel)
-        return cls.from_pretrained(folder, config=config, local_files_only=True)
+        return cast(PreTrainedModel, cls.from_pretrained(folder, config=config, local_files_only=True))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(
             f"no model could be loaded from {folder!r}: {error}. Expected a folder with config.json and weights, as "
@@ -192,20 +200,15 @@ def _check_runnable(model: nn.Module) -> None:
 def _arguments(model: nn.Module, inputs: Any) -> tuple[list[Any], dict[str, Any]]:
     """Positional and named arguments for forward, on the model's device; copies, as a model may write into its input."""
     if inputs is None and isinstance(model, PreTrainedModel):
-        try:
-            inputs = example_inputs(model)
-        except FORWARD_ERRORS as error:
-            raise ValueError(f"no inputs can be guessed for {type(model).__name__}: {error}. Pass inputs=…") from error
+        inputs = example_inputs(model)
     if inputs is None:
         raise ValueError(f"{type(model).__name__} is no transformers model: pass inputs=…, what its forward takes")
     tensor = next(model.parameters(), next(model.buffers(), None))
 
     def placed(value: Any) -> Any:
-        return (
-            value.detach().clone().to(value.device if tensor is None else tensor.device)
-            if isinstance(value, Tensor)
-            else value
-        )
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().clone().to(value.device if tensor is None else tensor.device)
 
     if isinstance(inputs, Mapping):
         return [], {name: placed(value) for name, value in inputs.items()}
@@ -221,20 +224,9 @@ def _unreached(model: nn.Module, reached: set[nn.Module]) -> Iterator[tuple[str,
         if is_activation(module) or probed_base(module) is not None:
             yield name, type(module).__name__
         else:  # an expert whose forward calls F.gelu
-            yield from ((name, call) for call in calls_in_class(type(module)))
+            cls: type = type(module)
+            yield from ((name, call) for call in calls_in_class(cls))
 
 
 def _pattern(name: str) -> str:
     return re.sub(r"\b\d+\b", "*", name) or "the model itself"
-
-
-@contextlib.contextmanager
-def _random_state_kept(model: nn.Module | None) -> Iterator[None]:
-    devices = {p.device.index for p in model.parameters() if p.is_cuda} if model is not None else set()
-    state, numbers = random.getstate(), np.random.get_state()  # BigBird seeds NumPy in its forward
-    try:
-        with torch.random.fork_rng(devices=sorted(devices)):
-            yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numbers)

@@ -6,25 +6,25 @@ At a product x · gate, the gate's argument is recovered from its value, and mus
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-_SAMPLES = 1024  # elements that are compared
-_FEWEST = 4  # below, anything is proportional to anything
+_SAMPLED_ELEMENTS = 1024  # that are compared
+_FEWEST_ELEMENTS = 4  # below, anything is proportional to anything
 _FEWEST_TO_SORT = 16
-_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}  # a few roundings
+_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}  # relative: a few roundings
 _FP32_TOLERANCE = 2e-4
 
 
 def sample(x: Tensor) -> Tensor:
     """Elements at fixed places, the same ones in tensors of one shape, in the dtype of `x`."""
     flat = x.detach().reshape(-1)
-    if len(flat) <= _SAMPLES:
+    if len(flat) <= _SAMPLED_ELEMENTS:
         return flat.clone()
     # a prime step, as a step that divides the features would take them all from one neuron
-    return flat[torch.arange(_SAMPLES, device=x.device) * 1_000_003 % len(flat)]
+    return flat[torch.arange(_SAMPLED_ELEMENTS, device=x.device) * 1_000_003 % len(flat)]
 
 
 def formula(operation: str, argument: Tensor, value: Tensor, x: Tensor, gate: Tensor) -> tuple[str, float | None] | None:
@@ -40,17 +40,24 @@ def formula(operation: str, argument: Tensor, value: Tensor, x: Tensor, gate: Te
     p, t, x, gate = (tensor[finite] for tensor in (p, t, x, gate))
     bases, wholes = _CANDIDATES[operation]
     scale = next((c for whole in wholes if (c := _proportion(gate, whole(t), tolerance)) is not None), None)
-    fits: list[tuple[str, float]] = []
-    for base, inverse in bases.items() if scale is not None else ():
-        slope = _proportion(inverse(p), x, tolerance)
-        # 0.5 * x may come first, so that x here is half of it, or 0.5 may come last
-        fits += [] if slope is None else [(base, slope / scale), (base, slope)]
+    fits = [] if scale is None else list(_fits(bases, p, x, scale, tolerance))
     for base, hardness in fits:
         if abs(hardness - 1.0) < 0.01:
             return base, None
     if fits:
         return next(((base, hardness) for base, hardness in fits if hardness > 1.0), fits[-1])
     return ("self_gated", None) if operation != "exp" and _rise_together(p, x, tolerance) else None
+
+
+def _fits(
+    bases: Mapping[str, Callable[[Tensor], Tensor]], p: Tensor, x: Tensor, scale: float, tolerance: float
+) -> Iterator[tuple[str, float]]:
+    """(base, λ) of each base by whose inverse the gate's argument p is proportional to x."""
+    for base, inverse in bases.items():
+        slope = _proportion(inverse(p), x, tolerance)
+        if slope is not None:  # 0.5 * x may come first, so that x here is half of it, or 0.5 may come last
+            yield base, slope / scale
+            yield base, slope
 
 
 def _rise_together(p: Tensor, x: Tensor, tolerance: float) -> bool:
@@ -63,7 +70,7 @@ def _rise_together(p: Tensor, x: Tensor, tolerance: float) -> bool:
 
 def _proportion(y: Tensor, x: Tensor, tolerance: float) -> float | None:
     """k > 0 with y = kx, None if there is none or too little to tell it by."""
-    if len(x) < _FEWEST or not bool((x != x[0]).any()):
+    if len(x) < _FEWEST_ELEMENTS or not bool((x != x[0]).any()):
         return None
     factor = float(y @ x) / float(x @ x)
     good = factor > 0.0 and float((y - factor * x).norm()) <= tolerance * float(y.norm())

@@ -15,39 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...activation.module import LambdaGELU
 from .formulas import formula, sample
-
-# Operations that are activations as they are; those whose arguments decide are in _BY_ARGUMENTS.
-_OPERATIONS = {
-    **{name: name for name in ("silu", "mish", "softplus", "celu", "hardswish", "relu", "leaky_relu", "hardsigmoid")},
-    "glu": "sigmoid gate",
-    "_prelu_kernel": "prelu",
-    "rrelu_with_noise": "leaky_relu",  # in eval mode
-    "log_sigmoid_forward": "log_sigmoid",
-    "expm1": "expm1",  # the smooth half of an ELU or xIELU that is written as a formula
-    "_thnn_fused_lstm_cell": "lstm",
-    "_thnn_fused_gru_cell": "gru",
-}
-_RECURRENT = ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")  # one operation for a whole layer
-_BY_ARGUMENTS = {"gelu", "elu", "threshold", "maximum", "hardtanh", "clamp", "clamp_min", *_RECURRENT}
-_GATES = ("erf", "erfc", "tanh", "sigmoid", "exp")  # may be part of a formula
-# what may stand between a gate and the product with x
-_STEPS = (
-    "add",
-    "sub",
-    "rsub",
-    "mul",
-    "div",
-    "reciprocal",
-    "neg",
-    "_to_copy",
-    "clone",
-    "detach",
-    "alias",
-    "view",
-    "_unsafe_view",
-)
-
-_ZEROS = {"relu", "relu6", "threshold"}  # kinds that make zeros
+from .kinds import BETWEEN, GATES, MAKES_ZEROS, kind_of
 
 
 @dataclass
@@ -73,13 +41,13 @@ class Tag:
     value: Tensor | None = None
 
 
-class OperationTrace(TorchDispatchMode):
+class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Sees every operation and which module runs it."""
 
     supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: dict[nn.Module, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             self.names.setdefault(module, []).append(name)
@@ -103,20 +71,21 @@ class OperationTrace(TorchDispatchMode):
         name = next((n for n in names if n.startswith(f"{inside}.")), names[0])
         self.stack.append((name, module))
         self.reached.add(module)
-        if self._inside_lambda_gelu():
-            self.events.append(Event(name, "lambda_gelu", float(module.hardness), module.base))
+        if (site := self._soft_site()) is not None:
+            self.events.append(Event(name, "lambda_gelu", float(site.hardness), site.base))
 
     def _leave(self, module: nn.Module, *_: object) -> None:
         if self.stack[-1][1] is module:
             self.stack.pop()
 
-    def _inside_lambda_gelu(self) -> bool:
+    def _soft_site(self) -> LambdaGELU | None:
+        """The λ-GELU that is running, if one is."""
         module = self.stack[-1][1]
-        return isinstance(module, LambdaGELU) and not module.as_relu
+        return module if isinstance(module, LambdaGELU) and not module.as_relu else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._inside_lambda_gelu():
+        if self._soft_site() is not None:
             return func(*args, **kwargs)
         library, _, operation = func._schema.name.partition("::") if isinstance(func, OpOverload) else (str(func), "", "")
         if func is torch.ops.hf_lambda_gelu.forward.default:  # `lambda_gelu` as a function
@@ -130,13 +99,13 @@ class OperationTrace(TorchDispatchMode):
         # what must be known before it runs, as it may write over its arguments
         kind = argument = None
         if args and _is_activation_input(args[0]):
-            kind = _direct_kind(operation, func, args, kwargs)
-            argument = sample(args[0]) if operation in _GATES else None
+            kind = kind_of(operation, func, args, kwargs)
+            argument = sample(args[0]) if operation in GATES else None
         if operation in ("mul", "div"):
             self._product(operation, args[0], args[1])
         elif operation == "pow":
             self._power(args[0], args[1])
-        carried = self._carried(args) if operation in _STEPS else None
+        carried = self._carried(args) if operation in BETWEEN else None
         result = func(*args, **kwargs)
         out = result[0] if isinstance(result, (tuple, list)) and result else result
         if isinstance(out, Tensor):
@@ -151,7 +120,7 @@ class OperationTrace(TorchDispatchMode):
         name = self.stack[-1][0]
         if kind is not None:
             event = Event(name, kind)
-            if kind in _ZEROS:
+            if kind in MAKES_ZEROS:
                 event.zeros, event.size = int((out == 0).sum()), out.numel()
             self.events.append(event)
             return Tag(event, operation, out.shape) if kind == "relu" else None
@@ -161,7 +130,8 @@ class OperationTrace(TorchDispatchMode):
         return Tag(self.events[-1], operation, out.shape, argument, sample(out))
 
     def _tag(self, value: object) -> Tag | None:
-        return self.tags.get(value) if isinstance(value, Tensor) else None
+        found: Tag | None = self.tags.get(value) if isinstance(value, Tensor) else None  # type: ignore[no-untyped-call]
+        return found
 
     def _carried(self, args: tuple[Any, ...]) -> Tag | None:
         """The tag of the one argument that has one, if the others are numbers."""
@@ -175,14 +145,13 @@ class OperationTrace(TorchDispatchMode):
             self._power(first, 2)
         for gate, x in ((second, first), (first, second))[: 1 if operation == "div" else 2]:
             tag = self._tag(gate)
-            if tag is None or tag.value is None or not isinstance(x, Tensor) or x.numel() == 1:
+            if tag is None or tag.argument is None or tag.value is None or not isinstance(x, Tensor) or x.numel() == 1:
                 continue
             found = None
-            if gate.shape == x.shape == tag.shape:
+            if isinstance(gate, Tensor) and gate.shape == x.shape == tag.shape:
                 values = sample(gate)
-                found = formula(
-                    tag.operation, tag.argument, tag.value, sample(x), values.reciprocal() if operation == "div" else values
-                )
+                values = values.reciprocal() if operation == "div" else values
+                found = formula(tag.operation, tag.argument, tag.value, sample(x), values)
             if found is not None:  # the formula is the work of the module that multiplies
                 tag.event.kind, tag.event.hardness = found
                 tag.event.name = self.stack[-1][0]
@@ -193,40 +162,12 @@ class OperationTrace(TorchDispatchMode):
     def _power(self, x: object, exponent: object) -> None:
         """Is it the square of a ReLU? By its module or one around it, as a normalisation after it squares too."""
         tag, name = self._tag(x), self.stack[-1][0]
-        inside = tag is not None and (not name or f"{tag.event.name}.".startswith(f"{name}."))
-        if inside and tag.event.kind == "relu" and exponent == 2:
+        if tag is None or tag.event.kind != "relu" or exponent != 2:
+            return
+        if not name or f"{tag.event.name}.".startswith(f"{name}."):
             tag.event.kind = "relu2"
 
 
 def _is_activation_input(x: object) -> bool:
     # a function of a parameter is a parametrisation
     return isinstance(x, Tensor) and x.is_floating_point() and not any(isinstance(t, nn.Parameter) for t in (x, x._base))
-
-
-def _direct_kind(operation: str, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The activation that this operation is, None if it is none by itself."""
-    if operation not in _BY_ARGUMENTS:
-        return _OPERATIONS.get(operation)
-    schema = func._schema.arguments
-    values = {a.name: a.default_value for a in schema} | dict(zip([a.name for a in schema], args, strict=False)) | kwargs
-    if operation == "gelu":
-        return "gelu_tanh" if values["approximate"] == "tanh" else "gelu"
-    if operation == "elu":
-        return "elu" if values["scale"] == 1 else "selu"
-    if operation == "threshold":
-        return "relu" if values["threshold"] == values["value"] == 0 else "threshold"
-    if operation == "maximum":
-        return "relu" if any(t.numel() == 1 and _number(t) == 0.0 for t in args) else None
-    if operation in _RECURRENT:
-        return ("relu", "tanh", "lstm", "gru")[values["mode"]]
-    low, high = (
-        _number(values.get(name)) for name in (("min_val", "max_val") if operation == "hardtanh" else ("min", "max"))
-    )
-    if low == 0.0 and high in (None, 6.0):
-        return "relu" if high is None else "relu6"
-    return "hardtanh" if operation == "hardtanh" else None  # other clamps are guards against overflow
-
-
-def _number(value: Any) -> float | None:
-    """None of a tensor with more than one element too."""
-    return None if value is None or (isinstance(value, Tensor) and value.numel() != 1) else float(value)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ...measurement.batches import CalibrationError, batch_size, model_batches, token_mask
-from ...measurement.forward import in_decoder
+from ...measurement.forward import decoder_modules
 from ...structure.linear_maps import LinearMap, Trace, eager_experts, trace
 from .blocks import Chain, plan
 from .meeting_point import Meeting, Observed, find_meeting, observe
@@ -100,7 +100,7 @@ class Compensation(Twin):
                 meeting = find_meeting(module, self.calls("smooth", 0, chain, step)[0], maps[0])
         sums = {m.label: (_empty(m), _empty(m)) for m in maps}
         norm = 0.0
-        decoder = in_decoder(self.model, module)
+        decoder = module in decoder_modules(self.model)
         examples = 0
         for index in range(self.count):
             batch = self.batch(index)

@@ -1,0 +1,1 @@
+"""Makes inputs for a transformers model that came without any: `choice.example_inputs`."""
