@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch import Tensor
 from transformers import (
     ASTConfig,
