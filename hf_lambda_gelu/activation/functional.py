@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._compat import functorch_active
 from .bases import get_base
 from .hardness import check_hardness
 from .kernels.dispatch import LambdaGELUFunction
@@ -44,7 +45,7 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
         )
     if hardness.dim() > x.dim():
         hardness = hardness.reshape(())  # shape (1,) would broadcast a zero-dim x
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or functorch_active():
         # Torch's operations are what transforms know and compilers fuse. What a compiler derives from them saves x and λ
         # alone too, and takes F.gelu's time (scripts/benchmark.py --only compile), where derivatives by hand fused worse.
         return value(x, hardness, member)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .._compat import was_loaded
 from .bases import get_base
 from .functional import lambda_gelu
 from .hardness import check_hardness, raw_from_hardness
@@ -87,7 +88,7 @@ class LambdaGELU(nn.Module):
         self.__dict__["_initialized_by_hf"] = value
         if not value or self.raw_hardness.is_meta:
             return
-        if getattr(self.raw_hardness, "_is_hf_initialized", False):
+        if was_loaded(self.raw_hardness):
             _check_raw(self.raw_hardness, "the checkpoint's raw_hardness")
         else:
             init.constant_(self.raw_hardness, raw_from_hardness(self.init_hardness, self.temperature))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .._compat import without_torch_function
 from ..activation.module import hardness_sites
 
 Key = tuple[int, tuple[int, ...]]
@@ -58,7 +59,7 @@ class watch_linears(TorchFunctionMode):
         read = _READERS.get(func)
         if read is None:
             return output
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             call = read(output, *args, **(kwargs or {}))
             new = self.watcher(call) if call is not None else None
         return output if new is None else new.movedim(-1, 1) if call.moved else new

@@ -10,8 +10,10 @@ from pathlib import Path
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
+
+from .._compat import generation_config_in_config
 
 
 def saved_class(folder: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
@@ -66,9 +68,7 @@ def load_on_meta(
         model.config.quantization_config = quantised
     if model.can_generate() and not (folder / GENERATION_CONFIG_NAME).is_file():
         # an old checkpoint has the settings in config.json, which is rewritten without them
-        model.generation_config = GenerationConfig.from_pretrained(
-            folder, config_file_name=CONFIG_NAME, _from_model_config=True
-        )
+        model.generation_config = generation_config_in_config(folder, CONFIG_NAME)
     return model
 
 

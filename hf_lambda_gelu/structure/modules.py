@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, activations
 
+from .._compat import has_peft_config
 from ..activation.bases import BASES
 from ..activation.module import LambdaGELU
 
@@ -64,7 +65,7 @@ def transformers_parts(model: nn.Module) -> dict[str, PreTrainedModel]:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether PEFT has put adapters into the model: its checkpoints then hold these alone."""
-    return hasattr(model, "merge_and_unload") or bool(getattr(model, "_hf_peft_config_loaded", False))
+    return hasattr(model, "merge_and_unload") or has_peft_config(model)
 
 
 def quantised_weight(model: nn.Module) -> str | None:
