@@ -49,7 +49,8 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
         # Torch's operations are what transforms know and compilers fuse. What a compiler derives from them saves x and λ
         # alone too, and takes F.gelu's time (scripts/benchmark.py --only compile), where derivatives by hand fused worse.
         return value(x, hardness, member)
-    return LambdaGELUFunction.apply(x, hardness, base)
+    out: Tensor = LambdaGELUFunction.apply(x, hardness, base)  # type: ignore[no-untyped-call]
+    return out
 
 
 def lambda_gelu_reference(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tensor:

@@ -81,7 +81,7 @@ class LambdaGELU(nn.Module):
     # initialise λ. `init.constant_` skips a parameter that was loaded.
     @property
     def _is_hf_initialized(self) -> bool:
-        return self.__dict__.get("_initialized_by_hf", False)
+        return bool(self.__dict__.get("_initialized_by_hf", False))
 
     @_is_hf_initialized.setter
     def _is_hf_initialized(self, value: bool) -> None:
@@ -106,7 +106,7 @@ class LambdaGELU(nn.Module):
         # .half() and .to(bfloat16) move λ but do not round it
         kept, grad = self.raw_hardness.data, self.raw_hardness.grad
         grad = None if grad is None else grad.detach()  # an alias, as the cast replaces the data of the gradient itself
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         raw = self.raw_hardness
         if raw.dtype in (torch.float16, torch.bfloat16):
             raw.grad = None  # a gradient has its parameter's dtype, at every moment

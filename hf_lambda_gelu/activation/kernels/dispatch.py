@@ -11,8 +11,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +45,23 @@ def set_kernels(choice: Choice) -> Choice:
     return before
 
 
+class Kernel(Protocol):
+    """What a module with a fused kernel offers: `cpu`, `cuda`."""
+
+    @property
+    def DTYPES(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of x that it takes."""
+
+    def unavailable(self) -> str | None:
+        """What keeps the kernel from running on this machine, in words; None if nothing does."""
+
+    def forward(self, x: Tensor, hardness: Tensor, base: str) -> Tensor:
+        """f(x; λ), laid out as x."""
+
+    def backward(self, grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tensor, Tensor]:
+        """∂L/∂x, laid out as x, and ∂L/∂λ, of λ's shape and dtype."""
+
+
 class LambdaGELUFunction(torch.autograd.Function):
     """f = x gate(λx), with ∂f/∂x = gate(u) + u gate'(u) and ∂f/∂λ = x² gate'(u), u = λx. [derived]
 
@@ -59,7 +75,8 @@ class LambdaGELUFunction(torch.autograd.Function):
         _save(ctx, (x, hardness, base), None)
         if not _operators(x):
             return eager.value(x, hardness, get_base(base))
-        return torch.ops.hf_lambda_gelu.forward(x, hardness, base)
+        out: Tensor = torch.ops.hf_lambda_gelu.forward(x, hardness, base)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -86,11 +103,12 @@ def _backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Ten
     return fused.backward(grad, x, hardness, base)
 
 
-def _fused(x: Tensor, hardness: Tensor) -> ModuleType | None:
+def _fused(x: Tensor, hardness: Tensor) -> Kernel | None:
     """The module whose kernel takes these tensors, if the choice allows it."""
     if _choice == "torch":
         return None
     kernel = _kernel(x.device.type)
+    missing: str | None = None
     if kernel is None:
         missing = f"there is no fused kernel for {x.device.type} devices"
     elif x.dtype not in kernel.DTYPES:
@@ -107,7 +125,7 @@ def _fused(x: Tensor, hardness: Tensor) -> ModuleType | None:
 
 
 @functools.cache
-def _kernel(device: str) -> ModuleType | None:
+def _kernel(device: str) -> Kernel | None:
     if device == "cuda":
         from . import cuda  # which imports Triton: seconds, and for nothing on a CPU
 
