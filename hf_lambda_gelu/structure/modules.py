@@ -12,17 +12,21 @@ from transformers import PreTrainedModel, activations
 from .._compat import has_peft_config
 from ..activation.bases import BASES
 from ..activation.module import LambdaGELU
+from .config import STOCK_KEYS
 
-_CLASS_BASES: dict[type[nn.Module], str] = {
-    activations.GELUActivation: "gelu",
-    activations.NewGELUActivation: "gelu_tanh",
-    activations.FastGELUActivation: "gelu_tanh",
-    activations.AccurateGELUActivation: "gelu_tanh",
-    activations.GELUTanh: "gelu_tanh",
-    activations.QuickGELUActivation: "quick_gelu",
-    activations.SiLUActivation: "silu",
-    nn.SiLU: "silu",
-}
+
+def _class_bases() -> dict[type[nn.Module], str]:
+    """{class: base} of what `ACT2CLS` builds under the family's names; an entry that another package put there is probed."""
+    found: dict[type[nn.Module], str] = {nn.SiLU: "silu"}
+    for key, base in STOCK_KEYS.items():
+        entry = activations.ACT2CLS.get(key)
+        cls = entry[0] if isinstance(entry, tuple) else entry
+        if getattr(cls, "__module__", "").startswith(("torch.nn.", activations.__name__)):
+            found[cls] = base
+    return found
+
+
+_CLASS_BASES = _class_bases()
 
 
 def base_of(module: nn.Module) -> str | None:
@@ -95,4 +99,5 @@ def is_activation(module: nn.Module) -> bool:
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules with a shared instance under each of its names (xlm and flaubert share one activation)."""
-    return model.named_modules(remove_duplicate=False)
+    modules: Iterator[tuple[str, nn.Module]] = model.named_modules(remove_duplicate=False)
+    return modules

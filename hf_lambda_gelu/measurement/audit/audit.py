@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.activations import LinearActivation
 
+from ...structure.modelling_code import calls_in_class
 from ...structure.modules import is_activation, probed_base
-from ...structure.smooth_activations import calls_in_class
 from ..batches import FORWARD_ERRORS
 from ..forward import example_inputs, measuring
 from .operations import Event, OperationTrace
