@@ -163,7 +163,7 @@ class Parameters:
         self.stacks = [p for p in self.names if p.dim() == 3]
 
     def find(self, call: LinearCall) -> LinearMap | None:
-        """The linear map of this call, None if its weight or bias is neither a parameter of the model nor an expert's slice."""
+        """The linear map of this call; None if its weight is neither a parameter nor an expert's, or its bias is none."""
         pointer = call.weight.data_ptr()
         whole = self.by_pointer.get(pointer)
         bias = None if call.bias is None else self.by_pointer.get(call.bias.data_ptr())

@@ -21,7 +21,7 @@ def _class_bases() -> dict[type[nn.Module], str]:
     for key, base in STOCK_KEYS.items():
         entry = activations.ACT2CLS.get(key)
         cls = entry[0] if isinstance(entry, tuple) else entry
-        if getattr(cls, "__module__", "").startswith(("torch.nn.", activations.__name__)):
+        if isinstance(cls, type) and cls.__module__.startswith(("torch.nn.", activations.__name__)):
             found[cls] = base
     return found
 
