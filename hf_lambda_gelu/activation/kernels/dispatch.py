@@ -26,17 +26,37 @@ _choice: Choice = "auto"
 
 
 class KernelUnavailable(RuntimeError):
-    """A fused kernel was asked for and cannot run; the message says what is missing."""
+    """A fused kernel was asked for, by `set_kernels("fused")`, and cannot run; the message says what is missing.
+
+    Example:
+        >>> import torch
+        >>> import hf_lambda_gelu as hlg
+        >>> before = hlg.set_kernels("fused")
+        >>> try:
+        ...     hlg.lambda_gelu(torch.ones(3, dtype=torch.float64), 2.0)
+        ... except hlg.KernelUnavailable as error:
+        ...     print(str(error).split(";")[0])
+        there is no fused kernel for torch.float64 on cpu
+        >>> hlg.set_kernels(before)
+        'fused'
+    """
 
 
 def set_kernels(choice: Choice) -> Choice:
-    """Choose what runs λ-GELU in eager mode, in this process; returns the choice before.
+    """Chooses what runs λ-GELU in eager mode, in this process; returns the choice before.
 
     "auto" (the default) takes the fused kernel where there is one and says once, in a warning, what keeps it from running.
     "fused" raises instead. "torch" takes torch's own operations: two to seven times the time of F.gelu on a CPU.
 
     Raises:
         ValueError: none of the three.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> hlg.set_kernels("torch")
+        'auto'
+        >>> hlg.set_kernels("auto")
+        'torch'
     """
     global _choice
     if choice not in ("auto", "fused", "torch"):
