@@ -1,36 +1,42 @@
 """λ-GELU for Hugging Face transformers: from a pretrained GELU network to a ReLU network.
 
 Importing registers the activation keys `lambda_gelu`, `lambda_gelu_tanh`, `lambda_quick_gelu` and `lambda_silu` in
-transformers' activation tables, and does nothing else.
+transformers' activation tables, and does nothing else. The module that a name comes from is loaded when the name is first
+used, so that the import brings no Trainer, data sets or plots.
 """
 
-from .activation.functional import lambda_gelu, lambda_gelu_reference
-from .activation.hardness import sup_error, target_hardness
-from .activation.kernels.dispatch import KernelUnavailable, set_kernels
-from .activation.module import LambdaGELU, hardness_profile, hardness_sites
-from .activation.registry import register
-from .checkpoints.card import CardDetails
-from .checkpoints.hub import PushError, push_relu_to_hub
-from .checkpoints.on_disk import CheckpointReport, convert_checkpoint, relu_ize_checkpoint
-from .checkpoints.remote_code import save_with_code
-from .checkpoints.save import save_relu_pretrained
-from .checkpoints.verify import VerificationError, verify_relu_pretrained
-from .measurement.audit.audit import AuditReport, audit
-from .measurement.batches import CalibrationError
-from .measurement.calibration import CalibrationReport, SiteStatistics, calibrate
-from .measurement.plots import plot_hardness, plot_sensitivity
-from .measurement.sensitivity import SensitivityReport, SiteSensitivity, sensitivity
-from .structure.loading import CheckpointError
-from .surgery.conversion import ConversionError, ConversionReport, convert
-from .surgery.folding import FoldError, FoldReport, fold
-from .surgery.gates import SoftGateError, gates_as_relu
-from .surgery.substitution import SubstitutionReport, relu_ize
-from .training.arguments import LambdaGELUTrainingArguments
-from .training.optimizer import attach_hardness_update
-from .training.schedule import HardeningSchedule
-from .training.trainer import LambdaGELUTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from .activation.registry import register
+
+if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MODULES says the same to Python
+    from .activation.functional import lambda_gelu, lambda_gelu_reference
+    from .activation.hardness import sup_error, target_hardness
+    from .activation.kernels.dispatch import KernelUnavailable, set_kernels
+    from .activation.module import LambdaGELU, hardness_profile, hardness_sites
+    from .checkpoints.card import CardDetails
+    from .checkpoints.hub import PushError, push_relu_to_hub
+    from .checkpoints.on_disk import CheckpointReport, convert_checkpoint, relu_ize_checkpoint
+    from .checkpoints.remote_code import save_with_code
+    from .checkpoints.save import save_relu_pretrained
+    from .checkpoints.verify import VerificationError, verify_relu_pretrained
+    from .measurement.audit.audit import AuditReport, audit
+    from .measurement.batches import CalibrationError
+    from .measurement.calibration import CalibrationReport, SiteStatistics, calibrate
+    from .measurement.plots import plot_hardness, plot_sensitivity
+    from .measurement.sensitivity import SensitivityReport, SiteSensitivity, sensitivity
+    from .structure.loading import CheckpointError
+    from .surgery.conversion import ConversionError, ConversionReport, convert
+    from .surgery.folding import FoldError, FoldReport, fold
+    from .surgery.gates import SoftGateError, gates_as_relu
+    from .surgery.substitution import SubstitutionReport, relu_ize
+    from .training.arguments import LambdaGELUTrainingArguments
+    from .training.optimizer import attach_hardness_update
+    from .training.schedule import HardeningSchedule
+    from .training.trainer import LambdaGELUTrainer
+
+__version__ = "0.2.0"
 
 __all__ = [
     "AuditReport",
@@ -80,5 +86,68 @@ __all__ = [
     "target_hardness",
     "verify_relu_pretrained",
 ]
+
+_MODULES = {
+    "AuditReport": ".measurement.audit.audit",
+    "CalibrationError": ".measurement.batches",
+    "CalibrationReport": ".measurement.calibration",
+    "CardDetails": ".checkpoints.card",
+    "CheckpointError": ".structure.loading",
+    "CheckpointReport": ".checkpoints.on_disk",
+    "ConversionError": ".surgery.conversion",
+    "ConversionReport": ".surgery.conversion",
+    "FoldError": ".surgery.folding",
+    "FoldReport": ".surgery.folding",
+    "HardeningSchedule": ".training.schedule",
+    "KernelUnavailable": ".activation.kernels.dispatch",
+    "LambdaGELU": ".activation.module",
+    "LambdaGELUTrainer": ".training.trainer",
+    "LambdaGELUTrainingArguments": ".training.arguments",
+    "PushError": ".checkpoints.hub",
+    "SensitivityReport": ".measurement.sensitivity",
+    "SiteSensitivity": ".measurement.sensitivity",
+    "SiteStatistics": ".measurement.calibration",
+    "SoftGateError": ".surgery.gates",
+    "SubstitutionReport": ".surgery.substitution",
+    "VerificationError": ".checkpoints.verify",
+    "attach_hardness_update": ".training.optimizer",
+    "audit": ".measurement.audit.audit",
+    "calibrate": ".measurement.calibration",
+    "convert": ".surgery.conversion",
+    "convert_checkpoint": ".checkpoints.on_disk",
+    "fold": ".surgery.folding",
+    "gates_as_relu": ".surgery.gates",
+    "hardness_profile": ".activation.module",
+    "hardness_sites": ".activation.module",
+    "lambda_gelu": ".activation.functional",
+    "lambda_gelu_reference": ".activation.functional",
+    "plot_hardness": ".measurement.plots",
+    "plot_sensitivity": ".measurement.plots",
+    "push_relu_to_hub": ".checkpoints.hub",
+    "relu_ize": ".surgery.substitution",
+    "relu_ize_checkpoint": ".checkpoints.on_disk",
+    "save_relu_pretrained": ".checkpoints.save",
+    "save_with_code": ".checkpoints.remote_code",
+    "sensitivity": ".measurement.sensitivity",
+    "set_kernels": ".activation.kernels.dispatch",
+    "sup_error": ".activation.hardness",
+    "target_hardness": ".activation.hardness",
+    "verify_relu_pretrained": ".checkpoints.verify",
+}
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of the package's
+
+    def __getattr__(name: str) -> object:
+        module = _MODULES.get(name)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(module, __name__), name)
+        globals()[name] = value  # found without this function from now on
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 register()

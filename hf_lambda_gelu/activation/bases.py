@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 _INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
 _TANH_SCALE = 2.0 * math.sqrt(2.0 / math.pi)  # 0.5 (1 + tanh(p)) = sigmoid(2p)
-_TANH_CUBIC = 0.044715
-_QUICK_SCALE = 1.702
+TANH_CUBIC = 0.044715
+QUICK_SCALE = 1.702
 
 # Beyond this |λx| every gate is 0 or 1 to the last bit of float64, so the clamp changes no value; it keeps products such
 # as u · slope(u) from being inf · 0.
@@ -37,6 +37,8 @@ class Base:
         activation: the stock activation a(x) = f(x; 1).
         sup_error: sup over x of |f(x; 1) − ReLU(x)|; at hardness λ it is `sup_error / λ`.
         gate_l1: ∫ |gate(u) − H(u)| du, H the Heaviside step; at hardness λ it is `gate_l1 / λ`.
+        stock_keys: the names under which `ACT2FN` knows a. All that the package knows of the family's names, in configs, in
+            modelling code and of classes, comes from here.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Base:
     activation: Callable[[Tensor], Tensor]
     sup_error: float
     gate_l1: float
+    stock_keys: tuple[str, ...]
 
 
 def _erf_gate(u: Tensor) -> Tensor:
@@ -57,7 +60,7 @@ def _erf_slope(u: Tensor) -> Tensor:
 
 
 def _tanh_argument(u: Tensor) -> Tensor:
-    return (u * u * _TANH_CUBIC + 1.0) * u * _TANH_SCALE
+    return (u * u * TANH_CUBIC + 1.0) * u * _TANH_SCALE
 
 
 def _tanh_gate(u: Tensor) -> Tensor:
@@ -67,15 +70,15 @@ def _tanh_gate(u: Tensor) -> Tensor:
 
 def _tanh_slope(u: Tensor) -> Tensor:
     gate = _tanh_gate(u)
-    return gate * torch.sigmoid(-_tanh_argument(u)) * (u * u * (3 * _TANH_CUBIC) + 1.0) * _TANH_SCALE
+    return gate * torch.sigmoid(-_tanh_argument(u)) * (u * u * (3 * TANH_CUBIC) + 1.0) * _TANH_SCALE
 
 
 def _quick_gate(u: Tensor) -> Tensor:
-    return torch.sigmoid(u * _QUICK_SCALE)
+    return torch.sigmoid(u * QUICK_SCALE)
 
 
 def _quick_slope(u: Tensor) -> Tensor:
-    return _quick_gate(u) * _quick_gate(-u) * _QUICK_SCALE
+    return _quick_gate(u) * _quick_gate(-u) * QUICK_SCALE
 
 
 def _silu_slope(u: Tensor) -> Tensor:
@@ -86,7 +89,16 @@ def _silu_slope(u: Tensor) -> Tensor:
 BASES: dict[str, Base] = {
     base.name: base
     for base in (
-        Base("gelu", "lambda_gelu", _erf_gate, _erf_slope, F.gelu, 0.16997120747990369, 0.79788456080286536),
+        Base(
+            "gelu",
+            "lambda_gelu",
+            _erf_gate,
+            _erf_slope,
+            F.gelu,
+            0.16997120747990369,
+            0.79788456080286536,
+            ("gelu", "gelu_python"),
+        ),
         Base(
             "gelu_tanh",
             "lambda_gelu_tanh",
@@ -95,17 +107,28 @@ BASES: dict[str, Base] = {
             lambda x: F.gelu(x, approximate="tanh"),
             0.17004075057125405,
             0.79778089557430851,
+            ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"),
         ),
         Base(
             "quick_gelu",
             "lambda_quick_gelu",
             _quick_gate,
             _quick_slope,
-            lambda x: x * torch.sigmoid(_QUICK_SCALE * x),
-            0.27846454276107379 / _QUICK_SCALE,
-            2.0 * math.log(2.0) / _QUICK_SCALE,
+            lambda x: x * torch.sigmoid(QUICK_SCALE * x),
+            0.27846454276107379 / QUICK_SCALE,
+            2.0 * math.log(2.0) / QUICK_SCALE,
+            ("quick_gelu",),
         ),
-        Base("silu", "lambda_silu", torch.sigmoid, _silu_slope, F.silu, 0.27846454276107379, 2.0 * math.log(2.0)),
+        Base(
+            "silu",
+            "lambda_silu",
+            torch.sigmoid,
+            _silu_slope,
+            F.silu,
+            0.27846454276107379,
+            2.0 * math.log(2.0),
+            ("silu", "swish"),
+        ),
     )
 }
 

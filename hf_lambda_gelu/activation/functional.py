@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._compat import functorch_active
 from .bases import get_base
 from .hardness import check_hardness
 from .kernels.dispatch import LambdaGELUFunction
@@ -30,6 +31,15 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
     Raises:
         ValueError: unknown base, a number λ that is below 1 or not finite, or a tensor λ that does not broadcast to `x`.
         TypeError: `x` is not a floating point tensor.
+
+    Example:
+        >>> import torch
+        >>> import hf_lambda_gelu as hlg
+        >>> x = torch.tensor([-1.0, 1.0])
+        >>> [round(y, 4) for y in hlg.lambda_gelu(x, 1.0).tolist()]  # GELU itself
+        [-0.1587, 0.8413]
+        >>> [round(y, 4) for y in hlg.lambda_gelu(x, 160.0).tolist()]  # ReLU, nearly
+        [-0.0, 1.0]
     """
     member = get_base(base)
     if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -44,15 +54,35 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
         )
     if hardness.dim() > x.dim():
         hardness = hardness.reshape(())  # shape (1,) would broadcast a zero-dim x
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or functorch_active():
         # Torch's operations are what transforms know and compilers fuse. What a compiler derives from them saves x and λ
         # alone too, and takes F.gelu's time (scripts/benchmark.py --only compile), where derivatives by hand fused worse.
         return value(x, hardness, member)
-    return LambdaGELUFunction.apply(x, hardness, base)
+    out: Tensor = LambdaGELUFunction.apply(x, hardness, base)  # type: ignore[no-untyped-call]
+    return out
 
 
 def lambda_gelu_reference(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tensor:
-    """The same function as plain autograd operations: slower, four times the saved memory, and obviously right."""
+    """`lambda_gelu` as plain autograd operations, x · gate(λx): slower, four times the saved memory, and obviously right.
+
+    Args:
+        x: floating point, any shape; computed in its own dtype, half precision too.
+        hardness: λ, dimensionless; a number, or a tensor that broadcasts to `x`. Not checked.
+        base: as in `lambda_gelu`.
+
+    Returns:
+        The shape of `x`, in the dtype that torch promotes `x` and λ to.
+
+    Raises:
+        ValueError: unknown base.
+
+    Example:
+        >>> import torch
+        >>> import hf_lambda_gelu as hlg
+        >>> x = torch.linspace(-3.0, 3.0, 7)
+        >>> torch.allclose(hlg.lambda_gelu(x, 2.0), hlg.lambda_gelu_reference(x, 2.0), atol=1e-6)
+        True
+    """
     return x * get_base(base).gate(x * hardness)
 
 

@@ -12,6 +12,9 @@ from .bases import get_base
 # λ = 1 lies at s = −∞. The smallest excess that is stored, 2⁻²⁵, gives λ = 1 exactly in fp32 with a finite s.
 MIN_EXCESS = 2.0**-25
 
+DEFAULT_TOLERANCE = 0.005  # ε, of the gate
+DEFAULT_RELATIVE_TOLERANCE = 0.01  # τ, the error of a site relative to its output
+
 
 def raw_from_hardness(value: float, temperature: float) -> float:
     """s = t softplus⁻¹(λ − 1), the inverse of λ = 1 + softplus(s / t), for a number λ ≥ 1."""
@@ -35,22 +38,26 @@ def check_hardness(value: float) -> float:
     return value
 
 
-DEFAULT_TOLERANCE = 0.005
-
-
-DEFAULT_RELATIVE_TOLERANCE = 0.01
-
-
 def target_hardness(tolerance: float = DEFAULT_TOLERANCE, base: str = "gelu") -> float:
-    """λ at which the gate's ℓ1 distance to the Heaviside step is `tolerance`: 2 / (ε√(2π)) for the erf base.
+    """The λ at which the gate's ℓ1 distance to the Heaviside step is ε, `tolerance`: 2 / (ε√(2π)) for the erf base.
 
+    Formula: ∫ |gate(λx) − H(x)| dx = gate_l1 / λ, solved for λ. Source: derived.
     ε = 0.005 gives 159.58, the paper's "≈ 160" (the bound is reported in a review of arXiv 2603.21991, the ε is inferred).
 
     Args:
         tolerance: ε > 0, in units of the gate's argument. An ε that would put λ below 1 gives 1.
+        base: as in `lambda_gelu`.
+
+    Returns:
+        λ ≥ 1, dimensionless.
 
     Raises:
         ValueError: ε is not a finite number > 0, or the base is unknown.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> round(hlg.target_hardness(0.005), 2)
+        159.58
     """
     if not (0.0 < tolerance < math.inf):
         raise ValueError(f"hardness tolerance must be a finite number > 0 (0.005 gives λ = 159.58), got {tolerance}")
@@ -64,7 +71,25 @@ def check_relative_tolerance(tolerance: float) -> None:
 
 
 def sup_error(hardness: float, base: str = "gelu") -> float:
-    """sup over x of |f(x; λ) − ReLU(x)|: 0.16997 / λ for the erf base. [derived]"""
+    """The largest distance of λ-GELU to ReLU, sup over x of |f(x; λ) − ReLU(x)|: 0.16997 / λ for the erf base.
+
+    Formula: f(x; λ) = f(λx; 1) / λ and ReLU(x) = ReLU(λx) / λ, so the supremum at λ is that at 1, over λ. Source: derived.
+
+    Args:
+        hardness: λ > 0, dimensionless. Not checked.
+        base: as in `lambda_gelu`.
+
+    Returns:
+        The distance, in the units of x.
+
+    Raises:
+        ValueError: unknown base.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> round(hlg.sup_error(160.0), 5)
+        0.00106
+    """
     return get_base(base).sup_error / hardness
 
 

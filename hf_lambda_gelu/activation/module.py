@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .._compat import was_loaded
 from .bases import get_base
 from .functional import lambda_gelu
 from .hardness import check_hardness, raw_from_hardness
@@ -31,7 +32,23 @@ class LambdaGELU(nn.Module):
         raw_hardness: the parameter s, shape (1,), fp32 whatever dtype the model has or is cast to: in bf16, steps of the
             usual size would round to nothing. Casting to float64 is followed.
 
-    Shapes: input and output any, same dtype.
+    Shapes: input and output any, same floating point dtype; λ has no unit.
+
+    Raises:
+        ValueError: `temperature` is no finite number > 0, `init_hardness` is below 1, above 1e30 or NaN, or the base is
+            unknown.
+
+    Example:
+        >>> import torch
+        >>> import hf_lambda_gelu as hlg
+        >>> act = hlg.LambdaGELU(init_hardness=2.0)
+        >>> act
+        LambdaGELU(hardness=2, base='gelu')
+        >>> round(act(torch.tensor(1.0)).item(), 4)  # Φ(2)
+        0.9772
+        >>> act.set_hardness(160.0)
+        >>> round(act(torch.tensor(-1.0)).item(), 4)
+        -0.0
     """
 
     raw_hardness: nn.Parameter
@@ -52,7 +69,7 @@ class LambdaGELU(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Back to `init_hardness`."""
+        """Sets λ back to `init_hardness`."""
         self.set_hardness(self.init_hardness)
 
     @property
@@ -64,7 +81,7 @@ class LambdaGELU(nn.Module):
 
     @torch.no_grad()
     def set_hardness(self, value: float) -> None:
-        """Set λ to `value`, a finite number ≥ 1 (ValueError otherwise)."""
+        """Sets λ to `value`, a number from 1 to 1e30 (ValueError otherwise)."""
         self.raw_hardness.fill_(raw_from_hardness(value, self.temperature))
         self.holds_excess = False
 
@@ -80,14 +97,14 @@ class LambdaGELU(nn.Module):
     # initialise λ. `init.constant_` skips a parameter that was loaded.
     @property
     def _is_hf_initialized(self) -> bool:
-        return self.__dict__.get("_initialized_by_hf", False)
+        return bool(self.__dict__.get("_initialized_by_hf", False))
 
     @_is_hf_initialized.setter
     def _is_hf_initialized(self, value: bool) -> None:
         self.__dict__["_initialized_by_hf"] = value
         if not value or self.raw_hardness.is_meta:
             return
-        if getattr(self.raw_hardness, "_is_hf_initialized", False):
+        if was_loaded(self.raw_hardness):
             _check_raw(self.raw_hardness, "the checkpoint's raw_hardness")
         else:
             init.constant_(self.raw_hardness, raw_from_hardness(self.init_hardness, self.temperature))
@@ -105,7 +122,7 @@ class LambdaGELU(nn.Module):
         # .half() and .to(bfloat16) move λ but do not round it
         kept, grad = self.raw_hardness.data, self.raw_hardness.grad
         grad = None if grad is None else grad.detach()  # an alias, as the cast replaces the data of the gradient itself
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         raw = self.raw_hardness
         if raw.dtype in (torch.float16, torch.bfloat16):
             raw.grad = None  # a gradient has its parameter's dtype, at every moment
@@ -115,12 +132,34 @@ class LambdaGELU(nn.Module):
 
 
 def hardness_sites(model: nn.Module) -> dict[str, LambdaGELU]:
-    """{module name: LambdaGELU}, in network order, each module once."""
+    """Finds the λ-GELU modules of a model.
+
+    Returns:
+        {module name: LambdaGELU}, in network order, each module once under its first name; empty if there is none.
+
+    Example:
+        >>> from torch import nn
+        >>> import hf_lambda_gelu as hlg
+        >>> model = nn.Sequential(nn.Linear(4, 8), hlg.LambdaGELU(), nn.Linear(8, 2))
+        >>> hlg.hardness_sites(model)
+        {'1': LambdaGELU(hardness=1, base='gelu')}
+    """
     return {name: module for name, module in model.named_modules() if isinstance(module, LambdaGELU)}
 
 
 def hardness_profile(model: nn.Module) -> dict[str, float]:
-    """{module name: λ}, in network order; empty if the model has no λ-GELU."""
+    """Reads the hardness of every site.
+
+    Returns:
+        {module name: λ}, λ ≥ 1 as a Python number, in network order; empty if the model has no λ-GELU.
+
+    Example:
+        >>> from torch import nn
+        >>> import hf_lambda_gelu as hlg
+        >>> model = nn.Sequential(nn.Linear(4, 8), hlg.LambdaGELU(init_hardness=3.0), nn.Linear(8, 2))
+        >>> {name: round(hardness, 4) for name, hardness in hlg.hardness_profile(model).items()}
+        {'1': 3.0}
+    """
     sites = hardness_sites(model)
     if not sites:
         return {}

@@ -12,12 +12,20 @@ from .module import LambdaGELU
 
 
 def register() -> None:
-    """Add `lambda_gelu`, `lambda_gelu_tanh`, `lambda_quick_gelu` and `lambda_silu` to `ACT2FN` and `ACT2CLS`.
+    """Adds `lambda_gelu`, `lambda_gelu_tanh`, `lambda_quick_gelu` and `lambda_silu` to `ACT2FN` and `ACT2CLS`.
 
-    Both tables, as some models (RT-DETR v2, D-FINE, TextNet …) read the second. Idempotent.
+    Both tables, as some models (RT-DETR v2, D-FINE, TextNet …) read the second. `import hf_lambda_gelu` calls it; a second
+    call changes nothing.
 
     Raises:
         RuntimeError: another package holds one of the keys.
+
+    Example:
+        >>> from transformers.activations import ACT2FN
+        >>> import hf_lambda_gelu as hlg
+        >>> hlg.register()
+        >>> ACT2FN["lambda_silu"]
+        LambdaGELU(hardness=1, base='silu')
     """
     for table in (ACT2FN, ACT2CLS):
         for base in BASES.values():

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from ..activation.bases import BASES
 
-# transformers' names of the activations that tend to ReLU, by base
-STOCK_KEYS: dict[str, str] = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "silu": "silu",
-    "swish": "silu",
-}
-
-
+# transformers' name of an activation that tends to ReLU → its base
+STOCK_KEYS: dict[str, str] = {key: base.name for base in BASES.values() for key in base.stock_keys}
 LAMBDA_KEYS: dict[str, str] = {base.key: base.name for base in BASES.values()}
 
 
@@ -39,13 +26,13 @@ def activation_attributes(config: PreTrainedConfig, prefix: str = "") -> Iterato
 
 def get_attribute(config: PreTrainedConfig, path: str) -> object:
     """The value at a dotted path."""
-    owner, name = _owner(config, path)
+    owner, name = owner_of(config, path)
     return getattr(owner, name)
 
 
 def put_attribute(config: PreTrainedConfig, path: str, value: str) -> None:
     """Set the value at a dotted path, for the time being; `set_attribute` is for changes that are to be saved."""
-    owner, name = _owner(config, path)
+    owner, name = owner_of(config, path)
     setattr(owner, name, value)
 
 
@@ -56,7 +43,7 @@ def set_attribute(config: PreTrainedConfig, path: str, value: str) -> bool:
     config from which this one is derived are set along with it.
     """
     trial = copy.deepcopy(config)
-    owner, name = _owner(trial, path)
+    owner, name = owner_of(trial, path)
     changes = {name: value}
     for source, text in vars(owner).items():
         if isinstance(text, str) and source != name and _derives(type(owner), source, text, name):
@@ -64,9 +51,9 @@ def set_attribute(config: PreTrainedConfig, path: str, value: str) -> bool:
             changes[source] = head + dash + value
     for attribute, new in changes.items():
         setattr(owner, attribute, new)
-    if _reloaded(trial, path) != value:
+    if reloaded_value(trial, path) != value:
         return False
-    target, _ = _owner(config, path)
+    target, _ = owner_of(config, path)
     for attribute, new in changes.items():
         setattr(target, attribute, new)
     return True
@@ -77,20 +64,23 @@ def _derives(cls: type[PreTrainedConfig], source: str, text: str, name: str) -> 
     head, dash, last = text.rpartition("-")
     if last not in STOCK_KEYS and last not in LAMBDA_KEYS:
         return False
+    build: Callable[..., PreTrainedConfig] = cls
     try:
-        return getattr(cls(**{source: f"{head}{dash}tanh"}), name, None) == "tanh"
+        return getattr(build(**{source: f"{head}{dash}tanh"}), name, None) == "tanh"
     except Exception:  # the class refuses the value
         return False
 
 
-def _owner(config: PreTrainedConfig, path: str) -> tuple[PreTrainedConfig, str]:
+def owner_of(config: PreTrainedConfig, path: str) -> tuple[PreTrainedConfig, str]:
+    """The config or sub-config that holds the value at a dotted path, and the attribute's name there."""
     *parents, name = path.split(".")
     for parent in parents:
         config = getattr(config, parent)
     return config, name
 
 
-def _reloaded(config: PreTrainedConfig, path: str) -> object:
+def reloaded_value(config: PreTrainedConfig, path: str) -> object:
+    """The value at a dotted path once the config was saved and loaded, None if it does not survive that."""
     try:
         return get_attribute(type(config).from_dict(config.to_dict()), path)
     except Exception:  # a config may refuse the value while it is built: then it does not survive

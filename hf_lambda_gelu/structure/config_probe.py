@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2CLS, ACT2FN
 
 from ..activation.module import hardness_sites
-from .config import LAMBDA_KEYS, _owner, _reloaded, activation_attributes
+from .config import LAMBDA_KEYS, activation_attributes, owner_of, reloaded_value
 from .modules import joined, named_modules, transformers_parts
 
 _PROBE_KEY = "_lambda_gelu_probe"
@@ -66,9 +66,9 @@ def bias_attribute(model: PreTrainedModel, wanted: set[str]) -> tuple[str, dict[
     found: list[tuple[str, dict[str, int]]] = []
     for path in _switched_off(model.config):
         config = copy.deepcopy(model.config)
-        owner, name = _owner(config, path)
+        owner, name = owner_of(config, path)
         setattr(owner, name, True)
-        if _reloaded(config, path) is not True:
+        if reloaded_value(config, path) is not True:
             continue
         try:
             with torch.device("meta"), torch.random.fork_rng(devices=()):
@@ -103,7 +103,7 @@ def _governed(model: PreTrainedModel, path: str, value: str) -> Governed:
 def _probed(model: PreTrainedModel, path: str) -> tuple[list[str], list[str]]:
     """The modules that are built from the attribute, and attributes of modules that keep its value."""
     config = copy.deepcopy(model.config)
-    owner, name = _owner(config, path)
+    owner, name = owner_of(config, path)
     setattr(owner, name, _PROBE_KEY)
     with _probe_registered(), torch.device("meta"), torch.random.fork_rng(devices=()):  # some draw on the CPU all the same
         rebuilt = type(model)(config)

@@ -1,4 +1,4 @@
-"""Which linear map takes up what an activation puts out: found by running the model and following autograd's graph.
+"""Linear maps: as torch computes them in a forward pass, and as parameters that can be refit.
 
 Nothing is assumed of the architecture. Linear maps are seen where torch computes them (`F.linear`, `addmm` for GPT-2's
 Conv1D, 1 × 1 convolutions), so that experts, whose weights are slices of one parameter, are seen like any other.
@@ -6,9 +6,9 @@ Conv1D, 1 × 1 convolutions), so that experts, whose weights are slices of one p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..activation.module import hardness_sites
+from .._compat import without_torch_function
 
 Key = tuple[int, tuple[int, ...]]
 
@@ -58,10 +58,12 @@ class watch_linears(TorchFunctionMode):
         read = _READERS.get(func)
         if read is None:
             return output
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             call = read(output, *args, **(kwargs or {}))
             new = self.watcher(call) if call is not None else None
-        return output if new is None else new.movedim(-1, 1) if call.moved else new
+        if call is None or new is None:
+            return output
+        return new.movedim(-1, 1) if call.moved else new
 
 
 def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearCall:
@@ -143,111 +145,6 @@ class LinearMap:
             self.bias.copy_(self.bias.double() + bias.to(self.bias.device))
 
 
-@dataclass
-class Trace:
-    """What one forward pass showed.
-
-    Attributes:
-        maps: site name → the linear maps that take up its output (several for experts); absent if it cannot be refit.
-        obstacles: site name → why its output cannot be made up for.
-        order: site names in the order in which they were first called.
-    """
-
-    maps: dict[str, list[LinearMap]] = field(default_factory=dict)
-    obstacles: dict[str, str] = field(default_factory=dict)
-    order: list[str] = field(default_factory=list)
-
-
-def trace(model: nn.Module, forward: Callable[[], Any]) -> Trace:
-    """Run `forward`, and find for every λ-GELU of `model` the linear maps that its output reaches first.
-
-    The outputs of sites and of linear maps are cut off from what made them, so that following the graph back from a map's
-    input ends at the sites and maps that it came from.
-    """
-    sites = {site: name for name, site in hardness_sites(model).items()}
-    leaves: dict[int, str | None] = {}  # id of a leaf → the site that put it out, None for a linear map
-    kept: list[Tensor] = []
-    reached: dict[str, list[LinearCall]] = {}
-
-    def leaf(output: Tensor, site: str | None) -> Tensor | None:
-        if not output.is_floating_point():
-            return None
-        made = output.detach().requires_grad_()
-        kept.append(made)
-        leaves[id(made)] = site
-        return made.clone()  # the model may change it in place, which a leaf does not allow
-
-    def on_site(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        reached.setdefault(sites[module], [])
-        return leaf(output, sites[module])
-
-    def on_linear(call: LinearCall) -> Tensor | None:
-        for site in _sources(call.input, leaves):
-            reached[site].append(call)
-        return leaf(call.output, None)
-
-    handles = [site.register_forward_hook(on_site) for site in sites]
-    try:
-        with torch.enable_grad(), watch_linears(on_linear):
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _read(model, sites.values(), reached)
-
-
-def ancestors(tensor: Tensor) -> Iterator[Any]:
-    """The nodes of autograd's graph that `tensor` comes from, each once."""
-    seen: set[Any] = set()
-    stack = [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack += [parent for parent, _ in node.next_functions]
-
-
-def _sources(tensor: Tensor, leaves: dict[int, str | None]) -> set[str]:
-    variables = (getattr(node, "variable", None) for node in ancestors(tensor))
-    sites = (leaves.get(id(variable)) for variable in variables if variable is not None)
-    return {site for site in sites if site is not None}
-
-
-def _read(model: nn.Module, names: Iterable[str], reached: Mapping[str, list[LinearCall]]) -> Trace:
-    result = Trace(order=list(reached))
-    parameters = Parameters(model)
-    takers: dict[str, set[str]] = {}  # parameter → the sites whose output it takes up
-    for site, calls in reached.items():
-        unique = {call.key: call for call in calls}
-        found = {key: parameters.find(call) for key, call in unique.items()}
-        obstacles = [call.obstacle for call in unique.values() if call.obstacle]
-        held = {m.name for m in found.values() if m is not None}
-        if not unique:
-            result.obstacles[site] = "no linear map takes up its output"
-        elif obstacles:
-            result.obstacles[site] = obstacles[0]
-        elif any(m is None for m in found.values()):
-            result.obstacles[site] = "it feeds a weight that is no parameter of the model as it stands"
-        elif len(held) > 1:
-            result.obstacles[site] = f"it feeds several linear maps: {', '.join(sorted(held))}"
-        elif shared := parameters.other_names(next(iter(held))):
-            result.obstacles[site] = f"the weight that it feeds is shared with {shared[0]}"
-        else:
-            result.maps[site] = all_experts([m for m in found.values() if m is not None])
-            takers.setdefault(next(iter(held)), set()).add(site)
-    for name, several in takers.items():
-        if len(several) > 1:
-            for site in several:
-                del result.maps[site]
-                result.obstacles[site] = f"{name} takes up {', '.join(sorted(several - {site}))} too"
-    for name in names:
-        if name not in reached:
-            result.obstacles[name] = "the calibration batches never reach it"
-    return result
-
-
 def all_experts(maps: list[LinearMap]) -> list[LinearMap]:
     """Also those of the experts that this batch did not reach: another one may."""
     first = maps[0]
@@ -266,6 +163,7 @@ class Parameters:
         self.stacks = [p for p in self.names if p.dim() == 3]
 
     def find(self, call: LinearCall) -> LinearMap | None:
+        """The linear map of this call; None if its weight is neither a parameter nor an expert's, or its bias is none."""
         pointer = call.weight.data_ptr()
         whole = self.by_pointer.get(pointer)
         bias = None if call.bias is None else self.by_pointer.get(call.bias.data_ptr())
@@ -292,13 +190,13 @@ def _same_layout(parameter: Tensor, weight: Tensor) -> bool:
 @contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
     """Within the block, experts run one after the other, where each one's weight can be told."""
-    setting = getattr(model, "get_experts_implementation", None)
-    before = setting() if setting is not None else None
-    if before is None or set(before.values()) <= {None, "eager"}:
+    read, write = (getattr(model, f"{verb}_experts_implementation", None) for verb in ("get", "set"))
+    before = read() if read is not None else None
+    if write is None or before is None or set(before.values()) <= {None, "eager"}:
         yield
         return
-    model.set_experts_implementation("eager")
+    write("eager")
     try:
         yield
     finally:
-        model.set_experts_implementation(before)
+        write(before)

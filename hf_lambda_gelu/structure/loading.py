@@ -1,4 +1,4 @@
-"""The model of a checkpoint folder without its weights: transformers loads it onto the meta device, and saves its config."""
+"""Loads the model of a checkpoint folder: with its weights, or without them on the meta device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,29 @@ from pathlib import Path
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
+from .._compat import generation_config_in_config
 
-def saved_class(folder: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    """The config of a checkpoint folder, and the class that it names.
+
+class CheckpointError(ValueError):
+    """A folder is no checkpoint that can be worked on; the message says what was seen and what to do.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> try:
+        ...     hlg.convert_checkpoint("no/such/folder", "out")
+        ... except hlg.CheckpointError as error:
+        ...     print(str(error)[:35])
+        there is no folder 'no/such/folder'
+    """
+
+
+def saved_class(
+    folder: Path, otherwise: type[PreTrainedModel] | None = None
+) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The config of a checkpoint folder, and the class that it names; `otherwise` where transformers has no such class.
 
     Raises:
         CheckpointError: not a checkpoint folder, or of a class that the installed transformers lacks.
@@ -33,10 +50,33 @@ def saved_class(folder: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{str(folder / CONFIG_NAME)!r} makes no config: {error}") from error
     name = (config.architectures or ["none"])[0]
-    cls = getattr(transformers, name, None)
+    cls: type[PreTrainedModel] | None = getattr(transformers, name, otherwise)
     if cls is None:
         raise CheckpointError(f"config.json names the class {name!r}, which transformers {transformers.__version__} lacks")
     return config, cls
+
+
+def load_saved(folder: str | os.PathLike[str], *, otherwise: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """Loads the model of a checkpoint folder, in eval mode, by the class that its config names.
+
+    The one way in which the package loads a folder: nothing comes from a network, and no code of the folder runs.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        otherwise: the class to load (`AutoModel`) where the config names none, or one that the installed transformers lacks.
+
+    Raises:
+        CheckpointError: not a checkpoint folder, of a class that the installed transformers lacks, or with weights that
+            are missing or do not fit.
+    """
+    config, cls = saved_class(Path(folder), otherwise)
+    try:
+        return cls.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{cls.__name__} does not load {str(folder)!r}: {error}. Expected a folder with config.json and weights, as "
+            "save_pretrained writes it"
+        ) from error
 
 
 def load_on_meta(
@@ -66,9 +106,7 @@ def load_on_meta(
         model.config.quantization_config = quantised
     if model.can_generate() and not (folder / GENERATION_CONFIG_NAME).is_file():
         # an old checkpoint has the settings in config.json, which is rewritten without them
-        model.generation_config = GenerationConfig.from_pretrained(
-            folder, config_file_name=CONFIG_NAME, _from_model_config=True
-        )
+        model.generation_config = generation_config_in_config(folder, CONFIG_NAME)
     return model
 
 
@@ -98,17 +136,3 @@ def quietly() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def load_saved(folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """The model of a checkpoint folder, by the class that its config names.
-
-    Raises:
-        ValueError: not a checkpoint folder, or of a class that the installed transformers lacks.
-    """
-    _, cls = saved_class(Path(folder))
-    return cls.from_pretrained(folder)
-
-
-class CheckpointError(ValueError):
-    """The folder is no checkpoint that can be worked on; the message says what was seen and what to do."""

@@ -9,19 +9,24 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, activations
 
+from .._compat import has_peft_config
 from ..activation.bases import BASES
 from ..activation.module import LambdaGELU
+from .config import STOCK_KEYS
 
-_CLASS_BASES: dict[type[nn.Module], str] = {
-    activations.GELUActivation: "gelu",
-    activations.NewGELUActivation: "gelu_tanh",
-    activations.FastGELUActivation: "gelu_tanh",
-    activations.AccurateGELUActivation: "gelu_tanh",
-    activations.GELUTanh: "gelu_tanh",
-    activations.QuickGELUActivation: "quick_gelu",
-    activations.SiLUActivation: "silu",
-    nn.SiLU: "silu",
-}
+
+def _class_bases() -> dict[type[nn.Module], str]:
+    """{class: base} of what `ACT2CLS` builds under the family's names; an entry that another package put there is probed."""
+    found: dict[type[nn.Module], str] = {nn.SiLU: "silu"}
+    for key, base in STOCK_KEYS.items():
+        entry = activations.ACT2CLS.get(key)
+        cls = entry[0] if isinstance(entry, tuple) else entry
+        if isinstance(cls, type) and cls.__module__.startswith(("torch.nn.", activations.__name__)):
+            found[cls] = base
+    return found
+
+
+_CLASS_BASES = _class_bases()
 
 
 def base_of(module: nn.Module) -> str | None:
@@ -64,7 +69,7 @@ def transformers_parts(model: nn.Module) -> dict[str, PreTrainedModel]:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether PEFT has put adapters into the model: its checkpoints then hold these alone."""
-    return hasattr(model, "merge_and_unload") or bool(getattr(model, "_hf_peft_config_loaded", False))
+    return hasattr(model, "merge_and_unload") or has_peft_config(model)
 
 
 def quantised_weight(model: nn.Module) -> str | None:
@@ -94,4 +99,5 @@ def is_activation(module: nn.Module) -> bool:
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules with a shared instance under each of its names (xlm and flaubert share one activation)."""
-    return model.named_modules(remove_duplicate=False)
+    modules: Iterator[tuple[str, nn.Module]] = model.named_modules(remove_duplicate=False)
+    return modules

@@ -2,29 +2,26 @@
 
 Two kinds: modules that the modelling code hard-codes, and functional calls. `F.gelu(x)` in RoBERTa's LM head,
 `nn.functional.gelu` in Whisper's convolution stem, `ACT2FN[…]` looked up inside forward in DeBERTa's pooler: none of them is
-a module. They are found by reading the syntax tree of the classes that the model is made of.
+a module. `modelling_code` finds them.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
 import operator
 import re
-import sys
-import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 
 from torch import nn
 
 from ..activation.module import LambdaGELU
 from .config import LAMBDA_KEYS, STOCK_KEYS
+from .modelling_code import calls_in_class
 from .modules import is_activation, named_modules, probed_base
 
-_FUNCTIONS = {"gelu", "gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "silu", "swish"}
+# "gelu", "silu", "swish": the family's names that are no variants of another
+_WORDS = [key for key in STOCK_KEYS if not any(other in key for other in STOCK_KEYS if other != key)]
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def smooth_modules(model: nn.Module, claimed: Collection[str] = ()) -> list[Unco
 
 def _is_smooth(module: nn.Module) -> bool:
     # those that take more than a tensor are known by their names only
-    named = re.search(r"gelu|silu|swish", type(module).__name__, re.IGNORECASE) is not None
+    named = any(word in type(module).__name__.lower() for word in _WORDS)
     bare = not any(True for _ in chain(module.children(), module.parameters()))
     return probed_base(module) is not None or (named and bare and not isinstance(module, LambdaGELU))
 
@@ -97,80 +94,3 @@ def _looks_up_smooth(module: nn.Module, call: str) -> bool:
     except AttributeError:
         key = None
     return not isinstance(key, str) or key in STOCK_KEYS or key in LAMBDA_KEYS
-
-
-@cache
-def calls_in_class(cls: type) -> tuple[str, ...]:
-    """The calls in the methods that `cls` itself or its model-code ancestors define, construction aside.
-
-    Those in functions of the same file that these methods call count too.
-    """
-    calls: dict[str, None] = {}
-    for owner in cls.__mro__:
-        if owner is object or owner.__module__.startswith("torch.") or _is_library_plumbing(owner):
-            continue
-        for method in ast.walk(_tree(owner)):
-            if isinstance(method, ast.FunctionDef) and method.name not in ("__init__", "_init_weights"):
-                calls.update(_calls(method, owner.__module__, set()))
-    return tuple(calls)
-
-
-def _tree(source: object) -> ast.AST:
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(source)))  # type: ignore[arg-type]
-    except (OSError, TypeError, SyntaxError):  # defined interactively, or in C: nothing to read
-        return ast.Module([], [])
-
-
-def _calls(tree: ast.AST, module: str, seen: set[str]) -> dict[str, None]:
-    found: dict[str, None] = {}
-    for node in ast.walk(tree):
-        if _is_activation_call(node):
-            found[ast.unparse(node)] = None
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in seen:
-            function = inspect.unwrap(value) if callable(value := vars(sys.modules[module]).get(node.func.id)) else None
-            if inspect.isfunction(function) and function.__module__ == module:
-                seen.add(node.func.id)
-                found.update(_calls(_tree(function), module, seen))
-    return found
-
-
-def _is_activation_call(node: ast.AST) -> bool:
-    if isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.Mult):
-        return _is_silu(node)
-    if isinstance(node, ast.Subscript):
-        return _leaf(node.value) in ("ACT2FN", "ACT2CLS")
-    if isinstance(node, ast.Call):
-        leaf = _leaf(node.func)
-        # `self.gelu(x)` is a call of a module, which the module swap sees
-        own = isinstance(node.func, ast.Attribute) and _root(node.func) == "self"
-        return leaf == "get_activation" or (leaf in _FUNCTIONS and not own)
-    return False
-
-
-def _is_silu(node: ast.BinOp | ast.AugAssign) -> bool:
-    """x * sigmoid(x), in either order or in place."""
-    sides = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.target, node.value)
-    texts = [ast.unparse(side) for side in sides]
-    for side, other in zip(sides, reversed(texts), strict=True):
-        if isinstance(side, ast.Call) and _leaf(side.func) == "sigmoid":
-            argument = side.args[0] if side.args else getattr(side.func, "value", None)  # sigmoid(x), or x.sigmoid()
-            scaled = isinstance(argument, ast.BinOp) and isinstance(argument.op, ast.Mult)
-            factors = (argument.left, argument.right) if scaled else (argument,)
-            return any(factor is not None and ast.unparse(factor) == other for factor in factors)
-    return False
-
-
-def _leaf(node: ast.AST) -> str | None:
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
-
-
-def _root(node: ast.AST) -> str | None:
-    while isinstance(node, ast.Attribute):
-        node = node.value
-    return node.id if isinstance(node, ast.Name) else None
-
-
-def _is_library_plumbing(cls: type) -> bool:
-    # PreTrainedModel, GenerationMixin …: thousands of lines without an activation
-    return cls.__module__.startswith("transformers.") and not cls.__module__.startswith("transformers.models.")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..activation.module import LambdaGELU
-from ..structure.linear_maps import LinearCall, LinearMap, Parameters, all_experts, ancestors, watch_linears
+from ..structure.linear_maps import LinearCall, LinearMap, Parameters, all_experts, watch_linears
+from ..structure.tracing import ancestors
 
 # nodes of autograd's graph, without the digit at their end
 # fmt: off

@@ -35,7 +35,8 @@ from transformers import (
 )
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.structure.linear_maps import Trace, eager_experts, trace
+from hf_lambda_gelu.structure.linear_maps import eager_experts
+from hf_lambda_gelu.structure.tracing import Trace, trace
 from hf_lambda_gelu.surgery.refit.blocks import Chain, capture, plan, with_hidden, without_hidden
 from hf_lambda_gelu.surgery.refit.meeting_point import find_meeting
 from hf_lambda_gelu.surgery.refit.store import Store

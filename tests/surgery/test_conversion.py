@@ -33,7 +33,7 @@ from transformers import (
 from transformers.activations import ACT2CLS, ACT2FN
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.structure.smooth_activations import calls_in_class
+from hf_lambda_gelu.structure.modelling_code import calls_in_class
 
 KEYS = {"gelu": "lambda_gelu", "gelu_tanh": "lambda_gelu_tanh", "quick_gelu": "lambda_quick_gelu", "silu": "lambda_silu"}
 TEXT = tiny.MODELS["bert"][2]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .layout import BASE_NUMBERS, in_layout_of, view
+from .layout import BASE_NUMBERS, in_layout_of, known_view
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -30,12 +30,12 @@ _CAPABILITY_FLAGS = {
 
 
 def forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
-    """f(x; λ), laid out as x; see `lambda_gelu`. λ broadcasts to x such that `view` knows it."""
+    """f(x; λ), laid out as x; see `lambda_gelu`. λ broadcasts to x such that `layout.view` knows it."""
     out = torch.empty_like(x)
     if x.numel():
         source, flat = in_layout_of(x, out), hardness.to(torch.float32).contiguous()
-        _load().lambda_gelu_forward(
-            source.data_ptr(), flat.data_ptr(), out.data_ptr(), *view(out, hardness), *_numbers(x, base)
+        _library().lambda_gelu_forward(
+            source.data_ptr(), flat.data_ptr(), out.data_ptr(), *known_view(out, hardness), *_numbers(x, base)
         )  # fmt: skip
     return out
 
@@ -47,9 +47,9 @@ def backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tens
         return grad_x, torch.zeros_like(hardness)
     source, upstream, flat = in_layout_of(x, grad_x), in_layout_of(grad, grad_x), hardness.to(torch.float32).contiguous()
     by_hardness = torch.empty_like(flat)
-    _load().lambda_gelu_backward(
+    _library().lambda_gelu_backward(
         source.data_ptr(), upstream.data_ptr(), flat.data_ptr(), grad_x.data_ptr(), by_hardness.data_ptr(),
-        *view(grad_x, hardness), *_numbers(x, base),
+        *known_view(grad_x, hardness), *_numbers(x, base),
     )  # fmt: skip
     return grad_x, by_hardness.to(hardness.dtype)
 
@@ -62,6 +62,13 @@ def unavailable() -> str | None:
     """What keeps the kernel from running on this machine, in words; None if nothing does."""
     found = _load()
     return found if isinstance(found, str) else None
+
+
+def _library() -> ctypes.CDLL:
+    found = _load()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
 
 
 @functools.cache  # a failure too: a compiler is not tried again at every call

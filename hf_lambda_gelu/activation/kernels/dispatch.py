@@ -11,8 +11,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +26,60 @@ _choice: Choice = "auto"
 
 
 class KernelUnavailable(RuntimeError):
-    """A fused kernel was asked for and cannot run; the message says what is missing."""
+    """A fused kernel was asked for, by `set_kernels("fused")`, and cannot run; the message says what is missing.
+
+    Example:
+        >>> import torch
+        >>> import hf_lambda_gelu as hlg
+        >>> before = hlg.set_kernels("fused")
+        >>> try:
+        ...     hlg.lambda_gelu(torch.ones(3, dtype=torch.float64), 2.0)
+        ... except hlg.KernelUnavailable as error:
+        ...     print(str(error).split(";")[0])
+        there is no fused kernel for torch.float64 on cpu
+        >>> hlg.set_kernels(before)
+        'fused'
+    """
 
 
 def set_kernels(choice: Choice) -> Choice:
-    """Choose what runs λ-GELU in eager mode, in this process; returns the choice before.
+    """Chooses what runs λ-GELU in eager mode, in this process; returns the choice before.
 
     "auto" (the default) takes the fused kernel where there is one and says once, in a warning, what keeps it from running.
     "fused" raises instead. "torch" takes torch's own operations: two to seven times the time of F.gelu on a CPU.
 
     Raises:
         ValueError: none of the three.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> hlg.set_kernels("torch")
+        'auto'
+        >>> hlg.set_kernels("auto")
+        'torch'
     """
     global _choice
     if choice not in ("auto", "fused", "torch"):
         raise ValueError(f"unknown choice of kernels {choice!r}: expected 'auto', 'fused' or 'torch'")
     before, _choice = _choice, choice
     return before
+
+
+class Kernel(Protocol):
+    """What a module with a fused kernel offers: `cpu`, `cuda`."""
+
+    @property
+    def DTYPES(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of x that it takes."""
+
+    def unavailable(self) -> str | None:
+        """What keeps the kernel from running on this machine, in words; None if nothing does."""
+
+    def forward(self, x: Tensor, hardness: Tensor, base: str) -> Tensor:
+        """f(x; λ), laid out as x."""
+
+    def backward(self, grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tensor, Tensor]:
+        """∂L/∂x, laid out as x, and ∂L/∂λ, of λ's shape and dtype."""
 
 
 class LambdaGELUFunction(torch.autograd.Function):
@@ -59,7 +95,8 @@ class LambdaGELUFunction(torch.autograd.Function):
         _save(ctx, (x, hardness, base), None)
         if not _operators(x):
             return eager.value(x, hardness, get_base(base))
-        return torch.ops.hf_lambda_gelu.forward(x, hardness, base)
+        out: Tensor = torch.ops.hf_lambda_gelu.forward(x, hardness, base)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -86,11 +123,12 @@ def _backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Ten
     return fused.backward(grad, x, hardness, base)
 
 
-def _fused(x: Tensor, hardness: Tensor) -> ModuleType | None:
+def _fused(x: Tensor, hardness: Tensor) -> Kernel | None:
     """The module whose kernel takes these tensors, if the choice allows it."""
     if _choice == "torch":
         return None
     kernel = _kernel(x.device.type)
+    missing: str | None = None
     if kernel is None:
         missing = f"there is no fused kernel for {x.device.type} devices"
     elif x.dtype not in kernel.DTYPES:
@@ -107,7 +145,7 @@ def _fused(x: Tensor, hardness: Tensor) -> ModuleType | None:
 
 
 @functools.cache
-def _kernel(device: str) -> ModuleType | None:
+def _kernel(device: str) -> Kernel | None:
     if device == "cuda":
         from . import cuda  # which imports Triton: seconds, and for nothing on a CPU
 

@@ -68,4 +68,5 @@ def _in_blocks(x: Tensor, hardness: Tensor) -> bool:
 def _split(tensor: Tensor, dense: Tensor) -> tuple[Tensor, ...]:
     # in the order of memory, so that the blocks of what is written are views
     order = sorted(range(dense.dim()), key=dense.stride, reverse=True)
-    return in_layout_of(tensor, dense).permute(order).view(-1).split(_BLOCK)
+    parts: tuple[Tensor, ...] = in_layout_of(tensor, dense).permute(order).view(-1).split(_BLOCK)
+    return parts

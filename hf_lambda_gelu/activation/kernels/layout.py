@@ -31,6 +31,18 @@ def view(dense: Tensor, hardness: Tensor) -> tuple[int, int, int] | None:
     return outer, hardness.numel(), dense.numel() // (outer * hardness.numel())
 
 
+def known_view(dense: Tensor, hardness: Tensor) -> tuple[int, int, int]:
+    """`view` where it must exist, since the choice of the kernel asked for it before.
+
+    Raises:
+        ValueError: λ does not lie over `dense` in such a way.
+    """
+    found = view(dense, hardness)
+    if found is None:
+        raise ValueError(f"no fused kernel takes λ of shape {tuple(hardness.shape)} over x of shape {tuple(dense.shape)}")
+    return found
+
+
 def in_layout_of(tensor: Tensor, dense: Tensor) -> Tensor:
     """`tensor`, or a copy of it with the strides of `dense`."""
     return tensor if tensor.stride() == dense.stride() else torch.empty_like(dense).copy_(tensor)

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.activations import LinearActivation
 
 from ...reports import to_dict
+from ...structure.modelling_code import calls_in_class
 from ...structure.modules import is_activation, probed_base
-from ...structure.smooth_activations import calls_in_class
 from ..batches import FORWARD_ERRORS
 from ..examples.choice import example_inputs
 from ..forward import measuring, random_state_kept

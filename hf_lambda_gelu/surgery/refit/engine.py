@@ -22,7 +22,8 @@ from transformers.utils import logging
 
 from ...measurement.batches import CalibrationError, batch_size, model_batches, token_mask
 from ...measurement.forward import decoder_modules
-from ...structure.linear_maps import LinearMap, Trace, eager_experts, trace
+from ...structure.linear_maps import LinearMap, eager_experts
+from ...structure.tracing import Trace, trace
 from .blocks import Chain, plan
 from .meeting_point import Meeting, Observed, find_meeting, observe
 from .report import Compensate, CompensatedSite, CompensationReport, _summary

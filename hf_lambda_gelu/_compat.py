@@ -1,0 +1,100 @@
+"""Private names of torch and transformers, in one place: where a release may rename something, this file is what changes.
+
+Each function is one private name and nothing else. Imports torch alone, so that every room may import it.
+
+One name cannot stand here: transformers sets `_is_hf_initialized` on modules, and `LambdaGELU` has a property of that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, Trainer
+
+__all__ = [
+    "OpOverload",
+    "TorchDispatchMode",
+    "attention_implementation",
+    "auto_mapping",
+    "finish_current_push",
+    "functorch_active",
+    "generation_config_in_config",
+    "has_peft_config",
+    "is_compiled",
+    "operator_schema",
+    "pytree",
+    "step_pre_hooks",
+    "view_base",
+    "was_loaded",
+    "without_torch_function",
+]
+
+# Whether torch.func (grad, vmap, jvp …) transforms the code that runs. Not wrapped: it runs at every call of an activation.
+functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def without_torch_function() -> AbstractContextManager[Any]:
+    """Within the block, operations on tensors do not call `__torch_function__`."""
+    return cast(AbstractContextManager[Any], torch._C.DisableTorchFunctionSubclass())
+
+
+def view_base(tensor: Tensor) -> Tensor | None:
+    """The tensor that this one is a view of, None if it is none."""
+    return tensor._base
+
+
+def operator_schema(operator: OpOverload) -> torch.FunctionSchema:
+    """Name and arguments of one overload of an operator."""
+    return operator._schema
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile made this module, or `module.compile()` was called."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def step_pre_hooks(optimizer: torch.optim.Optimizer) -> Iterable[Callable[..., Any]]:
+    """The hooks that run before each step of the optimizer."""
+    return optimizer._optimizer_step_pre_hooks.values()
+
+
+def was_loaded(parameter: Tensor) -> bool:
+    """Whether `from_pretrained` found the parameter in the checkpoint."""
+    return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
+def has_peft_config(model: nn.Module) -> bool:
+    """Whether transformers has put PEFT's adapters into the model (`load_adapter`, `add_adapter`)."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def attention_implementation(config: PreTrainedConfig) -> str:
+    """What computes attention ("sdpa", "eager" …), "" if the config does not say."""
+    return getattr(config, "_attn_implementation", None) or ""
+
+
+def auto_mapping(auto: object) -> Mapping[str, str | Sequence[str]]:
+    """{model type: name or names of its classes} of an `AutoModelFor…` class, empty for anything else."""
+    return getattr(getattr(auto, "_model_mapping", None), "_model_mapping", None) or {}
+
+
+def generation_config_in_config(folder: Path, config_name: str) -> GenerationConfig:
+    """The generation settings that an old checkpoint has in its config.json."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder, config_file_name=config_name, _from_model_config=True)
+
+
+def finish_current_push(trainer: Trainer) -> None:
+    """Waits for the push to the Hub that the trainer has under way."""
+    trainer._finish_current_push()
