@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class _Upload:
     revision: str | None
     tag: str | None
     create_pr: bool
-    token: str | None
+    token: str | None = field(repr=False)  # in no traceback
 
     def send(self, folder: Path) -> CommitInfo:
         """Uploads the folder in one commit; PushError if that fails, whatever the reason is."""

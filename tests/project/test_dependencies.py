@@ -21,7 +21,7 @@ PACKAGE = ROOT / "hf_lambda_gelu"
 
 
 def imported(source: str) -> tuple[set[str], set[str]]:
-    """Top-level names that a module needs to be imported, and those that it may do without: inside a function, or guarded."""
+    """Top-level names that a module needs to be imported, and those that it can do without: in a function, or guarded."""
     needed: set[str] = set()
     optional: set[str] = set()
 
