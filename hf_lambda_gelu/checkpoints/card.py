@@ -23,7 +23,7 @@ PLOT_NAME = "hardness_profile.png"
 
 @dataclass
 class CardDetails:
-    """What the card says beyond what the model itself knows; every field is optional.
+    """Holds what the card says beyond what the model itself knows; every field is optional.
 
     Attributes:
         base_model: Hub id of the model that was converted.
@@ -35,6 +35,14 @@ class CardDetails:
         command: the command that made the model.
         arguments: training arguments worth stating.
         notes: a paragraph in Markdown, such as limits.
+
+    Raises:
+        ValueError: `final` is not a row of `results`.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> rows = {"GELU": {"accuracy": 0.84}, "ReLU": {"accuracy": 0.83}}
+        >>> details = hlg.CardDetails(base_model="google-bert/bert-base-uncased", results=rows, final="ReLU")
     """
 
     base_model: str | None = None
@@ -80,7 +88,7 @@ def card_record(
 
 
 def render_card(record: Mapping[str, Any]) -> ModelCard:
-    """The card of a `card_record`, with metadata that the Hub reads; raises what huggingface_hub raises on bad values."""
+    """Makes the card of a `card_record`, with metadata for the Hub; raises what huggingface_hub raises on bad values."""
     details, report, task = record["details"], record["substitution"], record["pipeline_tag"]
     metrics = details["results"].get(details["final"], {})
     data = ModelCardData(

@@ -27,7 +27,14 @@ from .verify import verify_relu_pretrained
 
 
 class PushError(RuntimeError):
-    """The upload failed. The folder is kept; the message says where it lies and how to go on."""
+    """The upload failed. The folder is kept; the message says where it lies and how to go on.
+
+    Example:
+        >>> try:  # doctest: +SKIP
+        ...     hlg.push_relu_to_hub(model, "you/bert-relu", processor=tokenizer)
+        ... except hlg.PushError as error:
+        ...     print(error)
+    """
 
 
 def push_relu_to_hub(
@@ -167,7 +174,7 @@ def check_target(api: HfApi, repo_id: str, token: str | None, tag: str | None, c
 
 
 def _licensed(api: HfApi, details: CardDetails, token: str | None) -> CardDetails:
-    """With the licence of the base model, where they name none and the Hub knows it."""
+    """The details with the licence of the base model, where they name none and the Hub knows it."""
     if details.base_model is None or details.license is not None:
         return details
     try:

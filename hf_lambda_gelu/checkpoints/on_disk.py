@@ -35,13 +35,18 @@ _LEAF = "raw_hardness"
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What was done to the model, and to the files. Printing it gives both.
+    """Says what `convert_checkpoint` or `relu_ize_checkpoint` did to the model, and to the files. Printing it gives both.
 
     Attributes:
         folder: the folder that was made.
         model: the report of `convert` or `relu_ize`: the sites and their λ.
         linked, copied, rewritten: names of the weight files that are the source's own, a copy, or one without its λ.
         bytes_written: size of all files that were written; links need none.
+
+    Example:
+        >>> report = hlg.convert_checkpoint("models/bert", "models/bert-lambda")  # doctest: +SKIP
+        >>> report.linked  # doctest: +SKIP
+        ('model-00001-of-00002.safetensors',)
     """
 
     folder: Path
@@ -92,7 +97,11 @@ def convert_checkpoint(
 
     Example:
         >>> import hf_lambda_gelu as hlg
-        >>> print(hlg.convert_checkpoint("models/bert", "models/bert-lambda"))  # doctest: +SKIP
+        >>> from transformers import BertConfig, BertModel
+        >>> BertModel(BertConfig(num_hidden_layers=1)).save_pretrained("models/bert")
+        >>> print(hlg.convert_checkpoint("models/bert", "models/bert-lambda"))  # doctest: +ELLIPSIS
+        converted 1 activations to λ-GELU at λ = 1
+        ...
     """
     source = Source(src, dst)
     model = source.load()
@@ -145,7 +154,12 @@ def relu_ize_checkpoint(
 
     Example:
         >>> import hf_lambda_gelu as hlg
-        >>> print(hlg.relu_ize_checkpoint("runs/bert", "models/bert-relu"))  # doctest: +SKIP
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=1, hidden_act="lambda_gelu"))
+        >>> model.save_pretrained("runs/hard")  # λ = 1: not hard at all, hence force
+        >>> print(hlg.relu_ize_checkpoint("runs/hard", "runs/hard-relu", force=True))  # doctest: +ELLIPSIS
+        1 activations are ReLU now (forced: gates were soft)
+        ...
     """
     source = Source(src, dst)
     model = source.load()

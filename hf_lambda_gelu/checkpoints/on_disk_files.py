@@ -76,7 +76,7 @@ class Source:
             left_out: other files that do not come along, as paths in the folder.
             link: make hard links where nothing changes.
         """
-        weights = self._plan(temporary, dropped, bool(added), link)
+        weights = self._weight_files(temporary, dropped, bool(added), link)
         _check_space(temporary, [file.shard.path for file in weights if file.way != "linked"])
         tensors: dict[str, Tensor] = {}
         places: dict[str, str] = {}
@@ -102,7 +102,7 @@ class Source:
             bytes_written=sum(path.stat().st_size for path in files),
         )
 
-    def _plan(self, temporary: Path, dropped: Collection[str], one_more: bool, link: bool) -> list[WeightFile]:
+    def _weight_files(self, temporary: Path, dropped: Collection[str], one_more: bool, link: bool) -> list[WeightFile]:
         """What becomes of each weight file. One that holds nothing but dropped tensors becomes nothing."""
         shards = [shard for shard in self.shards if any(name not in dropped for name in shard.tensors)]
         weights = []

@@ -36,7 +36,10 @@ def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Pa
 
     Example:
         >>> import hf_lambda_gelu as hlg
-        >>> hlg.save_with_code(model, "runs/lambda")  # doctest: +SKIP
+        >>> from transformers import AutoModel, BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=1))
+        >>> report, folder = hlg.convert(model), hlg.save_with_code(model, "runs/with-code")
+        >>> model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     """
     name = type(model).__name__
     if not hardness_sites(model):

@@ -57,9 +57,9 @@ def save_relu_pretrained(
         >>> import hf_lambda_gelu as hlg
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> model = BertForSequenceClassification(BertConfig(num_hidden_layers=1))
-        >>> _ = hlg.convert(model)
-        >>> report = hlg.relu_ize(model, force=True)
-        >>> hlg.save_relu_pretrained(model, "runs/relu", report=report)  # doctest: +SKIP
+        >>> _, report = hlg.convert(model), hlg.relu_ize(model, force=True)
+        >>> folder = hlg.save_relu_pretrained(model, "runs/saved-relu", report=report)
+        >>> model = BertForSequenceClassification.from_pretrained(folder)
     """
     folder = Path(os.path.abspath(folder))
     check_relu(model)

@@ -26,7 +26,14 @@ from .card import REPORT_NAME, write_record
 
 
 class VerificationError(RuntimeError):
-    """The saved folder does not reproduce the model in stock transformers; the message says what differed."""
+    """The saved folder does not reproduce the model in stock transformers; the message says what differed.
+
+    Example:
+        >>> try:  # doctest: +SKIP
+        ...     hlg.verify_relu_pretrained(model, folder)
+        ... except hlg.VerificationError as error:
+        ...     print(error)
+    """
 
 
 _RELOAD = """
@@ -82,7 +89,10 @@ def verify_relu_pretrained(
 
     Example:
         >>> import hf_lambda_gelu as hlg
-        >>> hlg.verify_relu_pretrained(model, "runs/relu")  # doctest: +SKIP
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=1))
+        >>> _, report = hlg.convert(model), hlg.relu_ize(model, force=True)
+        >>> hlg.verify_relu_pretrained(model, hlg.save_relu_pretrained(model, "runs/proven-relu"))
         0.0
     """
     if model.device.type != "cpu":

@@ -156,6 +156,16 @@ def test_ctrl_c_while_uploading_leaves_nothing(
     assert (seen[ConnectionError] / "model.safetensors").is_file()
 
 
+def test_a_model_with_adapters_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's wrapper is no model of transformers, nor is it a folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    wrapped = peft.get_peft_model(tiny_bert(), peft.LoraConfig(target_modules=["query"], r=2))
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        hlg.push_relu_to_hub(wrapped, "me/m", processor=(), api=Hub())
+    with pytest.raises(ValueError, match="pass processor="):
+        hlg.push_relu_to_hub(wrapped, "me/m", api=Hub())
+
+
 def trainer_of(model: nn.Module) -> Any:
     """As much of a LambdaGELUTrainer as publishing reads."""
     arguments = hlg.LambdaGELUTrainingArguments("unused", report_to="none", use_cpu=True)
