@@ -57,7 +57,7 @@ def push_relu_to_hub(
     api: HfApi | None = None,
 ) -> CommitInfo:
     """Publishes a ReLU-ized model: saves it, proves by `verify_relu_pretrained` that stock transformers computes the same
-    without this package, and only then uploads, in one commit.
+    without this package, and only then uploads, in one commit, whose `CommitInfo` it returns.
 
     Args:
         model: a model after `relu_ize`, or the folder of one that `save_relu_pretrained` wrote, which is uploaded as it is.
@@ -80,8 +80,9 @@ def push_relu_to_hub(
         >>> import hf_lambda_gelu as hlg
         >>> hlg.push_relu_to_hub(model, "you/bert-relu", processor=tokenizer).commit_url  # doctest: +SKIP
     """
-    upload = _Upload(api or HfApi(token=token), repo_id, commit_message, private, revision, tag, create_pr, token)
-    check_target(upload.api, repo_id, token, tag, create_pr)
+    api = api or HfApi(token=token)
+    upload = _Upload(api, repo_id, token, commit_message, private=private, revision=revision, tag=tag, create_pr=create_pr)
+    check_target(api, repo_id, token, tag, create_pr)
     if processor is None:
         check_processor(model)
     if isinstance(model, (str, os.PathLike)):
@@ -89,7 +90,7 @@ def push_relu_to_hub(
             raise ValueError("a saved folder is uploaded as it is: change its card and files there, and pass it alone")
         return upload.send(_proven(Path(model), inputs))
     with _place_to_save(folder, repo_id) as place:
-        details = _licensed(upload.api, details or CardDetails(), token)
+        details = _licensed(api, details or CardDetails(), token)
         save = partial(save_relu_pretrained, processor=processor, model_name=repo_id, learned=learned, history=history)
         saved = save(model, place, details=details, report=report)
         verify_relu_pretrained(model, saved, inputs)
@@ -102,12 +103,12 @@ class _Upload:
 
     api: HfApi
     repo_id: str
+    token: str | None = field(repr=False)  # in no traceback
     commit_message: str | None
     private: bool
     revision: str | None
     tag: str | None
     create_pr: bool
-    token: str | None = field(repr=False)  # in no traceback
 
     def send(self, folder: Path) -> CommitInfo:
         """Uploads the folder in one commit; PushError if that fails, whatever the reason is."""

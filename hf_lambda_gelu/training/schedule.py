@@ -74,10 +74,12 @@ class HardeningSchedule:
 
     @property
     def switch_step(self) -> int:
+        """The first step at which λ is not learned any more."""
         return math.ceil(_steps(self.switch_point * self.max_steps))
 
     @property
     def hold_step(self) -> int:
+        """The first step at which λ is at its target."""
         return max(self.switch_step, math.floor(_steps((1.0 - self.hold) * self.max_steps)))
 
     def learning(self, step: int) -> bool:
