@@ -22,7 +22,7 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints.card import package_versions
-from hf_lambda_gelu.training.publish import evaluation_sample
+from hf_lambda_gelu.training.publish import stated_arguments, substitute_trained
 
 RESULTS_NAME = "results.json"
 
@@ -175,10 +175,7 @@ def run(
         results["learned_hardness"] = learned = trainer.learned_hardness
         # a best checkpoint chosen by its ReLU metrics may have soft gates, and is good as a ReLU network all the same
         force = arguments.load_best_model_at_end and "relu_" in (arguments.metric_for_best_model or "")
-        targets = trainer.hardness_targets if arguments.hardness_target == "calibrated" else None
-        sample = evaluation_sample(trainer)
-        report = hlg.relu_ize(model, force, tolerance=arguments.hardness_tolerance, targets=targets, calibration=sample)
-        report.compensation = trainer.compensation  # of the switch, for the card
+        report = substitute_trained(trainer, model, force)
         arguments.eval_relu = False  # there is nothing left to switch
         final = "after substitution"
         metrics[final] = _evaluate(trainer)
@@ -201,12 +198,7 @@ def run(
             results={name: _headline(values) for name, values in rows.items()},
             final=f"{names[model_arguments.activation]}, {final}",
             command=command_line(),
-            arguments={
-                name: value
-                for name, value in vars(arguments).items()
-                if (learning and name.startswith("hardness_"))
-                or name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
-            },
+            arguments=stated_arguments(arguments, hardness=learning),
         )
         folder = hlg.save_relu_pretrained(
             model,

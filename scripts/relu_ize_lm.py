@@ -38,7 +38,7 @@ from transformers import (
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints.card import package_versions
-from hf_lambda_gelu.training.trainer import check_writable
+from hf_lambda_gelu.checkpoints.folders import check_writable
 
 TEXTS = ("editorials", "movie_reviews", "amazon_reviews")  # assets
 PROMPTS = (

@@ -17,11 +17,13 @@ from ..structure.smooth_activations import Unconverted
 from ..surgery.substitution import SubstitutionReport
 
 PAPER = "2603.21991"
+REPORT_NAME = "lambda_gelu.json"
+PLOT_NAME = "hardness_profile.png"
 
 
 @dataclass
 class CardDetails:
-    """What the card says beyond what the model itself knows; every field is optional.
+    """Holds what the card says beyond what the model itself knows; every field is optional.
 
     Attributes:
         base_model: Hub id of the model that was converted.
@@ -33,6 +35,14 @@ class CardDetails:
         command: the command that made the model.
         arguments: training arguments worth stating.
         notes: a paragraph in Markdown, such as limits.
+
+    Raises:
+        ValueError: `final` is not a row of `results`.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> rows = {"GELU": {"accuracy": 0.84}, "ReLU": {"accuracy": 0.83}}
+        >>> details = hlg.CardDetails(base_model="google-bert/bert-base-uncased", results=rows, final="ReLU")
     """
 
     base_model: str | None = None
@@ -62,7 +72,7 @@ def card_record(
     plot: str | None = None,
 ) -> dict[str, Any]:
     """All that is known of a ReLU-ized model, as JSON can hold it: what `render_card` makes the card of."""
-    record = {
+    record: dict[str, Any] = {
         "model_name": model_name,
         "architecture": architecture,
         "pipeline_tag": pipeline_tag,
@@ -73,11 +83,12 @@ def card_record(
         "plot": plot,
         "versions": versions,
     }
-    return json.loads(json.dumps(record, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
+    return plain
 
 
 def render_card(record: Mapping[str, Any]) -> ModelCard:
-    """The card of a `card_record`, with metadata that the Hub reads; raises what huggingface_hub raises on bad values."""
+    """Makes the card of a `card_record`, with metadata for the Hub; raises what huggingface_hub raises on bad values."""
     details, report, task = record["details"], record["substitution"], record["pipeline_tag"]
     metrics = details["results"].get(details["final"], {})
     data = ModelCardData(
@@ -104,10 +115,10 @@ def render_card(record: Mapping[str, Any]) -> ModelCard:
     )
     erf = report is None or {site["base"] for site in report["sites"]} == {"gelu"}
     compensation = report and report["compensation"]
-    card = ModelCard.from_template(
+    card: ModelCard = ModelCard.from_template(
         data,
         template_str=(files(__package__) / "templates" / "card.md").read_text(encoding="utf-8"),
-        **record | {"report": report},
+        **{**record, "report": report},
         results_table=_results_table(details),
         formula="x Φ(λx)" if erf else "a(λx)/λ with a its own activation",
         sites_table=_sites_table(report) if report else "",
@@ -150,13 +161,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
-REPORT_NAME = "lambda_gelu.json"
-
-
-PLOT_NAME = "hardness_profile.png"
-
-
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes the record beside the card that is made of it, as JSON."""
     (folder / REPORT_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

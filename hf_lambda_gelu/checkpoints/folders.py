@@ -1,4 +1,4 @@
-"""Folders that are made whole or not at all."""
+"""Folders that are made whole or not at all, and what can be known before the work that fills them."""
 
 from __future__ import annotations
 
@@ -41,6 +41,17 @@ def check_new(folder: Path, overwrite: bool | None = None) -> None:
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         hint = "" if overwrite is None else ", or pass overwrite=True"
         raise ValueError(f"{str(folder)!r} exists and is not empty: choose another folder{hint}")
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Makes `folder` if need be; raises ValueError, saying why, if nothing can be written into it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe = Path(folder) / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write into the output folder {str(folder)!r}: {error}. Choose another folder") from error
 
 
 def _umask() -> int:

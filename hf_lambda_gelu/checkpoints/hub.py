@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but imported there lazily
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..structure.loading import load_saved
+from ..surgery.substitution import SubstitutionReport
 from .card import CardDetails
 from .save import check_relu, save_relu_pretrained
 from .verify import verify_relu_pretrained
 
 
 class PushError(RuntimeError):
-    """The upload failed. The folder is kept; the message says where it lies and how to go on."""
+    """The upload failed. The folder is kept; the message says where it lies and how to go on.
+
+    Example:
+        >>> try:  # doctest: +SKIP
+        ...     hlg.push_relu_to_hub(model, "you/bert-relu", processor=tokenizer)
+        ... except hlg.PushError as error:
+        ...     print(error)
+    """
 
 
 def push_relu_to_hub(
@@ -33,92 +45,116 @@ def push_relu_to_hub(
     details: CardDetails | None = None,
     learned: dict[str, float] | None = None,
     history: list[dict[str, Any]] | None = None,
+    report: SubstitutionReport | None = None,
     folder: str | os.PathLike[str] | None = None,
     inputs: dict[str, Tensor] | None = None,
     private: bool = False,
     revision: str | None = None,
     tag: str | None = None,
     create_pr: bool = False,
-    commit_message: str = "Upload ReLU-ized model",
+    commit_message: str | None = "Upload ReLU-ized model",
     token: str | None = None,
     api: HfApi | None = None,
 ) -> CommitInfo:
-    """Publish a ReLU-ized model. Before anything leaves the machine, the saved folder is loaded by stock transformers in a
-    process without this package and its outputs are compared with the model's.
+    """Publishes a ReLU-ized model: saves it, proves by `verify_relu_pretrained` that stock transformers computes the same
+    without this package, and only then uploads, in one commit, whose `CommitInfo` it returns.
 
     Args:
         model: a model after `relu_ize`, or the folder of one that `save_relu_pretrained` wrote, which is uploaded as it is.
         repo_id: "name" or "owner/name".
         processor: tokenizer, image processor or feature extractor, a list for several; `()` to publish without one.
-        details, learned, history: as for `save_relu_pretrained`; not for a folder, which has them. Where the details name a
-            base model and no licence, the licence is asked of the Hub.
-        folder: where to keep the saved model; by default a temporary folder, removed after the upload succeeded.
+        details, learned, history, report: as for `save_relu_pretrained`; not for a folder, which has them. Where the details
+            name a base model and no licence, the licence is asked of the Hub.
+        folder: where to keep the saved model; by default a temporary folder, which stays only where the upload failed.
         inputs: a batch for the comparison; by default a small one made to fit the model.
         private: create the repository as private; an existing one keeps its visibility.
-        revision: branch to commit to.
-        tag: name to give the commit, such as "v1".
-        create_pr: open a pull request with the commit.
-        token: as everywhere in huggingface_hub; by default the one that was saved by `hf auth login`. Never stored or shown.
-        api: an `HfApi` of one's own, for another endpoint.
-
-    Returns:
-        huggingface_hub's `CommitInfo`.
+        revision, tag, create_pr: branch to commit to; name to give the commit, such as "v1"; open a pull request instead.
+        token, api: by default what `hf auth login` saved, and the Hub. A token is never stored or shown.
 
     Raises:
         ValueError: bad repo id, no token, offline mode, no processor, or a model that is not a finite ReLU network.
         VerificationError: stock transformers computes something else. Nothing is uploaded.
         PushError: the upload failed; the folder is kept.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> hlg.push_relu_to_hub(model, "you/bert-relu", processor=tokenizer).commit_url  # doctest: +SKIP
     """
     api = api or HfApi(token=token)
+    upload = _Upload(api, repo_id, token, commit_message, private=private, revision=revision, tag=tag, create_pr=create_pr)
     check_target(api, repo_id, token, tag, create_pr)
-    scratch = None
     if processor is None:
         check_processor(model)
-    if not isinstance(model, PreTrainedModel):
-        if processor or details or learned or history or folder:
+    if isinstance(model, (str, os.PathLike)):
+        if processor or details or learned or history or report or folder:
             raise ValueError("a saved folder is uploaded as it is: change its card and files there, and pass it alone")
-        saved, model = Path(model), load_saved(model)
-        check_relu(model)
+        return upload.send(_proven(Path(model), inputs))
+    with _place_to_save(folder, repo_id) as place:
+        details = _licensed(api, details or CardDetails(), token)
+        save = partial(save_relu_pretrained, processor=processor, model_name=repo_id, learned=learned, history=history)
+        saved = save(model, place, details=details, report=report)
         verify_relu_pretrained(model, saved, inputs)
-    else:
-        if folder is None:
-            scratch = Path(tempfile.mkdtemp(prefix="relu-model-"))
-            folder = scratch / repo_id.rpartition("/")[2]
+        return upload.send(saved)
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """Where a saved folder goes, and as what."""
+
+    api: HfApi
+    repo_id: str
+    token: str | None = field(repr=False)  # in no traceback
+    commit_message: str | None
+    private: bool
+    revision: str | None
+    tag: str | None
+    create_pr: bool
+
+    def send(self, folder: Path) -> CommitInfo:
+        """Uploads the folder in one commit; PushError if that fails, whatever the reason is."""
         try:
-            saved = save_relu_pretrained(
-                model,
-                folder,
-                processor=processor,
-                details=_licensed(api, details or CardDetails(), token),
-                model_name=repo_id,
-                learned=learned,
-                history=history,
+            self.api.create_repo(self.repo_id, private=self.private, exist_ok=True, token=self.token)
+            commit = self.api.upload_folder(
+                repo_id=self.repo_id,
+                folder_path=folder,
+                commit_message=self.commit_message,
+                revision=self.revision,
+                create_pr=self.create_pr,
+                token=self.token,
             )
-            verify_relu_pretrained(model, saved, inputs)
-        except BaseException:
-            if scratch:
-                shutil.rmtree(scratch, ignore_errors=True)
-            raise
+            if self.tag is not None:
+                self.api.create_tag(self.repo_id, tag=self.tag, revision=commit.oid, token=self.token)
+        except Exception as error:  # refused, cut off, out of quota …: whatever it is, the work is in the folder
+            raise PushError(
+                f"the upload to {self.repo_id} failed: {error}. The model is saved and verified in {str(folder)!r}; to go "
+                f"on: hf upload {self.repo_id} {folder} ."
+            ) from error
+        return commit
+
+
+def _proven(folder: Path, inputs: dict[str, Tensor] | None) -> Path:
+    """The folder, after it was loaded and found to be a ReLU network that stock transformers computes alike."""
+    model = load_saved(folder)
+    check_relu(model)
+    verify_relu_pretrained(model, folder, inputs)
+    return folder
+
+
+@contextlib.contextmanager
+def _place_to_save(folder: str | os.PathLike[str] | None, repo_id: str) -> Iterator[Path]:
+    """The folder to save in. A temporary one, where none is given, outlives the block on a PushError alone."""
+    if folder is not None:
+        yield Path(folder)
+        return
+    scratch = Path(tempfile.mkdtemp(prefix="relu-model-"))
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True, token=token)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=saved,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-            token=token,
-        )
-        if tag is not None:
-            api.create_tag(repo_id, tag=tag, revision=commit.oid, token=token)
-    except Exception as error:  # refused, cut off, out of quota …: whatever it is, the work is in the folder
-        raise PushError(
-            f"the upload to {repo_id} failed: {error}. The model is saved and verified in {str(saved)!r}; to go on: "
-            f"hf upload {repo_id} {saved} ."
-        ) from error
-    if scratch:
+        yield scratch / repo_id.rpartition("/")[2]
+    except PushError:  # it names the folder
+        raise
+    except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
-    return commit
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_target(api: HfApi, repo_id: str, token: str | None, tag: str | None, create_pr: bool) -> None:
@@ -139,7 +175,7 @@ def check_target(api: HfApi, repo_id: str, token: str | None, tag: str | None, c
 
 
 def _licensed(api: HfApi, details: CardDetails, token: str | None) -> CardDetails:
-    """With the licence of the base model, where they name none and the Hub knows it."""
+    """The details with the licence of the base model, where they name none and the Hub knows it."""
     if details.base_model is None or details.license is not None:
         return details
     try:
@@ -152,9 +188,9 @@ def _licensed(api: HfApi, details: CardDetails, token: str | None) -> CardDetail
 def check_processor(model: PreTrainedModel | str | os.PathLike[str]) -> None:
     """Raises ValueError unless `model` is a folder with a tokenizer, an image processor or a feature extractor."""
     names = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
-    folder = not isinstance(model, PreTrainedModel)
-    if not (folder and any((Path(model) / name).is_file() for name in names)):
-        what = f"{str(model)!r} holds no" if folder else "pass processor=…, its"
+    folder = Path(model) if isinstance(model, (str, os.PathLike)) else None
+    if folder is None or not any((folder / name).is_file() for name in names):
+        what = "pass processor=…, its" if folder is None else f"{str(model)!r} holds no"
         raise ValueError(
             f"{what} tokenizer, image processor or feature extractor: without one nobody can run the model by its name. "
             "processor=() publishes it all the same"

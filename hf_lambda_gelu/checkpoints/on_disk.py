@@ -7,42 +7,46 @@ weights are files, which stay as they are.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..activation.hardness import DEFAULT_TOLERANCE
 from ..activation.module import hardness_sites
-from ..structure.loading import CheckpointError, load_on_meta, save_parts, saved_class
+from ..structure.loading import CheckpointError, save_parts
 from ..surgery.conversion import ConversionReport, convert
 from ..surgery.substitution import SubstitutionReport, relu_ize
 from .card import PLOT_NAME, REPORT_NAME, CardDetails
-from .folders import check_new, whole_folder
+from .folders import whole_folder
+from .on_disk_files import Source, WrittenFiles
 from .remote_code import CODE_NAME
 from .save import write_card
-from .shards import Shard, can_link, put, read_shards, shard_names, side_files, write_index, write_without
+from .shards import Shard
 
 _LEAF = "raw_hardness"
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What was done to the model, and to the files. Printing it gives both.
+    """Says what `convert_checkpoint` or `relu_ize_checkpoint` did to the model, and to the files. Printing it gives both.
 
     Attributes:
         folder: the folder that was made.
         model: the report of `convert` or `relu_ize`: the sites and their λ.
         linked, copied, rewritten: names of the weight files that are the source's own, a copy, or one without its λ.
         bytes_written: size of all files that were written; links need none.
+
+    Example:
+        >>> report = hlg.convert_checkpoint("models/bert", "models/bert-lambda")  # doctest: +SKIP
+        >>> report.linked  # doctest: +SKIP
+        ('model-00001-of-00002.safetensors',)
     """
 
     folder: Path
@@ -66,7 +70,7 @@ def convert_checkpoint(
     only: Callable[[str, nn.Module], bool] | None = None,
     link: bool = True,
 ) -> CheckpointReport:
-    """Make of the folder of a GELU or SiLU checkpoint that of the λ-GELU model: config rewritten, λ added in a small file.
+    """Makes of the folder of a GELU or SiLU checkpoint that of the λ-GELU model: config rewritten, λ added in a small file.
 
     It holds what `convert(model)` and `model.save_pretrained(dst)` write, without loading the weights: memory does not grow
     with the checkpoint. Tokenizer, processor, card and nested folders come along, pickles and a Trainer's state do not.
@@ -90,8 +94,16 @@ def convert_checkpoint(
         ConversionError: as `convert` raises it.
         ValueError: `dst` is in use or cannot be written, or a bad `init_hardness`.
         In every case `src` is as it was and `dst` is not made.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> from transformers import BertConfig, BertModel
+        >>> BertModel(BertConfig(num_hidden_layers=1)).save_pretrained("models/bert")
+        >>> print(hlg.convert_checkpoint("models/bert", "models/bert-lambda"))  # doctest: +ELLIPSIS
+        converted 1 activations to λ-GELU at λ = 1
+        ...
     """
-    source = _Source(src, dst)
+    source = Source(src, dst)
     model = source.load()
     report = convert(model, init_hardness, only=only)
     for site in hardness_sites(model).values():
@@ -104,7 +116,8 @@ def convert_checkpoint(
                 f"the weights hold {there[0]} already, of which {CONFIG_NAME} says nothing: restore the config that they "
                 "were saved with"
             )
-        return source.finish(temporary, model, report, added=hardness, link=link)
+        written = source.finish(temporary, model, added=hardness, link=link)
+    return _report(source, report, written)
 
 
 def relu_ize_checkpoint(
@@ -117,7 +130,7 @@ def relu_ize_checkpoint(
     details: CardDetails | None = None,
     link: bool = True,
 ) -> CheckpointReport:
-    """Make of the folder of a λ-GELU checkpoint that of the ReLU model, which stock transformers loads.
+    """Makes of the folder of a λ-GELU checkpoint that of the ReLU model, which stock transformers loads.
 
     It holds what `relu_ize(model)` and `save_relu_pretrained(model, dst)` write, made as `convert_checkpoint` makes its own.
     Weight files with λ in them are rewritten without it, in a stream; the others are hard links. Refits need the model in
@@ -138,8 +151,17 @@ def relu_ize_checkpoint(
         SoftGateError: gates are soft, and no `force`.
         ValueError: no λ-GELU in the checkpoint, λ that is not finite, or `dst` is in use or cannot be written.
         In every case `src` is as it was and `dst` is not made.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=1, hidden_act="lambda_gelu"))
+        >>> model.save_pretrained("runs/hard")  # λ = 1: not hard at all, hence force
+        >>> print(hlg.relu_ize_checkpoint("runs/hard", "runs/hard-relu", force=True))  # doctest: +ELLIPSIS
+        1 activations are ReLU now (forced: gates were soft)
+        ...
     """
-    source = _Source(src, dst)
+    source = Source(src, dst)
     model = source.load()
     dropped = _load_hardness(model, source.shards)
     report = relu_ize(model, force, tolerance=tolerance, targets=targets)
@@ -151,83 +173,19 @@ def relu_ize_checkpoint(
     with whole_folder(source.target) as temporary:
         save_parts(model, temporary, {})
         write_card(model, temporary, source.target.name, report, details or CardDetails())
-        return source.finish(temporary, model, report, dropped=dropped, left_out=left_out, link=link)
+        written = source.finish(temporary, model, dropped=dropped, left_out=left_out, link=link)
+    return _report(source, report, written)
 
 
-class _Source:
-    """A checkpoint folder that was found to be whole, and the folder to make of it."""
-
-    def __init__(self, src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
-        self.folder, self.target = Path(src), Path(os.path.abspath(dst))
-        self.config, self.cls = saved_class(self.folder)
-        if self.folder.resolve() in (self.target.resolve(), *self.target.resolve().parents):
-            raise ValueError(f"{str(self.target)!r} is {str(self.folder)!r} or lies in it: choose another folder")
-        check_new(self.target)
-        self.shards = read_shards(self.folder, self.cls.__name__)
-
-    def load(self) -> PreTrainedModel:
-        tensors = {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
-        return load_on_meta(self.folder, self.config, self.cls, tensors)
-
-    def finish(
-        self,
-        temporary: Path,
-        model: PreTrainedModel,
-        report: ConversionReport | SubstitutionReport,
-        *,
-        added: Mapping[str, Tensor] | None = None,
-        dropped: Collection[str] = (),
-        left_out: Collection[str] = (),
-        link: bool,
-    ) -> CheckpointReport:
-        """Fill the temporary folder with the weight files, their index and what else is carried along."""
-        shards = [shard for shard in self.shards if any(name not in dropped for name in shard.tensors)]
-        names = shard_names(len(shards) + bool(added))
-        done: dict[str, list[str]] = {"linked": [], "copied": [], "rewritten": []}
-        for shard, name in zip(shards, names, strict=False):
-            with_hardness = any(tensor in dropped for tensor in shard.tensors)
-            linked = link and can_link(shard.path, temporary)
-            done["rewritten" if with_hardness else "linked" if linked else "copied"].append(name)
-        paths = {name: shard.path for name, shard in zip(names, shards, strict=False)}
-        _check_space(temporary, [paths[name] for name in done["rewritten"] + done["copied"]])
-
-        tensors: dict[str, Tensor] = {}
-        places: dict[str, str] = {}
-        for shard, name in zip(shards, names, strict=False):
-            kept = {key: tensor for key, tensor in shard.tensors.items() if key not in dropped}
-            if name in done["rewritten"]:
-                write_without(shard.path, temporary / name, dropped)
-            else:
-                put(shard.path, temporary / name, name in done["linked"])
-            tensors.update(kept)
-            places.update(dict.fromkeys(kept, name))
-        if added:
-            save_file(dict(added), temporary / names[-1], metadata={"format": "pt"})
-            tensors.update(added)
-            places.update(dict.fromkeys(added, names[-1]))
-        if len(names) > 1:
-            size = sum(tensor.nbytes for tensor in tensors.values())
-            write_index(temporary, places, {"total_parameters": model.num_parameters(), "total_size": size})
-        links = set(done["linked"])
-        for path in side_files(self.folder):
-            if str(path) not in left_out:
-                (temporary / path).parent.mkdir(parents=True, exist_ok=True)
-                # weights of a module of its own, such as the Dense layer after a sentence transformer
-                linked = link and path.suffix == ".safetensors" and can_link(self.folder / path, temporary)
-                put(self.folder / path, temporary / path, linked)
-                links |= {str(path)} if linked else set()
-        files = [path for path in temporary.rglob("*") if path.is_file() and str(path.relative_to(temporary)) not in links]
-        written = sum(path.stat().st_size for path in files)
-        return CheckpointReport(self.target, report, *map(tuple, done.values()), bytes_written=written)
-
-
-def _check_space(folder: Path, files: list[Path]) -> None:
-    needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(folder).free
-    if needed > free:
-        raise CheckpointError(
-            f"{needed:,} bytes of weights have to be written, and {free:,} are free in {str(folder.parent)!r}: make room, "
-            "or choose a folder on the file system of the source, where weight files without λ are hard links"
-        )
+def _report(source: Source, model: ConversionReport | SubstitutionReport, written: WrittenFiles) -> CheckpointReport:
+    return CheckpointReport(
+        source.target,
+        model,
+        linked=written.linked,
+        copied=written.copied,
+        rewritten=written.rewritten,
+        bytes_written=written.bytes_written,
+    )
 
 
 def _raw_hardness(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -236,7 +194,7 @@ def _raw_hardness(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _load_hardness(model: PreTrainedModel, shards: list[Shard]) -> frozenset[str]:
-    """Give the sites the checkpoint's λ, or 1 where it has none, as from_pretrained does; the names of its tensors."""
+    """Gives the sites the checkpoint's λ, or 1 where it has none, as from_pretrained does; the names of its tensors."""
     stored = {name: shard.path for shard in shards for name in shard.tensors if name.rpartition(".")[2] == _LEAF}
     sites = list(_raw_hardness(model))
     with tempfile.TemporaryDirectory() as scratch:  # numbers in the place of λ show what each is called in a checkpoint
@@ -252,6 +210,5 @@ def _load_hardness(model: PreTrainedModel, shards: list[Shard]) -> frozenset[str
         site.to_empty(device="cpu").reset_parameters()
     for name in sorted(set(called) & set(stored)):
         with safe_open(stored[name], framework="pt") as file:
-            site = model.get_submodule(called[name].rpartition(".")[0])
-            site.load_state_dict({_LEAF: file.get_tensor(name)})
+            model.get_submodule(called[name].rpartition(".")[0]).load_state_dict({_LEAF: file.get_tensor(name)})
     return frozenset(stored)

@@ -18,7 +18,7 @@ CODE_NAME = "modeling_lambda_gelu.py"
 
 
 def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Path:
-    """`model.save_pretrained(folder)`, and beside the weights the code that they need.
+    """Saves as `model.save_pretrained(folder)` does, and beside the weights the code that they need.
 
     `AutoModelFor….from_pretrained(folder, trust_remote_code=True)` then loads the model where this package is not installed.
     Other ways to load a λ-GELU checkpoint: with this package imported, as any other; or folded (`fold`), in stock
@@ -33,6 +33,13 @@ def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Pa
     Raises:
         ValueError: no λ-GELU in the model, sites that no config attribute governs, adapters that are not merged, or a class
             that no Auto class knows. Nothing is written.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> from transformers import AutoModel, BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=1))
+        >>> report, folder = hlg.convert(model), hlg.save_with_code(model, "runs/with-code")
+        >>> model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     """
     name = type(model).__name__
     if not hardness_sites(model):

@@ -1,10 +1,11 @@
-"""Saves a ReLU-ized model as a folder that stock transformers loads, and proves it in a process without this package."""
+"""Saves a ReLU-ized model as a folder that stock transformers loads, with its model card."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ from ..structure.config_probe import governed_modules
 from ..structure.modules import has_adapters
 from ..structure.smooth_activations import smooth_activations, smooth_modules
 from ..surgery.substitution import SubstitutionReport
-from .card import PLOT_NAME, CardDetails, _write_record, card_record, package_versions, render_card
+from .card import PLOT_NAME, CardDetails, card_record, package_versions, render_card, write_record
 from .folders import check_new, whole_folder
 
 
@@ -29,18 +30,21 @@ def save_relu_pretrained(
     model_name: str | None = None,
     learned: dict[str, float] | None = None,
     history: list[dict[str, Any]] | None = None,
+    report: SubstitutionReport | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write weights (safetensors), a stock config, the processor, a model card and the λ profile; whole or not at all.
+    """Writes weights (safetensors), a stock config, the processor, a model card and the λ profile; whole or not at all.
 
     Args:
-        model: a model after `relu_ize`.
+        model: a model after `relu_ize`, in any floating point dtype.
         folder: the folder to make. An existing one that is not empty is refused unless `overwrite`, which replaces it.
         processor: tokenizer, image processor or feature extractor to save beside the weights; a list for several.
         details: what the card should say, see `CardDetails`.
         model_name: the name in the card, e.g. the Hub id; by default the folder's.
         learned: λ per site as learned, before the ramp (`trainer.learned_hardness`): plotted and kept in `lambda_gelu.json`.
         history: `trainer.state.log_history`, for the plot of λ over training.
+        report: what `relu_ize` returned for this model; by default what it left on the model itself. Merged adapters make
+            another model, which has none.
 
     Returns:
         The folder.
@@ -48,12 +52,19 @@ def save_relu_pretrained(
     Raises:
         ValueError: smooth gates left in model or config, tensors that are not finite, an existing or unwritable folder.
             Nothing is written.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> model = BertForSequenceClassification(BertConfig(num_hidden_layers=1))
+        >>> _, report = hlg.convert(model), hlg.relu_ize(model, force=True)
+        >>> folder = hlg.save_relu_pretrained(model, "runs/saved-relu", report=report)
+        >>> model = BertForSequenceClassification.from_pretrained(folder)
     """
     folder = Path(os.path.abspath(folder))
     check_relu(model)
     check_new(folder, overwrite)
-    details = details or CardDetails()
-    report: SubstitutionReport | None = getattr(model, "_relu_report", None)
+    report = report or report_left_on(model)
     smooth = smooth_modules(model)
     if report is None and smooth:
         raise ValueError(f"the model did not come from relu_ize and has smooth modules, from {smooth[0]} on")
@@ -62,8 +73,13 @@ def save_relu_pretrained(
         for item in processor if isinstance(processor, (list, tuple)) else [processor]:
             if item is not None:
                 item.save_pretrained(temporary)
-        write_card(model, temporary, model_name or folder.name, report, details, learned, history)
+        write_card(model, temporary, model_name or folder.name, report, details or CardDetails(), learned, history)
     return folder
+
+
+def report_left_on(model: PreTrainedModel) -> SubstitutionReport | None:
+    """The report that `relu_ize` left on the model itself; None where the model did not come from it."""
+    return getattr(model, "_relu_report", None)
 
 
 def write_card(
@@ -75,7 +91,7 @@ def write_card(
     learned: dict[str, float] | None = None,
     history: list[dict[str, Any]] | None = None,
 ) -> None:
-    """Write the model card and what it is made from: the λ profile, and its plot where matplotlib is there."""
+    """Writes the model card and what it is made from: the λ profile, and its plot where matplotlib is there."""
     profile = learned or (report.profile if report else None)
     plot = PLOT_NAME if profile and _plotted(profile, folder / PLOT_NAME, history or [], bool(learned)) else None
     record = card_record(
@@ -89,7 +105,7 @@ def write_card(
         learned,
         plot,
     )
-    _write_record(folder, record)
+    write_record(folder, record)
     render_card(record).save(folder / "README.md")
 
 
@@ -126,12 +142,13 @@ def check_relu(model: PreTrainedModel) -> None:
 
 
 def pipeline_tag(model: PreTrainedModel) -> str | None:
-    """The Hub's task name for the model's class, as transformers' own pipelines know it."""
+    """The Hub's task name for the model's class, as transformers' own pipelines know it; None where they do not."""
     from transformers.modelcard import TASK_MAPPING
     from transformers.pipelines import PIPELINE_REGISTRY  # here, as it imports half of transformers
 
     name = type(model).__name__
-    for task, mapping in TASK_MAPPING.items():
+    mappings = cast("Mapping[str, Mapping[str, str | tuple[str, ...]]]", TASK_MAPPING)
+    for task, mapping in mappings.items():
         classes = [c for entry in mapping.values() for c in (entry if isinstance(entry, (list, tuple)) else [entry])]
         if name in classes and task in PIPELINE_REGISTRY.get_supported_tasks():
             return task

@@ -12,18 +12,15 @@ import re
 import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-)
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from ..structure.loading import CheckpointError
 
@@ -89,6 +86,16 @@ def read_shards(folder: Path, class_name: str) -> list[Shard]:
     return shards
 
 
+def tensor_names(folder: Path) -> set[str] | None:
+    """The names of a checkpoint's tensors; None where they are not in safetensors, as adapters and FSDP's shards are not."""
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        with safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
+            return set(file.keys())
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return set(json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"])
+    return None
+
+
 def _read(path: Path) -> Shard:
     try:
         return Shard(path, load_state_dict(path, map_location="meta"))
@@ -114,7 +121,7 @@ def shard_names(count: int) -> list[str]:
 
 
 def write_index(folder: Path, places: dict[str, str], metadata: dict[str, Any]) -> None:
-    """Write the index: {tensor: file}."""
+    """Writes the index: {tensor: file}."""
     text = json.dumps({"metadata": metadata, "weight_map": places}, indent=2, sort_keys=True)
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -149,7 +156,7 @@ def can_link(source: Path, folder: Path) -> bool:
 
 
 def put(source: Path, target: Path, link: bool) -> None:
-    """Make `target` a hard link to `source`, or a copy of it. A symbolic link (the Hub's cache) is followed."""
+    """Makes `target` a hard link to `source`, or a copy of it. A symbolic link (the Hub's cache) is followed."""
     if link:
         os.link(os.path.realpath(source), target)
     else:
@@ -157,7 +164,7 @@ def put(source: Path, target: Path, link: bool) -> None:
 
 
 def write_without(source: Path, target: Path, dropped: Collection[str]) -> None:
-    """Write `source` without some of its tensors, in a stream; the other bytes and the metadata stay as they are."""
+    """Writes `source` without some of its tensors, in a stream; the other bytes and the metadata stay as they are."""
     with source.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
@@ -184,7 +191,7 @@ def _bits(dtype: str) -> int:
     return int(found[0]) if found else 8
 
 
-def _copy(source: BinaryIO, target: BinaryIO, ranges: Iterable[tuple[int, int]]) -> None:
+def _copy(source: BufferedReader, target: BinaryIO, ranges: Iterable[tuple[int, int]]) -> None:
     buffer = memoryview(bytearray(_CHUNK))
     for first, last in ranges:
         source.seek(first)

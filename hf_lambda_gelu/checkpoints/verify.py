@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,11 +23,18 @@ from ..measurement.audit.audit import audit
 from ..measurement.examples.choice import example_inputs
 from ..measurement.forward import evaluating, main_output, same_random_numbers
 from ..structure.smooth_activations import smooth_activations
-from .card import REPORT_NAME, _write_record
+from .card import REPORT_NAME, write_record
 
 
 class VerificationError(RuntimeError):
-    """The saved folder does not reproduce the model in stock transformers; the message says what differed."""
+    """The saved folder does not reproduce the model in stock transformers; the message says what differed.
+
+    Example:
+        >>> try:  # doctest: +SKIP
+        ...     hlg.verify_relu_pretrained(model, folder)
+        ... except hlg.VerificationError as error:
+        ...     print(error)
+    """
 
 
 _RELOAD = """
@@ -53,11 +62,18 @@ print(json.dumps({name: digest(tensor) for name, tensor in model.state_dict().it
 """
 
 
+class _Stock(NamedTuple):
+    """What stock transformers makes of a folder: its main output, and a digest of each tensor."""
+
+    output: Tensor
+    digests: dict[str, str]
+
+
 @torch.no_grad()
 def verify_relu_pretrained(
     model: PreTrainedModel, folder: str | os.PathLike[str], inputs: dict[str, Tensor] | None = None
 ) -> float:
-    """Load `folder` by stock transformers in a new process that cannot import this package, and compare the outputs.
+    """Loads `folder` by stock transformers in a new process that cannot import this package, and compares the outputs.
 
     What was compared is kept in the folder's `lambda_gelu.json`, as "checks".
 
@@ -67,16 +83,46 @@ def verify_relu_pretrained(
         inputs: a batch for the model's forward; by default a small one made to fit it.
 
     Returns:
-        max |difference| over the main output: 0.0 on the same machine.
+        max |difference| over the main output, in its units: 0.0 on the same machine.
 
     Raises:
         VerificationError: it does not load, keys do not fit, or outputs differ by more than 1e-6 of their scale.
+        ValueError: no batch can be made for such a model: pass inputs.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=1))
+        >>> _, report = hlg.convert(model), hlg.relu_ize(model, force=True)
+        >>> hlg.verify_relu_pretrained(model, hlg.save_relu_pretrained(model, "runs/proven-relu"))
+        0.0
     """
     if model.device.type != "cpu":
         model = copy.deepcopy(model).cpu()
     inputs = {k: v.cpu() for k, v in (inputs or example_inputs(model)).items()}
     with evaluating(model), same_random_numbers(model):
-        expected = main_output(model(**inputs))
+        expected = main_output(model(**inputs)).double()
+    stock = _reloaded(model, Path(folder), inputs)
+    difference = float((stock.output.double() - expected).abs().max())
+    scale = float(expected.abs().max())
+    if not difference <= 1e-6 * max(scale, 1e-12):
+        raise VerificationError(
+            f"{str(folder)!r} computes something else in stock transformers: outputs differ by {difference:.3g} at a scale "
+            f"of {scale:.3g}. Was the model edited after relu_ize, or cast (which rounds buffers that a reload computes)?"
+        )
+    # what the batch does not reach, such as most rows of an embedding, is compared too
+    other = [name for name, tensor in model.state_dict().items() if stock.digests.get(name) != _digest(tensor)]
+    if other:
+        raise VerificationError(
+            f"{str(folder)!r} computes something else in stock transformers: {len(other)} tensors differ, e.g. {other[0]}"
+        )
+    outputs = {"largest_difference_of_outputs": difference, "scale_of_outputs": scale}
+    _record_checks(Path(folder), model, inputs, {**outputs, "identical_tensors": len(stock.digests)})
+    return difference
+
+
+def _reloaded(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor]) -> _Stock:
+    """Runs the folder's model in another process, as the class and with the attention of `model`, on as many threads."""
     with tempfile.TemporaryDirectory() as scratch:
         source, result = os.path.join(scratch, "inputs.safetensors"), os.path.join(scratch, "outputs.safetensors")
         save_file({k: v.contiguous() for k, v in inputs.items()}, source)
@@ -91,34 +137,22 @@ def verify_relu_pretrained(
         if process.returncode:
             lines = process.stderr.strip().splitlines() or ["no message"]
             raise VerificationError(f"stock transformers does not load {str(folder)!r}: {lines[-1]}")
-        digests = json.loads(process.stdout.splitlines()[-1])
-        got = main_output(load_file(result))
-    difference = float((got.double() - expected.double()).abs().max())
-    scale = float(expected.double().abs().max())
-    if not difference <= 1e-6 * max(scale, 1e-12):
-        raise VerificationError(
-            f"{str(folder)!r} computes something else in stock transformers: outputs differ by {difference:.3g} at a scale "
-            f"of {scale:.3g}. Was the model edited after relu_ize, or cast (which rounds buffers that a reload computes)?"
-        )
-    # what the batch does not reach, such as most rows of an embedding, is compared too
-    other = [name for name, tensor in model.state_dict().items() if digests.get(name) != _digest(tensor)]
-    if other:
-        raise VerificationError(
-            f"{str(folder)!r} computes something else in stock transformers: {len(other)} tensors differ, e.g. {other[0]}"
-        )
-    path = Path(folder) / REPORT_NAME
-    if path.is_file():
-        checks = {
-            "reloaded_by": f"transformers {version('transformers')}, in a process without hf_lambda_gelu",
-            "largest_difference_of_outputs": difference,
-            "scale_of_outputs": scale,
-            "identical_tensors": len(digests),
-            "smooth_activations_left": [item.name for item in smooth_activations(model)],
-            "activations_that_ran": audit(model, inputs).counts,
-        }
-        _write_record(Path(folder), json.loads(path.read_text(encoding="utf-8")) | {"checks": checks})
-    return difference
+        return _Stock(main_output(load_file(result)), json.loads(process.stdout.splitlines()[-1]))
+
+
+def _record_checks(folder: Path, model: PreTrainedModel, inputs: dict[str, Tensor], compared: dict[str, float]) -> None:
+    """Adds what was compared, and which activations ran, to the folder's record, if it has one."""
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return
+    checks = {
+        "reloaded_by": f"transformers {version('transformers')}, in a process without hf_lambda_gelu",
+        **compared,
+        "smooth_activations_left": [item.name for item in smooth_activations(model)],
+        "activations_that_ran": audit(model, inputs).counts,
+    }
+    write_record(folder, json.loads(path.read_text(encoding="utf-8")) | {"checks": checks})
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()

@@ -17,10 +17,19 @@ _COMPENSATE = ("least_squares", "bias", "none")
 
 @dataclass
 class LambdaGELUTrainingArguments(TrainingArguments):
-    """Arguments of `LambdaGELUTrainer`; all fields of `TrainingArguments`, and those below.
+    """Holds the arguments of `LambdaGELUTrainer`: all fields of `TrainingArguments`, and those below.
+
+    Learning with a ramp is the paper's (arXiv 2603.21991); the refit and calibrated targets are derived. Fractions are of
+    the optimizer steps of the run.
 
     Raises:
         ValueError: a value out of its range; the message names it.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> arguments = hlg.LambdaGELUTrainingArguments("runs/bert", learning_rate=5e-5, hardness_switch_point=0.5)
+        >>> arguments.hardness_compensate
+        'least_squares'
     """
 
     hardness_learning_rate: float = field(
@@ -89,4 +98,4 @@ class LambdaGELUTrainingArguments(TrainingArguments):
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected {' or '.join(map(repr, known))}")
         if not (0.0 <= self.hardness_learning_rate < math.inf):
             raise ValueError(f"hardness_learning_rate must be a finite number >= 0, got {self.hardness_learning_rate}")
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # transformers' own has no types

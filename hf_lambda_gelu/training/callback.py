@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -40,11 +41,11 @@ class HardeningCallback(TrainerCallback, ExportableState):
             attributes["raw"] = {name: site.raw_hardness.item() for name, site in hardness_sites(self.model).items()}
         return {"args": {}, "attributes": attributes}
 
-    def on_train_begin(
-        self, args: LambdaGELUTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        args = cast(LambdaGELUTrainingArguments, args)  # LambdaGELUTrainer takes no others
         # read from the state directly: the Trainer restores callbacks only with restore_callback_states_from_checkpoint
-        stored = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        states = cast("Mapping[str, Any]", state.stateful_callbacks)  # while a Trainer runs, by the names of their classes
+        stored = states.get(type(self).__name__) if state.global_step else None
         attributes = stored["attributes"] if stored else {}
         self.at_switch = attributes.get("at_switch")
         self.calibrated = attributes.get("calibrated")  # absent in older checkpoints
@@ -71,17 +72,15 @@ class HardeningCallback(TrainerCallback, ExportableState):
             for name, site in sites.items():
                 site.raw_hardness.fill_(raw[name])
 
-    def on_step_end(
-        self, args: LambdaGELUTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._apply(args, state, **kwargs)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._apply(cast(LambdaGELUTrainingArguments, args), state, **kwargs)
 
     def _apply(
         self,
         args: LambdaGELUTrainingArguments,
         state: TrainerState,
         model: nn.Module,
-        train_dataloader: DataLoader,
+        train_dataloader: DataLoader[Any],
         **kwargs: Any,
     ) -> None:
         ramp = args.hardness_compensate == "none"

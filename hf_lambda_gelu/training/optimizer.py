@@ -25,7 +25,10 @@ from ..activation.module import LambdaGELU
 
 
 def attach_hardness_update(optimizer: torch.optim.Optimizer, modules: Iterable[LambdaGELU]) -> list[RemovableHandle]:
-    """Make `optimizer` step in λ for the hardness parameters of `modules`; its other parameters are untouched. Idempotent.
+    """Makes `optimizer` step in λ for the hardness parameters of `modules`, in fp32; twice is once. [derived]
+
+    Around each step the parameter s, shape (1,), holds λ − 1 = softplus(s/t) and its gradient is ∂L/∂λ = ∂L/∂s · t/σ(s/t);
+    after it, λ is clipped to ≥ 1 and s is what gives it. The optimizer's other parameters are untouched.
 
     Works with any `torch.optim.Optimizer`, in the Trainer or in a loop of one's own. The learning rate of the parameter's
     group is then η_λ, in units of λ per step; give the group no weight decay.
@@ -35,6 +38,16 @@ def attach_hardness_update(optimizer: torch.optim.Optimizer, modules: Iterable[L
 
     Raises:
         ValueError: a hardness parameter is in none of the optimizer's groups, or in one with weight decay.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg, torch
+        >>> gate = hlg.LambdaGELU()
+        >>> optimizer = torch.optim.SGD([gate.raw_hardness], lr=0.5)
+        >>> handles = hlg.attach_hardness_update(optimizer, [gate])
+        >>> (-gate.hardness.sum()).backward()  # ∂L/∂λ = −1
+        >>> optimizer.step()
+        >>> round(gate.hardness.item(), 3)  # from 1, by 0.5 in λ
+        1.5
     """
     modules = list(dict.fromkeys(modules))
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}

@@ -1,4 +1,4 @@
-"""From a trained model to a published ReLU network: what `LambdaGELUTrainer.push_to_hub` does."""
+"""From a trainer to a ReLU network, in memory and on the Hub: the one way, of `push_to_hub` and of the scripts."""
 
 from __future__ import annotations
 
@@ -8,63 +8,93 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
-from transformers import Trainer
+from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from ..activation.module import hardness_sites
 from ..checkpoints.card import CardDetails
 from ..checkpoints.hub import push_relu_to_hub
-from ..surgery.substitution import relu_ize
+from ..surgery.substitution import SubstitutionReport, relu_ize
 
 if TYPE_CHECKING:
     from .trainer import LambdaGELUTrainer
 
 
-def push_trained(trainer: LambdaGELUTrainer, commit_message: str, details: CardDetails, **target: Any) -> CommitInfo:
-    """Publish what a trainer has made as a ReLU network; the trainer's own model stays as it is.
+# of a run's arguments, what a card states besides those of the hardness
+_STATED = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
+
+
+def push_trained(
+    trainer: LambdaGELUTrainer,
+    commit_message: str | None,
+    details: CardDetails,
+    *,
+    report: SubstitutionReport | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    """Publishes what a trainer has made as a ReLU network; the trainer's own model stays as it is.
 
     Args:
         details: what the card shall say; training arguments and the last evaluation are added where it says nothing.
-        target: `revision`, `private`, `token` of `push_relu_to_hub`.
+        report: of a model that is ReLU already, what `relu_ize` returned; by default what it left on the model.
+        private, revision, token: as for `push_relu_to_hub`.
 
     Raises:
         SoftGateError: gates are too soft for their targets: training has not finished, or brought back an early checkpoint.
         Everything that `push_relu_to_hub` raises.
     """
-    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    learned = trainer.learned_hardness if hardness_sites(model) else None
-    if learned:
+    model, learned = trainer.accelerator.unwrap_model(trainer.model), None
+    if hardness_sites(model):
+        learned = trainer.learned_hardness
         model = copy.deepcopy(model)
-        report = relu_ize(
-            model,
-            tolerance=args.hardness_tolerance,
-            targets=trainer.hardness_targets or None,
-            calibration=evaluation_sample(trainer),
-        )
-        report.compensation = trainer.compensation  # of the switch, for the card
+        report = substitute_trained(trainer, model)
         if hasattr(model, "merge_and_unload"):
             model = model.merge_and_unload()
-            model._relu_report = report
-    arguments = {
-        name: value
-        for name, value in vars(args).items()
-        if name.startswith("hardness_")
-        or name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
-    }
-    results, final = details.results, details.final
     measured = _last_evaluation(trainer.state.log_history)
-    if not results and measured:
-        final = "ReLU"
-        results = {final: measured}
+    if measured and not details.results:
+        details = dataclasses.replace(details, results={"ReLU": measured}, final="ReLU")
+    assert trainer.hub_model_id is not None  # init_hf_repo has set it
     return push_relu_to_hub(
         model,
         trainer.hub_model_id,
         processor=() if trainer.processing_class is None else trainer.processing_class,
-        details=dataclasses.replace(details, results=results, final=final, arguments={**arguments, **details.arguments}),
+        details=dataclasses.replace(details, arguments={**stated_arguments(trainer.args), **details.arguments}),
         learned=learned,
         history=trainer.state.log_history,
+        report=report,
+        private=private,
+        revision=revision,
         commit_message=commit_message,
-        **target,
+        token=token,
     )
+
+
+def substitute_trained(trainer: LambdaGELUTrainer, model: nn.Module, force: bool = False) -> SubstitutionReport:
+    """Puts ReLU in the place of the λ-GELUs that a trainer has hardened, in place, and reports it as of this run.
+
+    The gates are held against the targets of the run. The change of the outputs and the zeros are measured on the first
+    batches of its evaluation set, and the report has the refit of the switch, if that was in this process.
+
+    Args:
+        model: the trainer's own, or a copy of it.
+        force: as for `relu_ize`.
+
+    Raises:
+        SoftGateError: as `relu_ize`; the model is as it was.
+    """
+    args = trainer.args
+    targets = trainer.hardness_targets if args.hardness_target == "calibrated" else None
+    sample = evaluation_sample(trainer)
+    report = relu_ize(model, force, tolerance=args.hardness_tolerance, targets=targets or None, calibration=sample)
+    report.compensation = trainer.compensation
+    return report
+
+
+def stated_arguments(args: TrainingArguments, hardness: bool = True) -> dict[str, Any]:
+    """{name: value} of the arguments that a card states; with `hardness`, those of hardness learning are among them."""
+    return {n: value for n, value in vars(args).items() if n in _STATED or (hardness and n.startswith("hardness_"))}
 
 
 def evaluation_sample(trainer: Trainer, batches: int = 4) -> list[dict[str, Any]] | None:
@@ -79,7 +109,7 @@ def evaluation_sample(trainer: Trainer, batches: int = 4) -> list[dict[str, Any]
 
 def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, float]:
     """The metrics of the last evaluation, of the ReLU network where both were measured; not the timing."""
-    last = next((entry for entry in reversed(history) if any(key.startswith("eval_") for key in entry)), {})
+    last: dict[str, Any] = next((entry for entry in reversed(history) if any(key.startswith("eval_") for key in entry)), {})
     prefix = "eval_relu_" if any(key.startswith("eval_relu_") for key in last) else "eval_"
     timing = ("runtime", "_per_second", "preparation_time")
     return {k.removeprefix(prefix): v for k, v in last.items() if k.startswith(prefix) and not k.endswith(timing)}

@@ -29,7 +29,7 @@ def ramp(progress: float, start: float, end: float, shape: str = "geometric") ->
     if progress >= 1.0:
         return end
     if shape == "geometric":
-        value = start * (end / start) ** progress
+        value: float = start * (end / start) ** progress
     elif shape == "reciprocal":
         value = 1.0 / ((1.0 - progress) / start + progress / end)
     else:
@@ -41,7 +41,7 @@ def ramp(progress: float, start: float, end: float, shape: str = "geometric") ->
 
 @dataclass(frozen=True)
 class HardeningSchedule:
-    """Learn λ, ramp it to the target, hold it there.
+    """Says what λ is at each step of a training run: learned, then ramped to the target, then held there. [derived]
 
     Attributes:
         max_steps: optimizer steps of the whole run.
@@ -51,6 +51,17 @@ class HardeningSchedule:
         shape: see `ramp`.
 
     Steps count completed optimizer steps: λ at step k is what the model has after its k-th update.
+
+    Raises:
+        ValueError: a fraction outside [0, 1], fractions that leave no room for the ramp, an unknown shape.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> schedule = hlg.HardeningSchedule(max_steps=100, switch_point=0.25, hold=0.15)
+        >>> schedule.switch_step, schedule.hold_step, schedule.learning(24)
+        (25, 85, True)
+        >>> [round(schedule.hardness(step, at_switch=1.0, target=100.0), 1) for step in (25, 55, 85, 100)]
+        [1.0, 10.0, 100.0, 100.0]
     """
 
     max_steps: int
@@ -63,10 +74,12 @@ class HardeningSchedule:
 
     @property
     def switch_step(self) -> int:
+        """The first step at which λ is not learned any more."""
         return math.ceil(_steps(self.switch_point * self.max_steps))
 
     @property
     def hold_step(self) -> int:
+        """The first step at which λ is at its target."""
         return max(self.switch_step, math.floor(_steps((1.0 - self.hold) * self.max_steps)))
 
     def learning(self, step: int) -> bool:

@@ -5,15 +5,13 @@ Targets from data and the refit are derived, not the paper's (arXiv 2603.21991).
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Sized
+from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]  # it ships no types
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -21,8 +19,9 @@ from ..activation.hardness import target_hardness
 from ..activation.module import hardness_sites
 from ..measurement.calibration import calibrate
 from ..measurement.forward import measuring
+from ..structure.random_state import random_numbers_from
 from ..surgery.refit.engine import compensation
-from ..surgery.refit.report import CompensationReport
+from ..surgery.refit.report import Compensate, CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 
 # each gives width × tokens pre-activations: with 64 other sentences, MiniLM's targets move by 1 %
@@ -52,17 +51,18 @@ def calibrated_targets(
     Raises:
         CalibrationError: see `calibrate`.
     """
-    with _own_random_numbers(args.seed, args.device):
-        report = calibrate(model, _loader(args, dataset, collate, CALIBRATION_EXAMPLES))  # type: ignore[arg-type]
+    with random_numbers_from(args.seed, args.device):
+        report = calibrate(model, _loader(args, dataset, collate, CALIBRATION_EXAMPLES))
     targets = l1_targets(model, args)
     targets |= {site.name: site.target_hardness(args.hardness_relative_tolerance) for site in report.sites if site.count}
-    return broadcast_object_list([targets])[0]  # a sum of floats need not be the same on another device
+    first: list[dict[str, float]] = broadcast_object_list([targets])  # a sum of floats may differ on another device
+    return first[0]
 
 
 def refit_at_switch(
     model: nn.Module, args: LambdaGELUTrainingArguments, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]
 ) -> CompensationReport:
-    """Refit, in place, the linear maps after the sites as `relu_ize(compensate=…)` does, for gates that become hard now.
+    """Refits, in place, the linear maps after the sites as `relu_ize(compensate=…)` does, for gates that become hard now.
 
     On up to 300 examples, spread evenly over `dataset`, the same on every process; all processes get the first one's
     weights. The optimizer goes on with the same parameters. None is added: where a map has no bias, its weights alone are
@@ -71,10 +71,10 @@ def refit_at_switch(
     Raises:
         CalibrationError: see `relu_ize`; the model is as it was.
     """
-    with _own_random_numbers(args.seed, args.device), measuring(model):  # type: ignore[arg-type]
+    with random_numbers_from(args.seed, args.device), measuring(model):
         loader = _loader(args, dataset, collate, REFIT_EXAMPLES)
-        with compensation(model, loader) as work:  # type: ignore[arg-type]
-            report = work.run(args.hardness_compensate, biases=False)  # type: ignore[arg-type]
+        with compensation(model, loader) as work:
+            report = work.run(cast("Compensate", args.hardness_compensate), biases=False)
     if args.world_size > 1:
         for parameter in work.originals:
             torch.distributed.broadcast(parameter.data, 0)
@@ -84,13 +84,14 @@ def refit_at_switch(
 def _loader(
     args: LambdaGELUTrainingArguments, dataset: Dataset[Any], collate: Callable[[list[Any]], Any], examples: int
 ) -> DataLoader[Any]:
-    count = min(examples, len(dataset))  # type: ignore[arg-type]
-    chosen = Subset(dataset, [i * len(dataset) // count for i in range(count)])  # type: ignore[arg-type]
+    length = len(cast("Sized", dataset))  # `check_calibratable` has seen to it
+    count = min(examples, length)
+    chosen = Subset(dataset, [i * length // count for i in range(count)])
     return DataLoader(chosen, args.per_device_train_batch_size, collate_fn=_own_copy(collate))
 
 
 def check_calibratable(args: LambdaGELUTrainingArguments, dataset: Any) -> None:
-    """ValueError unless what the switch needs can be done: examples by index, and parameters in one piece for a refit."""
+    """Raises ValueError unless the switch can do its part: examples by index, and parameters in one piece for a refit."""
     if args.hardness_target == "l1" and args.hardness_compensate == "none":
         return
     if args.hardness_compensate != "none" and (args.fsdp or args.deepspeed):
@@ -106,29 +107,12 @@ def check_calibratable(args: LambdaGELUTrainingArguments, dataset: Any) -> None:
         )
 
 
-@contextlib.contextmanager
-def _own_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
-    """Within the block, random numbers start from `seed`, for data sets and collators that draw some; then they go on."""
-    kind = "cuda" if device.type == "cpu" else device.type
-    devices = [] if device.type == "cpu" else range(torch.get_device_module(device).device_count())
-    state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices, device_type=kind):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)
-
-
 def _own_copy(collate: Any) -> Any:
     """A collator like this one, with generators of its own, as masking for language models has; the rest is shared."""
-    twin = copy.copy(collate)
-    for name, value in vars(twin).items() if hasattr(twin, "__dict__") else ():
+    own = copy.copy(collate)
+    for name, value in vars(own).items() if hasattr(own, "__dict__") else ():
         if isinstance(value, (torch.Generator, np.random.Generator)):
-            setattr(twin, name, copy.deepcopy(value))
+            setattr(own, name, copy.deepcopy(value))
         elif name == "data_collator":  # inside the Trainer's wrapper that removes columns
-            setattr(twin, name, _own_copy(value))
-    return twin
+            setattr(own, name, _own_copy(value))
+    return own

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import logging
 
 from ..activation.module import hardness_profile, hardness_sites
 from ..checkpoints.card import PAPER, CardDetails
+from ..checkpoints.folders import check_writable
+from ..checkpoints.shards import tensor_names
 from ..structure.modules import has_adapters
 from ..surgery.gates import gates_as_relu
 from ..surgery.refit.report import CompensationReport
@@ -29,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 
 class LambdaGELUTrainer(Trainer):
-    """Trainer for a model that `convert` has prepared.
+    """Trains a model that `convert` has prepared, and hardens its λ, so that ReLU can take the place of each λ-GELU.
 
     - λ is stepped in λ itself by the run's own optimizer (`attach_hardness_update`), in a parameter group of its own with
       `hardness_learning_rate` and no weight decay;
@@ -47,9 +46,21 @@ class LambdaGELUTrainer(Trainer):
             checkpoint to resume from belongs to a model converted otherwise, or the switch needs examples of a training set
             without length or index: each before training starts.
         CalibrationError: while training, at the switch, if the model cannot be measured or refit.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg, torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> model = BertForSequenceClassification(BertConfig(num_hidden_layers=1))
+        >>> report = hlg.convert(model)
+        >>> rows = [{"input_ids": torch.arange(8) + i, "labels": i % 2} for i in range(16)]
+        >>> arguments = hlg.LambdaGELUTrainingArguments("runs/bert", max_steps=4, report_to="none")
+        >>> trainer = hlg.LambdaGELUTrainer(model, arguments, train_dataset=rows)
+        >>> trainer.train()  # doctest: +SKIP
+        >>> print(hlg.relu_ize(model))  # doctest: +SKIP
     """
 
     args: LambdaGELUTrainingArguments
+    model: nn.Module  # Trainer's __init__ raises where there is none
 
     def __init__(
         self,
@@ -64,7 +75,8 @@ class LambdaGELUTrainer(Trainer):
                 f"LambdaGELUTrainer expects LambdaGELUTrainingArguments, got {type(args).__name__}: they hold the hardness "
                 "schedule beside all fields of TrainingArguments"
             )
-        check_writable(args.output_dir)
+        if args.output_dir is not None:
+            check_writable(args.output_dir)
         super().__init__(model, args, **kwargs)
         if not hardness_sites(self.model):
             raise ValueError(
@@ -119,25 +131,24 @@ class LambdaGELUTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         sites = hardness_sites(self.model if model is None else model)
         raws = [site.raw_hardness for site in sites.values() if site.raw_hardness.requires_grad]
-        if self.optimizer is None:
-            for (
-                raw
-            ) in raws:  # hidden from the Trainer's own groups, where λ would be given the model's rate and weight decay
+        optimizer = self.optimizer
+        if optimizer is None:
+            for raw in raws:  # hidden from the Trainer's groups, where λ would be given the model's rate and weight decay
                 raw.requires_grad_(False)
             try:
-                super().create_optimizer(model)
+                optimizer = super().create_optimizer(model)
             finally:
                 for raw in raws:
                     raw.requires_grad_(True)
             if raws:
-                self.optimizer.add_param_group({"params": raws, "lr": self.args.hardness_learning_rate, "weight_decay": 0.0})
+                optimizer.add_param_group({"params": raws, "lr": self.args.hardness_learning_rate, "weight_decay": 0.0})
         trained = [site for site in sites.values() if site.raw_hardness.requires_grad]
-        attach_hardness_update(getattr(self.optimizer, "optimizer", self.optimizer), trained)  # inside accelerate's wrapper
-        return self.optimizer
+        attach_hardness_update(getattr(optimizer, "optimizer", optimizer), trained)  # inside accelerate's wrapper
+        return optimizer
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader,
+        dataloader: DataLoader[Any],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
@@ -152,8 +163,9 @@ class LambdaGELUTrainer(Trainer):
         if self.args.eval_relu:
             # in the same loop, so that one log line, one callback event and the choice of the best checkpoint see both
             with gates_as_relu(self.model):
-                relu = loop(f"{metric_key_prefix}_relu").metrics
-            output.metrics.update({name: value for name, value in relu.items() if "preparation_time" not in name})
+                relu = loop(f"{metric_key_prefix}_relu").metrics or {}
+            if output.metrics is not None:
+                output.metrics.update({name: value for name, value in relu.items() if "preparation_time" not in name})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -173,7 +185,7 @@ class LambdaGELUTrainer(Trainer):
         details: CardDetails | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Publish the model as the ReLU network that it has become; `relu=False` publishes it with its λ, as Trainer does.
+        """Publishes the model as the ReLU network that it has become; `relu=False` publishes it with its λ, as Trainer does.
 
         The ReLU network is proven before, and uploaded in one commit, see `push_relu_to_hub`; the model in memory stays as
         it is. What is pushed *while* training (`hub_strategy`) is the λ-GELU model.
@@ -199,13 +211,18 @@ class LambdaGELUTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
-        target = {"token": token, "revision": revision or self.args.hub_revision}
-        private = private if private is not None else self.args.hub_private_repo
-        return push_trained(self, commit_message, details or CardDetails(), private=bool(private), **target)
+        return push_trained(
+            self,
+            commit_message,
+            details or CardDetails(),
+            private=bool(private if private is not None else self.args.hub_private_repo),
+            revision=revision or self.args.hub_revision,
+            token=token,
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Trainer loads non-strictly: without this, λ would silently start over
-        saved = _checkpoint_keys(Path(resume_from_checkpoint))
+        saved = tensor_names(Path(resume_from_checkpoint))  # of adapters and of FSDP, PEFT and accelerate check them
         if saved is not None:
             wanted = {f"{name}.raw_hardness" for name in hardness_sites(self.model if model is None else model)}
             found = {key for key in saved if key.endswith("raw_hardness")}
@@ -216,23 +233,3 @@ class LambdaGELUTrainer(Trainer):
                     f"{sorted(wanted - found)}. Convert the model as the interrupted run did, or start a new run"
                 )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Create `folder` if need be; ValueError, saying why, if nothing can be written into it."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        probe = Path(folder) / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write into the output folder {str(folder)!r}: {error}. Choose another folder") from error
-
-
-def _checkpoint_keys(folder: Path) -> set[str] | None:
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        with safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
-            return set(file.keys())
-    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        return set(json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())["weight_map"])
-    return None  # adapters and FSDP shards: PEFT and accelerate check those

@@ -38,7 +38,7 @@ from transformers import (
 )
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.checkpoints import on_disk as checkpoints
+from hf_lambda_gelu.checkpoints import on_disk_files as checkpoints
 from hf_lambda_gelu.checkpoints import shards as safetensors_files
 
 NAMES = ["bert", "albert", "electra", "vit", "t5", "whisper", "gpt2", "llama", "clip", "wav2vec2"]
@@ -537,7 +537,7 @@ def test_crash(error: type[BaseException], tmp_path: Path, monkeypatch: pytest.M
 KILLED = """
 import os, signal, sys
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.checkpoints import on_disk as checkpoints
+from hf_lambda_gelu.checkpoints import on_disk_files as checkpoints
 checkpoints.write_index = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 hlg.convert_checkpoint(*sys.argv[1:])
 """

@@ -1,0 +1,138 @@
+"""The files of a checkpoint folder that is made of another: weights linked, copied or rewritten, the rest carried along."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..structure.loading import CheckpointError, load_on_meta, saved_class
+from .folders import check_new
+from .shards import Shard, can_link, put, read_shards, shard_names, side_files, write_index, write_without
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A weight file of the source, what it is called in the new folder, and how it gets there."""
+
+    shard: Shard
+    name: str
+    way: Literal["linked", "copied", "rewritten"]
+
+    def write(self, folder: Path, dropped: Collection[str]) -> None:
+        if self.way == "rewritten":
+            write_without(self.shard.path, folder / self.name, dropped)
+        else:
+            put(self.shard.path, folder / self.name, self.way == "linked")
+
+
+@dataclass(frozen=True)
+class WrittenFiles:
+    """Names of the weight files of the new folder by how they got there, and the size of all files but the links."""
+
+    linked: tuple[str, ...]
+    copied: tuple[str, ...]
+    rewritten: tuple[str, ...]
+    bytes_written: int
+
+
+class Source:
+    """A checkpoint folder that was found to be whole, and the folder to make of it."""
+
+    def __init__(self, src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
+        self.folder, self.target = Path(src), Path(os.path.abspath(dst))
+        self.config, self.cls = saved_class(self.folder)
+        if self.folder.resolve() in (self.target.resolve(), *self.target.resolve().parents):
+            raise ValueError(f"{str(self.target)!r} is {str(self.folder)!r} or lies in it: choose another folder")
+        check_new(self.target)
+        self.shards = read_shards(self.folder, self.cls.__name__)
+
+    def load(self) -> PreTrainedModel:
+        """The model on the meta device."""
+        tensors = {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
+        return load_on_meta(self.folder, self.config, self.cls, tensors)
+
+    def finish(
+        self,
+        temporary: Path,
+        model: PreTrainedModel,
+        *,
+        added: Mapping[str, Tensor] | None = None,
+        dropped: Collection[str] = (),
+        left_out: Collection[str] = (),
+        link: bool,
+    ) -> WrittenFiles:
+        """Fills the temporary folder with the weight files, their index and what else is carried along.
+
+        Args:
+            added, dropped: λ to write into a file of its own; names of tensors to leave out of the weight files.
+            left_out: other files that do not come along, as paths in the folder.
+            link: make hard links where nothing changes.
+        """
+        weights = self._weight_files(temporary, dropped, bool(added), link)
+        _check_space(temporary, [file.shard.path for file in weights if file.way != "linked"])
+        tensors: dict[str, Tensor] = {}
+        places: dict[str, str] = {}
+        for file in weights:
+            file.write(temporary, dropped)
+            kept = {name: tensor for name, tensor in file.shard.tensors.items() if name not in dropped}
+            tensors.update(kept)
+            places.update(dict.fromkeys(kept, file.name))
+        if added:
+            name = shard_names(len(weights) + 1)[-1]
+            save_file(dict(added), temporary / name, metadata={"format": "pt"})
+            tensors.update(added)
+            places.update(dict.fromkeys(added, name))
+        if len(weights) + bool(added) > 1:
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            write_index(temporary, places, {"total_parameters": model.num_parameters(), "total_size": size})
+        links = {file.name for file in weights if file.way == "linked"} | self._carry_along(temporary, left_out, link)
+        files = [path for path in temporary.rglob("*") if path.is_file() and str(path.relative_to(temporary)) not in links]
+        return WrittenFiles(
+            linked=_names(weights, "linked"),
+            copied=_names(weights, "copied"),
+            rewritten=_names(weights, "rewritten"),
+            bytes_written=sum(path.stat().st_size for path in files),
+        )
+
+    def _weight_files(self, temporary: Path, dropped: Collection[str], one_more: bool, link: bool) -> list[WeightFile]:
+        """What becomes of each weight file. One that holds nothing but dropped tensors becomes nothing."""
+        shards = [shard for shard in self.shards if any(name not in dropped for name in shard.tensors)]
+        weights = []
+        for shard, name in zip(shards, shard_names(len(shards) + one_more), strict=False):
+            linked = link and can_link(shard.path, temporary)
+            changed = any(tensor in dropped for tensor in shard.tensors)
+            weights.append(WeightFile(shard, name, "rewritten" if changed else "linked" if linked else "copied"))
+        return weights
+
+    def _carry_along(self, temporary: Path, left_out: Collection[str], link: bool) -> set[str]:
+        """Puts the tokenizer and whatever else belongs to the checkpoint into the folder; the paths that are links."""
+        links: set[str] = set()
+        for path in side_files(self.folder):
+            if str(path) not in left_out:
+                (temporary / path).parent.mkdir(parents=True, exist_ok=True)
+                # weights of a module of its own, such as the Dense layer after a sentence transformer
+                linked = link and path.suffix == ".safetensors" and can_link(self.folder / path, temporary)
+                put(self.folder / path, temporary / path, linked)
+                links |= {str(path)} if linked else set()
+        return links
+
+
+def _names(weights: list[WeightFile], way: str) -> tuple[str, ...]:
+    return tuple(file.name for file in weights if file.way == way)
+
+
+def _check_space(folder: Path, files: list[Path]) -> None:
+    needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{needed:,} bytes of weights have to be written, and {free:,} are free in {str(folder.parent)!r}: make room, "
+            "or choose a folder on the file system of the source, where weight files without λ are hard links"
+        )
