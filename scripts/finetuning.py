@@ -249,7 +249,7 @@ def _compensated(trainer: Trainer, arguments: ModelArguments) -> hlg.Substitutio
 def command_line() -> str:
     """The command that is running; absolute paths are cut to their last part: a card is no place for a machine's folders."""
     parts = [Path(part).name if Path(part).is_absolute() else part for part in sys.argv]
-    return shlex.join(["python", f"scripts/{parts[0]}", *parts[1:]])
+    return shlex.join(["python", "-m", f"scripts.{Path(parts[0]).stem}", *parts[1:]])
 
 
 def _evaluate(trainer: Trainer) -> dict[str, float]:

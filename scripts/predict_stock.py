@@ -1,6 +1,6 @@
 """Judge a saved classifier by stock transformers alone: accuracy of `pipeline()` on a labelled data set.
 
-    python scripts/predict_stock.py runs/sst2/relu --dataset_name nyu-mll/glue --dataset_config_name sst2 --split validation
+    python -m scripts.predict_stock runs/sst2/relu --dataset_name nyu-mll/glue --dataset_config_name sst2 --split validation
 
 Nothing of hf_lambda_gelu is imported, and its import is blocked: what this prints is what a stranger gets.
 """

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from assets import available
+
+from scripts.tools.assets import available
 
 torch.set_num_threads(1)  # two workers share two cores
 

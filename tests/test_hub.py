@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-import push_to_hub
 import pytest
 import tiny
 import torch
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer, PreTrainedModel
 
 import hf_lambda_gelu as hlg
+from scripts import push_to_hub
 
 TOKEN = "hf_test"
 DETAILS = hlg.CardDetails(
