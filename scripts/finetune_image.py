@@ -32,7 +32,9 @@ class ImageArguments(DataArguments):
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = HfArgumentParser((ModelArguments, ImageArguments, LambdaGELUTrainingArguments))
+    parser = HfArgumentParser(
+        (ModelArguments, ImageArguments, LambdaGELUTrainingArguments), prog="python -m scripts.finetune_image"
+    )
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
     arguments.remove_unused_columns = False  # the image column is what the transform below reads
     set_seed(arguments.seed)  # the same head, data order and dropout for every activation that is compared

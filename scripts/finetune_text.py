@@ -37,7 +37,9 @@ class TextArguments(DataArguments):
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = HfArgumentParser((ModelArguments, TextArguments, LambdaGELUTrainingArguments))
+    parser = HfArgumentParser(
+        (ModelArguments, TextArguments, LambdaGELUTrainingArguments), prog="python -m scripts.finetune_text"
+    )
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
     set_seed(arguments.seed)  # the same head, data order and dropout for every activation that is compared
     train, evaluation = load_splits(data, arguments.data_seed if arguments.data_seed is not None else arguments.seed)

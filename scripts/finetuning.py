@@ -159,8 +159,7 @@ def run(
     # The model's loss is a mean over the batch and knows nothing of num_items_in_batch; Trainer believes otherwise and would
     # scale it by the number of processes.
     trainer.model_accepts_loss_kwargs = False
-    arguments, model = trainer.args, trainer.model
-    output = Path(arguments.output_dir)
+    arguments = trainer.args
     if model_arguments.activation == "relu":
         report = _compensated(trainer, model_arguments)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
@@ -168,62 +167,22 @@ def run(
 
     metrics = {"after training": _evaluate(trainer)}
     results: dict[str, Any] = {"activation": model_arguments.activation, "metrics": metrics}
-    final, learned = "after training", None
     if learning:
-        results["learned_hardness"] = learned = trainer.learned_hardness
-        # a best checkpoint chosen by its ReLU metrics may have soft gates, and is good as a ReLU network all the same
-        force = arguments.load_best_model_at_end and "relu_" in (arguments.metric_for_best_model or "")
-        targets = trainer.hardness_targets if arguments.hardness_target == "calibrated" else None
-        sample = evaluation_sample(trainer)
-        report = hlg.relu_ize(model, force, tolerance=arguments.hardness_tolerance, targets=targets, calibration=sample)
-        report.compensation = trainer.compensation  # of the switch, for the card
-        arguments.eval_relu = False  # there is nothing left to switch
-        final = "after substitution"
-        metrics[final] = _evaluate(trainer)
+        results["learned_hardness"] = trainer.learned_hardness
+        report = _substituted(trainer)
+        metrics["after substitution"] = _evaluate(trainer)
     elif model_arguments.activation == "stock":
-        hlg.convert(model)
-        with hlg.gates_as_relu(model):
+        hlg.convert(trainer.model)
+        with hlg.gates_as_relu(trainer.model):
             metrics["ReLU swapped in, unprepared"] = _evaluate(trainer)
         report = _compensated(trainer, model_arguments)
-        final = "ReLU, not trained further"
-        metrics[final] = _evaluate(trainer)
+        metrics["ReLU, not trained further"] = _evaluate(trainer)
     if trainer.is_world_process_zero():
         print(report)
         if report.compensation is not None:
             results["compensation"] = report.compensation.to_dict()
-        names = {"lambda_gelu": "λ-GELU", "relu": "ReLU first", "stock": "the model's own activation"}
-        rows = {f"{names[model_arguments.activation]}, {stage}": values for stage, values in metrics.items()}
-        details = hlg.CardDetails(
-            base_model=None if Path(model_arguments.model_name_or_path).exists() else model_arguments.model_name_or_path,
-            dataset=None if data.dataset_name is None or Path(data.dataset_name).exists() else data.dataset_name,
-            results={name: _headline(values) for name, values in rows.items()},
-            final=f"{names[model_arguments.activation]}, {final}",
-            command=command_line(),
-            arguments={
-                name: value
-                for name, value in vars(arguments).items()
-                if (learning and name.startswith("hardness_"))
-                or name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
-            },
-        )
-        folder = hlg.save_relu_pretrained(
-            model,
-            output / "relu",
-            processor=processor,
-            details=details,
-            model_name=trainer.hub_model_id or f"{Path(model_arguments.model_name_or_path).name}-relu",
-            learned=learned,
-            history=trainer.state.log_history,
-            overwrite=True,
-        )
-        results["stock_difference"] = hlg.verify_relu_pretrained(model, folder)
-        if learned:
-            hlg.plot_hardness(learned, output / "hardness.png", trainer.state.log_history)
-        print(f"saved in {folder}; stock transformers reproduces it to {results['stock_difference']:g}")
-        if arguments.push_to_hub:
-            target = {"private": bool(arguments.hub_private_repo), "revision": arguments.hub_revision}
-            commit = hlg.push_relu_to_hub(folder, trainer.hub_model_id, processor=(), token=arguments.hub_token, **target)
-            print(commit.commit_url)
+        details = _details(trainer, model_arguments, data, metrics)
+        results["stock_difference"] = _publish(trainer, model_arguments, details, processor)
     results |= {
         "steps": trainer.state.global_step,
         "seconds": round(time.time() - start, 1),
@@ -231,8 +190,69 @@ def run(
         "versions": {"python": platform.python_version(), **package_versions()},
     }
     if trainer.is_world_process_zero():
-        (output / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(results, indent=2) + "\n"
+        (Path(arguments.output_dir) / RESULTS_NAME).write_text(text, encoding="utf-8")
     return results
+
+
+def _substituted(trainer: hlg.LambdaGELUTrainer) -> hlg.SubstitutionReport:
+    """ReLU in place of the gates that were hardened in training."""
+    arguments = trainer.args
+    # a best checkpoint chosen by its ReLU metrics may have soft gates, and is good as a ReLU network all the same
+    force = arguments.load_best_model_at_end and "relu_" in (arguments.metric_for_best_model or "")
+    targets = trainer.hardness_targets if arguments.hardness_target == "calibrated" else None
+    tolerance, sample = arguments.hardness_tolerance, evaluation_sample(trainer)
+    report = hlg.relu_ize(trainer.model, force, tolerance=tolerance, targets=targets, calibration=sample)
+    report.compensation = trainer.compensation  # of the switch, for the card
+    arguments.eval_relu = False  # there is nothing left to switch
+    return report
+
+
+def _details(
+    trainer: Trainer, model_arguments: ModelArguments, data: DataArguments, metrics: dict[str, dict[str, float]]
+) -> hlg.CardDetails:
+    """What the card says of the run; the last of the metrics are those of the ReLU network."""
+    names = {"lambda_gelu": "λ-GELU", "relu": "ReLU first", "stock": "the model's own activation"}
+    rows = {f"{names[model_arguments.activation]}, {stage}": _headline(values) for stage, values in metrics.items()}
+    shown = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
+    learning = model_arguments.activation == "lambda_gelu"
+    return hlg.CardDetails(
+        base_model=None if Path(model_arguments.model_name_or_path).exists() else model_arguments.model_name_or_path,
+        dataset=None if data.dataset_name is None or Path(data.dataset_name).exists() else data.dataset_name,
+        results=rows,
+        final=list(rows)[-1],
+        command=command_line(),
+        arguments={
+            name: value
+            for name, value in vars(trainer.args).items()
+            if (learning and name.startswith("hardness_")) or name in shown
+        },
+    )
+
+
+def _publish(trainer: Trainer, model_arguments: ModelArguments, details: hlg.CardDetails, processor: Any) -> float:
+    """Save the ReLU network, prove it by stock transformers, push it if that is asked for; how far stock differs."""
+    arguments, model, output = trainer.args, trainer.model, Path(trainer.args.output_dir)
+    learned = trainer.learned_hardness if model_arguments.activation == "lambda_gelu" else None
+    folder = hlg.save_relu_pretrained(
+        model,
+        output / "relu",
+        processor=processor,
+        details=details,
+        model_name=trainer.hub_model_id or f"{Path(model_arguments.model_name_or_path).name}-relu",
+        learned=learned,
+        history=trainer.state.log_history,
+        overwrite=True,
+    )
+    difference = hlg.verify_relu_pretrained(model, folder)
+    if learned:
+        hlg.plot_hardness(learned, output / "hardness.png", trainer.state.log_history)
+    print(f"saved in {folder}; stock transformers reproduces it to {difference:g}")
+    if arguments.push_to_hub:
+        target = {"private": bool(arguments.hub_private_repo), "revision": arguments.hub_revision}
+        commit = hlg.push_relu_to_hub(folder, trainer.hub_model_id, processor=(), token=arguments.hub_token, **target)
+        print(commit.commit_url)
+    return difference
 
 
 def _compensated(trainer: Trainer, arguments: ModelArguments) -> hlg.SubstitutionReport:

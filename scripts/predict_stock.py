@@ -19,7 +19,9 @@ from transformers import pipeline
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.predict_stock", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="folder or Hub name")
     parser.add_argument("--dataset_name", required=True, help="Hub name or local folder")
     parser.add_argument("--dataset_config_name")

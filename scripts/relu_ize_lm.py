@@ -84,7 +84,7 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    (options,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    (options,) = HfArgumentParser(Arguments, prog="python -m scripts.relu_ize_lm").parse_args_into_dataclasses(argv)
     output = Path(options.output_dir)
     check_writable(output)
     name = options.model_name_or_path or str(asset("smollm2"))

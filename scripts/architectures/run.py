@@ -112,7 +112,9 @@ EXACT, ZERO = 1e-5, 0.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.architectures.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", metavar="TYPE", help="model types; by default all")
     parser.add_argument("--heads", action="store_true", help="all Auto classes of the most used model types")
     parser.add_argument("--jobs", type=int, default=2)

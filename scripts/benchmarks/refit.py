@@ -26,7 +26,9 @@ BATCHES, BATCH, LENGTH = 4, 8, 128
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.benchmarks.refit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--one", choices=SIZES, help=argparse.SUPPRESS)

@@ -40,7 +40,7 @@ class Options:
 
 
 def main() -> None:
-    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
+    (options,) = HfArgumentParser(Options, prog="python -m scripts.benchmarks.run").parse_args_into_dataclasses()
     unknown = set(options.only) - {*SECTIONS, "conversion"}
     if unknown:
         raise SystemExit(f"unknown section {', '.join(sorted(unknown))}: expected {', '.join(SECTIONS)} or conversion")

@@ -9,7 +9,9 @@ place, without a ramp and with ramps to λ = 0.798 / ε. How the update moves λ
 
 from __future__ import annotations
 
+import argparse
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,12 @@ DROPS = {
 
 
 def main() -> None:
-    rows = [row for row in read(RESULTS) if row["split"] == "test"]
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.studies.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    rows = [row for row in read(options.results) if row["split"] == "test"]
     print(profiles(rows), drops(rows), sep="\n\n")
 
 

@@ -18,7 +18,9 @@ RUNS = ("demo-text", "demo-vision")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.tools.cards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--take", action="store_true", help="copy the records of the demos' models first")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the demos left their results")
     options = parser.parse_args()

