@@ -181,8 +181,9 @@ def run(
         print(report)
         if report.compensation is not None:
             results["compensation"] = report.compensation.to_dict()
+        name = trainer.hub_model_id or f"{Path(model_arguments.model_name_or_path).name}-relu"
         details = _details(trainer, model_arguments, data, metrics)
-        results["stock_difference"] = _publish(trainer, model_arguments, details, processor)
+        results["stock_difference"] = _publish(trainer, name, details, processor, results.get("learned_hardness"))
     results |= {
         "steps": trainer.state.global_step,
         "seconds": round(time.time() - start, 1),
@@ -230,16 +231,17 @@ def _details(
     )
 
 
-def _publish(trainer: Trainer, model_arguments: ModelArguments, details: hlg.CardDetails, processor: Any) -> float:
+def _publish(
+    trainer: Trainer, name: str, details: hlg.CardDetails, processor: Any, learned: dict[str, float] | None
+) -> float:
     """Save the ReLU network, prove it by stock transformers, push it if that is asked for; how far stock differs."""
     arguments, model, output = trainer.args, trainer.model, Path(trainer.args.output_dir)
-    learned = trainer.learned_hardness if model_arguments.activation == "lambda_gelu" else None
     folder = hlg.save_relu_pretrained(
         model,
         output / "relu",
         processor=processor,
         details=details,
-        model_name=trainer.hub_model_id or f"{Path(model_arguments.model_name_or_path).name}-relu",
+        model_name=name,
         learned=learned,
         history=trainer.state.log_history,
         overwrite=True,

@@ -289,6 +289,12 @@ def _defaults(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in {"dtype", "transformers_version"}}
 
 
+def _changed(config: PreTrainedConfig, fresh: dict[str, Any]) -> set[str]:
+    """Names of the fields that have another value than in a fresh configuration."""
+    fields = ((name, value) for name, value in vars(config).items() if name in fresh)
+    return {name for name, value in fields if not isinstance(value, PreTrainedConfig) and value != fresh[name]}
+
+
 def _choose_layers(config: PreTrainedConfig, layers: int) -> list[int]:
     """Layers to keep: the first of each kind, up to four; two at least, and as many as there are indices of layers."""
     if layers <= 2:
@@ -357,11 +363,7 @@ class _Shrinker:
         layers = next((vars(config)[name] for name in LAYERS if isinstance(vars(config).get(name), int)), 0)
         chosen = _choose_layers(config, layers)
         fresh = vars(type(config)()) if path else vars(config)
-        given = {
-            name
-            for name, value in vars(config).items()
-            if name in fresh and not isinstance(value, PreTrainedConfig) and value != fresh[name]
-        }
+        given = _changed(config, fresh)
         multimodal = "mrope_section" in getattr(type(config), "ignore_keys_at_rope_validation", ())
         # What the configuration around it sets, and is no field of it, stays.
         kwargs: dict[str, Any] = {
@@ -410,13 +412,17 @@ class _Shrinker:
             kwargs.pop("_out_features", None)
             kwargs.pop("_out_indices", None)
             kwargs["out_indices"] = self.outputs(config.out_indices, layers if layers > 2 else 0, len(chosen))
+        return type(config)(**self.adjusted(config, kwargs, path))
+
+    def adjusted(self, config: PreTrainedConfig, kwargs: dict[str, Any], path: str) -> dict[str, Any]:
+        """The fields with the sizes of images in a grid, and with what the model type wants otherwise."""
         if vars(config).get("image_grid_pinpoints"):
             size = kwargs["vision_config"].image_size
             kwargs["image_grid_pinpoints"] = [[size, size]]
         for where, value in self.overrides.items():
             if where.rpartition(".")[0] == path.rstrip("."):
                 kwargs[where.rpartition(".")[2]] = value
-        return type(config)(**kwargs)
+        return kwargs
 
     def outputs(self, indices: list[int], layers: int, kept: int) -> list[int]:
         """The stages that a backbone gives, where each layer is one or where there are few."""
