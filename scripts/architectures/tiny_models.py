@@ -353,12 +353,7 @@ class _Shrinker:
         return scaled
 
     def shrink(self, config: PreTrainedConfig, path: str = "") -> PreTrainedConfig:
-        """A tiny configuration of the same class.
-
-        Args:
-            config: the default, of its class or of the configuration around it.
-            path: where it is, with a dot at its end.
-        """
+        """A tiny configuration of the same class, of the default one; `path` is where it lies, with a dot at its end."""
         defaults = _defaults(config)
         layers = next((vars(config)[name] for name in LAYERS if isinstance(vars(config).get(name), int)), 0)
         chosen = _choose_layers(config, layers)
