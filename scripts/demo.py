@@ -1,9 +1,9 @@
 """The whole way on a real model: four fine-tunings alike but for the activation, and a table.
 
-    python scripts/demo.py text     # MiniLM-L6 (BERT) on movie reviews
-    python scripts/demo.py vision   # DINOv2-small (ViT) on Fashion-MNIST
+    python -m scripts.demo text     # MiniLM-L6 (BERT) on movie reviews
+    python -m scripts.demo vision   # DINOv2-small (ViT) on Fashion-MNIST
 
-Models and data come from package registries (scripts/assets.py); no model hub is needed. Results stay in runs/.
+Models and data come from package registries (scripts/tools/assets); no model hub is needed. Results stay in runs/.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import sys
 import time
 from pathlib import Path
 
-from assets import asset
-
-SCRIPTS = Path(__file__).parent
+from scripts.tools.assets import asset
+from scripts.tools.processes import run_module
 
 # task → (script, model, data, what the table is called, arguments, sizes)
 TASKS = {
     "text": {
-        "script": "finetune_text.py",
+        "script": "finetune_text",
         "model": "minilm",
         "data": "movie_reviews",
         "title": "MiniLM-L6 (BERT, 22.7M) on movie review snippets",
@@ -31,7 +30,7 @@ TASKS = {
         "sizes": {"small": (2000, 1000, 2), "full": (6041, 2000, 3)},
     },
     "vision": {
-        "script": "finetune_image.py",
+        "script": "finetune_image",
         "model": "dinov2_small",
         "data": "fashion_mnist",
         "title": "DINOv2-small (ViT, 22.1M) on Fashion-MNIST at 70 pixels",
@@ -51,7 +50,9 @@ RUNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--seed", type=int, default=0)
@@ -89,7 +90,7 @@ def main() -> None:
 
     split = ("--split", "test", "--max_samples", str(evaluate))
     folder = output / "compensated" / "relu"
-    stock = json.loads(run("predict_stock.py", str(folder), "--dataset_name", str(data), *split, capture=True))
+    stock = json.loads(run("predict_stock", str(folder), "--dataset_name", str(data), *split, capture=True))
     text = table(task["title"], results, stock["accuracy"], train, evaluate, epochs, options.seed)
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\n{time.time() - start:.0f} s; table, plot and checkpoint in {output}")
@@ -100,14 +101,10 @@ def main() -> None:
 
 def run(script: str, *arguments: str, capture: bool = False) -> str:
     """Run a script of this folder in a process of its own; its standard output if `capture`."""
-    process = subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *arguments],
-        stdout=subprocess.PIPE if capture else None,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = run_module(f"scripts.{script}", *arguments, env=env, stdout=subprocess.PIPE if capture else None)
     if process.returncode:
-        sys.exit(f"{script} failed with exit code {process.returncode}: see its output above")
+        sys.exit(f"scripts.{script} failed with exit code {process.returncode}: see its output above")
     return (process.stdout or "").strip()
 
 

@@ -1,10 +1,10 @@
 """Fine-tune a pretrained image classifier into a ReLU network.
 
-    python scripts/finetune_image.py --model_name_or_path facebook/dinov2-small \
+    python -m scripts.finetune_image --model_name_or_path facebook/dinov2-small \
         --dataset_name ethz/food101 --output_dir runs/food --num_train_epochs 3 --learning_rate 5e-5
 
 A local dataset: --dataset_name FOLDER, of parquet files or of one folder of images per class. On two processes:
-accelerate launch --num_processes 2 scripts/finetune_image.py … . The output folder then holds results.json, hardness.png
+accelerate launch --num_processes 2 -m scripts.finetune_image … . The output folder then holds results.json, hardness.png
 and the folder relu/ that stock transformers loads.
 """
 
@@ -14,10 +14,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from finetuning import DataArguments, ModelArguments, classification_metrics, leave_process_group, load_splits, prepare, run
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, Trainer, set_seed
 
 from hf_lambda_gelu import LambdaGELUTrainingArguments
+from scripts.finetuning import (
+    DataArguments,
+    ModelArguments,
+    classification_metrics,
+    leave_process_group,
+    load_splits,
+    prepare,
+    run,
+)
 
 
 @dataclass
@@ -32,7 +40,9 @@ class ImageArguments(DataArguments):
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = HfArgumentParser((ModelArguments, ImageArguments, LambdaGELUTrainingArguments))
+    parser = HfArgumentParser(
+        (ModelArguments, ImageArguments, LambdaGELUTrainingArguments), prog="python -m scripts.finetune_image"
+    )
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
     arguments.remove_unused_columns = False  # the image column is what the transform below reads
     set_seed(arguments.seed)  # the same head, data order and dropout for every activation that is compared

@@ -1,11 +1,11 @@
 """Fine-tune a pretrained text classifier into a ReLU network.
 
-    python scripts/finetune_text.py --model_name_or_path google-bert/bert-base-uncased \
+    python -m scripts.finetune_text --model_name_or_path google-bert/bert-base-uncased \
         --dataset_name nyu-mll/glue --dataset_config_name sst2 --text_column sentence \
         --output_dir runs/sst2 --num_train_epochs 3 --learning_rate 5e-5
 
 Local csv, json or parquet files: --train_file train.csv --validation_file test.csv. On two processes:
-accelerate launch --num_processes 2 scripts/finetune_text.py … . The output folder then holds results.json, hardness.png, and
+accelerate launch --num_processes 2 -m scripts.finetune_text … . The output folder then holds results.json, hardness.png, and
 the folder relu/ that stock transformers loads.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetuning import DataArguments, ModelArguments, classification_metrics, leave_process_group, load_splits, prepare, run
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -25,6 +24,15 @@ from transformers import (
 )
 
 from hf_lambda_gelu import LambdaGELUTrainingArguments
+from scripts.finetuning import (
+    DataArguments,
+    ModelArguments,
+    classification_metrics,
+    leave_process_group,
+    load_splits,
+    prepare,
+    run,
+)
 
 
 @dataclass
@@ -37,7 +45,9 @@ class TextArguments(DataArguments):
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = HfArgumentParser((ModelArguments, TextArguments, LambdaGELUTrainingArguments))
+    parser = HfArgumentParser(
+        (ModelArguments, TextArguments, LambdaGELUTrainingArguments), prog="python -m scripts.finetune_text"
+    )
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
     set_seed(arguments.seed)  # the same head, data order and dropout for every activation that is compared
     train, evaluation = load_splits(data, arguments.data_seed if arguments.data_seed is not None else arguments.seed)

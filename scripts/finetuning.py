@@ -161,8 +161,7 @@ def run(
     # The model's loss is a mean over the batch and knows nothing of num_items_in_batch; Trainer believes otherwise and would
     # scale it by the number of processes.
     trainer.model_accepts_loss_kwargs = False
-    arguments, model = trainer.args, trainer.model
-    output = Path(arguments.output_dir)
+    arguments = trainer.args
     if model_arguments.activation == "relu":
         report = _compensated(trainer, model_arguments)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
@@ -170,54 +169,23 @@ def run(
 
     metrics = {"after training": _evaluate(trainer)}
     results: dict[str, Any] = {"activation": model_arguments.activation, "metrics": metrics}
-    final, learned = "after training", None
     if learning:
-        results["learned_hardness"] = learned = trainer.learned_hardness
-        # a best checkpoint chosen by its ReLU metrics may have soft gates, and is good as a ReLU network all the same
-        force = arguments.load_best_model_at_end and "relu_" in (arguments.metric_for_best_model or "")
-        report = substitute_trained(trainer, model, force)
-        arguments.eval_relu = False  # there is nothing left to switch
-        final = "after substitution"
-        metrics[final] = _evaluate(trainer)
+        results["learned_hardness"] = trainer.learned_hardness
+        report = _substituted(trainer)
+        metrics["after substitution"] = _evaluate(trainer)
     elif model_arguments.activation == "stock":
-        hlg.convert(model)
-        with hlg.gates_as_relu(model):
+        hlg.convert(trainer.model)
+        with hlg.gates_as_relu(trainer.model):
             metrics["ReLU swapped in, unprepared"] = _evaluate(trainer)
         report = _compensated(trainer, model_arguments)
-        final = "ReLU, not trained further"
-        metrics[final] = _evaluate(trainer)
+        metrics["ReLU, not trained further"] = _evaluate(trainer)
     if trainer.is_world_process_zero():
         print(report)
         if report.compensation is not None:
             results["compensation"] = report.compensation.to_dict()
-        names = {"lambda_gelu": "λ-GELU", "relu": "ReLU first", "stock": "the model's own activation"}
-        rows = {f"{names[model_arguments.activation]}, {stage}": values for stage, values in metrics.items()}
-        details = hlg.CardDetails(
-            base_model=None if Path(model_arguments.model_name_or_path).exists() else model_arguments.model_name_or_path,
-            dataset=None if data.dataset_name is None or Path(data.dataset_name).exists() else data.dataset_name,
-            results={name: _headline(values) for name, values in rows.items()},
-            final=f"{names[model_arguments.activation]}, {final}",
-            command=command_line(),
-            arguments=stated_arguments(arguments, hardness=learning),
-        )
-        folder = hlg.save_relu_pretrained(
-            model,
-            output / "relu",
-            processor=processor,
-            details=details,
-            model_name=trainer.hub_model_id or f"{Path(model_arguments.model_name_or_path).name}-relu",
-            learned=learned,
-            history=trainer.state.log_history,
-            overwrite=True,
-        )
-        results["stock_difference"] = hlg.verify_relu_pretrained(model, folder)
-        if learned:
-            hlg.plot_hardness(learned, output / "hardness.png", trainer.state.log_history)
-        print(f"saved in {folder}; stock transformers reproduces it to {results['stock_difference']:g}")
-        if arguments.push_to_hub:
-            target = {"private": bool(arguments.hub_private_repo), "revision": arguments.hub_revision}
-            commit = hlg.push_relu_to_hub(folder, trainer.hub_model_id, processor=(), token=arguments.hub_token, **target)
-            print(commit.commit_url)
+        name = trainer.hub_model_id or f"{Path(model_arguments.model_name_or_path).name}-relu"
+        details = _details(trainer, model_arguments, data, metrics)
+        results["stock_difference"] = _publish(trainer, name, details, processor, results.get("learned_hardness"))
     results |= {
         "steps": trainer.state.global_step,
         "seconds": round(time.time() - start, 1),
@@ -225,7 +193,8 @@ def run(
         "versions": {"python": platform.python_version(), **package_versions()},
     }
     if trainer.is_world_process_zero():
-        (output / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(results, indent=2) + "\n"
+        (Path(arguments.output_dir) / RESULTS_NAME).write_text(text, encoding="utf-8")
     return results
 
 
@@ -235,12 +204,64 @@ def leave_process_group() -> None:
     gloo's worker threads let go of their last tensors some time after the result is there. That takes Python's lock (GIL);
     where the interpreter is ending by then, Python ends the thread in the midst of a destructor, and C++ aborts the process
     ("terminate called without an active exception"). The group's own destructor waits for these threads, without the lock.
-    It runs when nobody refers to the group any more, and DistributedDataParallel does: hence the garbage first. Otherwise
-    the group would die with DistributedDataParallel, which would wait with the lock that the threads may need.
+    It runs when nobody refers to the group any more, and DistributedDataParallel does: hence the garbage first.
     """
     gc.collect()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _substituted(trainer: hlg.LambdaGELUTrainer) -> hlg.SubstitutionReport:
+    """ReLU in place of the gates that were hardened in training."""
+    arguments = trainer.args
+    # a best checkpoint chosen by its ReLU metrics may have soft gates, and is good as a ReLU network all the same
+    force = arguments.load_best_model_at_end and "relu_" in (arguments.metric_for_best_model or "")
+    report = substitute_trained(trainer, trainer.model, force)
+    arguments.eval_relu = False  # there is nothing left to switch
+    return report
+
+
+def _details(
+    trainer: Trainer, model_arguments: ModelArguments, data: DataArguments, metrics: dict[str, dict[str, float]]
+) -> hlg.CardDetails:
+    """What the card says of the run; the last of the metrics are those of the ReLU network."""
+    names = {"lambda_gelu": "λ-GELU", "relu": "ReLU first", "stock": "the model's own activation"}
+    rows = {f"{names[model_arguments.activation]}, {stage}": _headline(values) for stage, values in metrics.items()}
+    learning = model_arguments.activation == "lambda_gelu"
+    return hlg.CardDetails(
+        base_model=None if Path(model_arguments.model_name_or_path).exists() else model_arguments.model_name_or_path,
+        dataset=None if data.dataset_name is None or Path(data.dataset_name).exists() else data.dataset_name,
+        results=rows,
+        final=list(rows)[-1],
+        command=command_line(),
+        arguments=stated_arguments(trainer.args, hardness=learning),
+    )
+
+
+def _publish(
+    trainer: Trainer, name: str, details: hlg.CardDetails, processor: Any, learned: dict[str, float] | None
+) -> float:
+    """Save the ReLU network, prove it by stock transformers, push it if that is asked for; how far stock differs."""
+    arguments, model, output = trainer.args, trainer.model, Path(trainer.args.output_dir)
+    folder = hlg.save_relu_pretrained(
+        model,
+        output / "relu",
+        processor=processor,
+        details=details,
+        model_name=name,
+        learned=learned,
+        history=trainer.state.log_history,
+        overwrite=True,
+    )
+    difference = hlg.verify_relu_pretrained(model, folder)
+    if learned:
+        hlg.plot_hardness(learned, output / "hardness.png", trainer.state.log_history)
+    print(f"saved in {folder}; stock transformers reproduces it to {difference:g}")
+    if arguments.push_to_hub:
+        target = {"private": bool(arguments.hub_private_repo), "revision": arguments.hub_revision}
+        commit = hlg.push_relu_to_hub(folder, trainer.hub_model_id, processor=(), token=arguments.hub_token, **target)
+        print(commit.commit_url)
+    return difference
 
 
 def _compensated(trainer: Trainer, arguments: ModelArguments) -> hlg.SubstitutionReport:
@@ -257,7 +278,7 @@ def _compensated(trainer: Trainer, arguments: ModelArguments) -> hlg.Substitutio
 def command_line() -> str:
     """The command that is running; absolute paths are cut to their last part: a card is no place for a machine's folders."""
     parts = [Path(part).name if Path(part).is_absolute() else part for part in sys.argv]
-    return shlex.join(["python", f"scripts/{parts[0]}", *parts[1:]])
+    return shlex.join(["python", "-m", f"scripts.{Path(parts[0]).stem}", *parts[1:]])
 
 
 def _evaluate(trainer: Trainer) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Judge a saved classifier by stock transformers alone: accuracy of `pipeline()` on a labelled data set.
 
-    python scripts/predict_stock.py runs/sst2/relu --dataset_name nyu-mll/glue --dataset_config_name sst2 --split validation
+    python -m scripts.predict_stock runs/sst2/relu --dataset_name nyu-mll/glue --dataset_config_name sst2 --split validation
 
 Nothing of hf_lambda_gelu is imported, and its import is blocked: what this prints is what a stranger gets.
 """
@@ -19,7 +19,9 @@ from transformers import pipeline
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.predict_stock", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="folder or Hub name")
     parser.add_argument("--dataset_name", required=True, help="Hub name or local folder")
     parser.add_argument("--dataset_config_name")

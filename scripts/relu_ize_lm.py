@@ -1,12 +1,12 @@
 """Turn a pretrained causal language model (SiLU or GELU) into a ReLU one, and judge it.
 
-    python scripts/relu_ize_lm.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
+    python -m scripts.relu_ize_lm --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 --output_dir runs/smollm2
 
-Without arguments: SmolLM2-135M and texts that package registries carry (scripts/assets.py). The smooth model itself writes a
-part of the calibration text, replies to prompts, so that a chat model stays one. The refit needs no training; `--steps` adds
-a short run after it, in which the ReLU model learns from the smooth one's predictions on unlabelled text. The output folder
-then holds results.json and the folder relu/, which stock transformers loads.
+Without arguments: SmolLM2-135M and texts that package registries carry (scripts/tools/assets). The smooth model itself
+writes a part of the calibration text, replies to prompts, so that a chat model stays one. The refit needs no training;
+`--steps` adds a short run after it, in which the ReLU model learns from the smooth one's predictions on unlabelled text. The
+output folder then holds results.json and the folder relu/, which stock transformers loads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any
 
 import datasets
 import torch
-from assets import asset
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -39,6 +38,7 @@ from transformers import (
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints.card import package_versions
 from hf_lambda_gelu.checkpoints.folders import check_writable
+from scripts.tools.assets import asset
 
 TEXTS = ("editorials", "movie_reviews", "amazon_reviews")  # assets
 PROMPTS = (
@@ -84,7 +84,7 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    (options,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    (options,) = HfArgumentParser(Arguments, prog="python -m scripts.relu_ize_lm").parse_args_into_dataclasses(argv)
     output = Path(options.output_dir)
     check_writable(output)
     name = options.model_name_or_path or str(asset("smollm2"))

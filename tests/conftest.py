@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from assets import available
 from support.hub_server import HubServer
 from support.publishing import TOKEN
+
+from scripts.tools.assets import available
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
         hardness = hardness.reshape(())  # shape (1,) would broadcast a zero-dim x
     if torch.compiler.is_compiling() or functorch_active():
         # Torch's operations are what transforms know and compilers fuse. What a compiler derives from them saves x and λ
-        # alone too, and takes F.gelu's time (scripts/benchmark.py --only compile), where derivatives by hand fused worse.
+        # alone too, and takes F.gelu's time (scripts.benchmarks.run --only compile), where derivatives by hand fused worse.
         return value(x, hardness, member)
     out: Tensor = LambdaGELUFunction.apply(x, hardness, base)  # type: ignore[no-untyped-call]
     return out

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import push_to_hub
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
@@ -18,6 +17,7 @@ from support.publishing import TOKEN, run_stock
 from transformers import BertTokenizer, PreTrainedModel
 
 import hf_lambda_gelu as hlg
+from scripts import push_to_hub
 
 DETAILS = hlg.CardDetails(
     base_model="someone/bert-tiny",

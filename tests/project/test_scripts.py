@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import BertForSequenceClassification, BertTokenizer, ViTImageProcessorPil
 
 import hf_lambda_gelu as hlg
+from scripts.tools.processes import run_module
 
 # Classifies rows in a process that cannot import the package; prints the class names.
 STOCK = """
@@ -85,7 +86,7 @@ COMMON += " --use_cpu true --seed 5"
 def run(script: str, model: Path, output: Path, options: str) -> dict[str, Any]:
     """`main` of a script, with what it returned checked against the file that it wrote."""
     line = f"--model_name_or_path {model} --output_dir {output} {COMMON} {options}"
-    results = importlib.import_module(script).main(line.split())
+    results = importlib.import_module(f"scripts.{script}").main(line.split())
     assert json.loads((output / "results.json").read_text()) == results
     return results
 
@@ -143,14 +144,15 @@ def test_push_to_hub(tmp_path: Path, model: Path) -> None:
     test = write_csv(tmp_path / "test.csv", text_rows(8, 1))
     options = f"--model_name_or_path {model} --train_file {train} --validation_file {test} --output_dir {tmp_path / 'out'}"
     options += " --text_column first --max_steps 2 --save_strategy no --report_to none --use_cpu true"
-    script = Path(__file__).parents[2] / "scripts" / "finetune_text.py"
     with HubServer(token="hf_test") as hub:
-        process = subprocess.run(
-            [sys.executable, str(script), *options.split(), "--push_to_hub", "--hub_model_id", "tester/tiny"],
+        process = run_module(
+            "scripts.finetune_text",
+            *options.split(),
+            "--push_to_hub",
+            "--hub_model_id",
+            "tester/tiny",
             capture_output=True,
-            text=True,
             env=hub.env(tmp_path / "home"),
-            check=False,
         )
         assert process.returncode == 0, process.stderr[-3000:]
         files = hub.repos["tester/tiny"].files
@@ -327,7 +329,7 @@ def test_error_for_the_image_column(tmp_path: Path) -> None:
 def test_help_shows_the_hardness_arguments(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With the choices, the defaults and the three activations."""
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(script).main(["--help"])
+        importlib.import_module(f"scripts.{script}").main(["--help"])
     assert stop.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     for name in ("learning_rate", "switch_point", "compensate", "ramp", "tolerance", "hold"):

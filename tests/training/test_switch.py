@@ -163,7 +163,7 @@ from pathlib import Path
 sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
-from finetuning import leave_process_group
+from scripts.finetuning import leave_process_group
 from support.gloo_threads import check_none_is_left, gloo_workers
 from support.training import Rows, arguments, converted
 import hf_lambda_gelu as hlg

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import finetune_text
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,10 +17,10 @@ from support.gloo_threads import WORKERS
 from support.texts import text_model, text_rows, write_csv
 
 import hf_lambda_gelu as hlg
+from scripts import finetune_text
+from scripts.tools.processes import ROOT
 
-SCRIPTS = Path(finetune_text.__file__).parent
-
-# Runs finetune_text.py with an output folder per rank, and writes down what this rank has after training.
+# Runs scripts.finetune_text with an output folder per rank, and writes down what this rank has after training.
 PROBE = """
 import hashlib, json, os, runpy, sys
 from pathlib import Path
@@ -30,7 +29,7 @@ from support.gloo_threads import check_none_is_left, gloo_workers
 import hf_lambda_gelu as hlg
 
 torch.set_num_threads(1)
-folder, rank, script = Path(sys.argv[1]), os.environ.get("RANK", "0"), sys.argv[2]
+folder, rank, module = Path(sys.argv[1]), os.environ.get("RANK", "0"), sys.argv[2]
 train = hlg.LambdaGELUTrainer.train
 
 def probed(trainer, *args, **kwargs):
@@ -45,8 +44,8 @@ def probed(trainer, *args, **kwargs):
 hlg.LambdaGELUTrainer.train = probed
 if len(sys.argv[3]):
     hlg.verify_relu_pretrained = lambda *_: 0.0  # slow, and done by the run on two processes
-sys.argv = [script, *sys.argv[4:], "--output_dir", str(folder / f"out{rank}")]
-runpy.run_path(script, run_name="__main__")
+sys.argv = [module, *sys.argv[4:], "--output_dir", str(folder / f"out{rank}")]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
 check_none_is_left()
 """
 
@@ -87,9 +86,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
             "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": "1",
             "HF_DATASETS_CACHE": str(folder / "cache"),
-            "PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         }
-        script = [str(probe), str(folder), str(SCRIPTS / "finetune_text.py"), "skip" if name == "one" else ""]
+        script = [str(probe), str(folder), "scripts.finetune_text", "skip" if name == "one" else ""]
         own = [*options, "--per_device_train_batch_size", batch]
         with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
             started[name] = own, subprocess.Popen([*command, *script, *own], env=environment, stdout=out, stderr=err)

@@ -1,0 +1,1 @@
+"""What λ-GELU and the refit cost, in time and memory."""

@@ -1,0 +1,196 @@
+"""Tables and a plot from results/study.csv alone; what concerns the paper's claims is in claims.py.
+
+python -m scripts.studies.report            # Markdown to standard output
+python -m scripts.studies.report --plot runs/study.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from scripts.studies.run import RESULTS
+from scripts.studies.scratch import SCRATCH
+from scripts.studies.tasks import PRETRAINED, Task
+from scripts.tools.tables import read
+
+LABELS = {
+    "gelu": "GELU",
+    "swap": "… ReLU swapped in, unprepared",
+    "bias_after": "… biases refit, no training",
+    "least_squares_after": "… compensated, no training",
+    "relu_first": "ReLU swapped in first, trained as long",
+    "bias_first": "ReLU first, biases refit, trained as long",
+    "least_squares_first": "ReLU first, compensated, trained as long",
+    "refit_half": "λ-GELU, refit after 50 % of the steps",
+    "refit_late": "λ-GELU, refit after 75 % of the steps",
+    "refit_distilled": "… after 50 %, learning from the smooth network then",
+    "refit_averaged": "… after 75 %, weights averaged over the last eighth",
+    "refit_ramp": "ramp from λ = 1 to 160 in four stages, each with a refit",
+    "by_sensitivity": "site by site, least sensitive first, each with a refit",
+    "per_neuron": "λ-GELU with λ by neuron, refit after 75 % of the steps",
+    "lambda_one": "λ-GELU from λ = 1, geometric ramp",
+    "ramp_reciprocal": "λ-GELU from λ = 1, reciprocal ramp",
+    "ramp_only": "ramp from the start, nothing learned",
+    "paper": "λ-GELU from λ = 1.69, geometric ramp (as reported of the paper)",
+    "half_hardened": "λ-GELU ramped to 8, then compensated",
+    "midway": "GELU for 50 % of the steps, compensated, ReLU for the rest",
+    "lerp": "GELU mixed into ReLU (as nn_pruning)",
+    "sugar": "ReLU forward, smooth backward (SUGAR)",
+    "unhardened": "λ-GELU from λ = 1.69, learned to the end, ReLU swapped in",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.studies.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    scores, before = accuracies(options.results), accuracies(options.results, "before")
+    for title, group in (("From pretrained weights", PRETRAINED), ("From random weights", SCRATCH)):
+        tasks = [task.name for task in group if any(task.name in found for found in scores.values())]
+        if not tasks:
+            continue
+        print(f"## {title}\n")
+        print(headline(scores, group), end="\n\n")
+        print(table(scores, tasks), differences(scores, tasks), gaps(scores, before, tasks), sep="\n\n", end="\n\n")
+    if options.plot:
+        plot(scores, options.plot)
+
+
+Scores = dict[str, dict[str, dict[int, float]]]  # recipe → task → seed → accuracy in points
+
+
+def accuracies(results: Path, column: str = "accuracy") -> Scores:
+    """Accuracy on the test split, in points; "before" is that before the substitution, of recipes that end with one."""
+    scores: Scores = {}
+    for row in read(results):
+        if row["split"] == "test" and row[column]:
+            task = scores.setdefault(row["recipe"], {}).setdefault(row["task"], {})
+            task[int(row["seed"])] = 100.0 * float(row[column])
+    return scores
+
+
+def paired(scores: Scores, recipe: str, reference: str, tasks: list[str]) -> np.ndarray:
+    """Differences recipe − reference over all (task, seed) that both have, in points."""
+    first, second = scores.get(recipe, {}), scores.get(reference, {})
+    return np.array(
+        [
+            first[task][seed] - second[task][seed]
+            for task in tasks
+            for seed in sorted(first.get(task, {}).keys() & second.get(task, {}).keys())
+        ]
+    )
+
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """Mean and half-width of its 95 % t interval."""
+    n = len(differences)
+    if n < 2:
+        return (float(differences.mean()) if n else float("nan")), float("nan")
+    return float(differences.mean()), float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n))
+
+
+def shown(differences: np.ndarray, digits: int = 1) -> str:
+    mean, half = interval(differences)
+    if not len(differences):
+        return "–"
+    text = f"{round(mean, digits) + 0.0:+.{digits}f}".replace("-", "−")  # + 0.0: no negative zero
+    return text + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
+
+
+HEADLINE = {
+    "gelu": "GELU",
+    "swap": "ReLU swapped in",
+    "least_squares_after": "ReLU, compensated, **no training**",
+    "relu_first": "ReLU swapped in first, trained as long",
+    "refit_late": "λ-GELU, refit after 75 %",
+}
+
+
+def headline(scores: Scores, group: tuple[Task, ...]) -> str:
+    """Mean accuracy by task for the recipes that matter most; in brackets the difference to GELU, paired by seed."""
+    lines = ["| model and task | " + " | ".join(HEADLINE.values()) + " |", "|" + "---|" * (len(HEADLINE) + 1)]
+    for task in group:
+        cells = []
+        for recipe in HEADLINE:
+            values = list(scores.get(recipe, {}).get(task.name, {}).values())
+            gap = "" if recipe == "gelu" else f" ({shown(paired(scores, recipe, 'gelu', [task.name]))})"
+            cells.append(f"{np.mean(values):.1f}{gap}" if values else "–")
+        lines.append("| " + " | ".join([task.title, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def table(scores: Scores, tasks: list[str]) -> str:
+    """Per recipe: mean accuracy by task, and the paired differences to GELU and to the swap, pooled."""
+    head = ["recipe", *tasks, "− GELU, pooled", "− swapped first, pooled", "seeds"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for recipe in _found(scores, tasks):
+        cells = [LABELS[recipe]]
+        for task in tasks:
+            values = list(scores[recipe].get(task, {}).values())
+            cells.append(f"{np.mean(values):.1f}" if values else "–")
+        cells += [
+            "" if recipe == reference else shown(paired(scores, recipe, reference, tasks))
+            for reference in ("gelu", "relu_first")
+        ]
+        counts = [len(scores[recipe][task]) for task in tasks if task in scores[recipe]]
+        cells.append(str(counts[0]) if len({*counts}) == 1 else "/".join(map(str, counts)))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def differences(scores: Scores, tasks: list[str]) -> str:
+    lines = ["ReLU − GELU by task, paired by seed, mean ± 95 % interval in points:", ""]
+    lines += ["| recipe | " + " | ".join(tasks) + " |", "|" + "---|" * (len(tasks) + 1)]
+    for recipe in _found(scores, tasks)[1:]:
+        cells = [shown(paired(scores, recipe, "gelu", [task])) for task in tasks]
+        lines.append("| " + " | ".join([LABELS[recipe], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def gaps(scores: Scores, before: Scores, tasks: list[str]) -> str:
+    """How far accuracy moved at the substitution, the largest of the seeds, for recipes that train towards it."""
+    lines = ["Substitution gap of what is trained towards it, after − before, the largest in absolute value, in points:", ""]
+    lines += ["| recipe | " + " | ".join(tasks) + " |", "|" + "---|" * (len(tasks) + 1)]
+    for recipe in [r for r in _found(before, tasks) if not r.endswith(("after", "swap", "unhardened"))]:
+        cells = []
+        for task in tasks:
+            seeds = before[recipe].get(task, {})
+            moved = [scores[recipe][task][seed] - value for seed, value in seeds.items()]
+            cells.append(f"{max(moved, key=abs):+.1f}".replace("-", "−") if moved else "–")
+        lines.append("| " + " | ".join([LABELS[recipe], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _found(scores: Scores, tasks: list[str]) -> list[str]:
+    return [recipe for recipe in LABELS if recipe in scores and set(tasks) & scores[recipe].keys()]
+
+
+def plot(scores: Scores, path: Path) -> None:
+    """Differences to GELU, pooled over pretrained tasks and seeds, one line a recipe."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = [task.name for task in PRETRAINED]
+    found = {r: paired(scores, r, "gelu", tasks) for r in _found(scores, tasks) if r not in ("gelu", "swap")}
+    figure = Figure(figsize=(8, 0.4 * len(found) + 1.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for place, (recipe, differences) in enumerate(reversed(found.items())):
+        mean, half = interval(differences)
+        axes.errorbar(mean, place, xerr=0.0 if np.isnan(half) else half, fmt="o", color="tab:blue", capsize=3)
+        axes.text(-0.01, place, LABELS[recipe], ha="right", va="center", transform=axes.get_yaxis_transform(), fontsize=8)
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    axes.set(yticks=[], xlabel="accuracy − GELU's, points, paired by seed, 95 % interval")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

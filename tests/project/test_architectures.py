@@ -1,0 +1,87 @@
+"""The coverage run: what it finds on architectures whose answer is known, and that its verdict can be bad."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from scripts.architectures import run
+from scripts.tools.processes import ROOT
+from scripts.tools.tables import read
+
+GOOD = {"effect": 0.1, "convert": 1e-7, "stock_reload": 0.0, "relu_reload": 0.0, "folded_reload": 1e-6, "untold": ""}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """In a process of its own: this one has imported the package, the one that reloads must not have."""
+    results = tmp_path_factory.mktemp("coverage") / "coverage.csv"
+    models = ["bert", "bloom", "mamba", "vit_msn", "t5"]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.architectures.run",
+        "--jobs",
+        "1",
+        "--results",
+        str(results),
+        "--models",
+        *models,
+    ]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return {row["model_type"]: row for row in read(results)}
+
+
+def test_known_answers(rows: dict[str, dict[str, str]]) -> None:
+    assert {name: row["verdict"] for name, row in rows.items()} == {
+        "bert": "exact",
+        "bloom": "refused",
+        "mamba": "refused",
+        "t5": "no GELU or SiLU",  # its default is ReLU
+        "vit_msn": "exact",
+    }
+    assert rows["bert"]["sites"] == "2"
+    assert float(rows["bert"]["relu_reload"]) == 0.0
+    assert 0.0 < float(rows["bert"]["folded_reload"]) < 1e-5
+    assert float(rows["bert"]["effect"]) > 1e-2, "ReLU makes no difference here, so its reload proves nothing"
+    assert "BloomGelu: hard-coded" in rows["bloom"]["reason"]
+    assert rows["bloom"]["folded_hard_coded"] == "2 sites"
+    assert "keeps its name" in rows["mamba"]["reason"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"convert": 1e-3},
+        {"relu_reload": 1e-6},
+        {"relu_reload": "KeyError: 'lambda_gelu'"},
+        {"relu_keys": "layer.0.raw_hardness"},
+        {"folded_reload": 1e-2},
+        {"untold": "encoder.conv"},
+    ],
+)
+def test_verdict(change: dict[str, object]) -> None:
+    assert run.verdict(dict(GOOD)) == "exact"
+    assert run.verdict({k: v for k, v in GOOD.items() if k != "folded_reload"}) == "exact"  # fold said why not
+    assert run.verdict({**GOOD, **change}) == "wrong"
+    assert run.verdict({**GOOD, "stock_reload": 1.0}) == "stock reload differs"
+    assert run.verdict({**GOOD, "effect": 0.0}) == "not reached"
+
+
+def test_comparison_and_table(rows: dict[str, dict[str, str]]) -> None:
+    bert, bloom, t5 = (rows[name] for name in ("bert", "bloom", "t5"))
+    new = [{**bert, "verdict": "wrong", "sites": "1"}, bloom, {**t5, "model_type": "t6"}]
+    assert run.compare([bert, bloom, t5], new).splitlines() == [
+        "bert AutoModel: sites 2 → 1",
+        "bert AutoModel: verdict exact → wrong",
+        "gone: t5 AutoModel",
+        "new: t6 AutoModel: no GELU or SiLU",
+    ]
+    assert run.compare([bert], [bert]) == "nothing changed"
+    text = run.table([bert, bloom, t5])
+    assert "| exact | 1 |" in text
+    assert "| refused: hard-coded modules; `hard_coded=True` folds them | bloom |" in text
+    assert "| **wrong** | bert |" in run.table(new)

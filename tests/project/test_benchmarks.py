@@ -1,0 +1,95 @@
+"""The benchmark on sizes too small to time: what it runs, what it counts, what it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import BertConfig, BertForSequenceClassification
+
+import hf_lambda_gelu as hlg
+from scripts.benchmarks import cases, run
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def bert(device: str) -> tuple[BertForSequenceClassification, dict[str, torch.Tensor]]:
+        config = BertConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+        return BertForSequenceClassification(config), {
+            "input_ids": torch.ones(2, 5, dtype=torch.long),
+            "labels": torch.zeros(2).long(),
+        }
+
+    monkeypatch.setattr(cases, "SIZES", {"cpu": [(32, 64)]})
+    monkeypatch.setattr(cases, "REPEATS", 3)
+    monkeypatch.setattr(cases, "bert", bert)
+    monkeypatch.setattr(cases, "vit", bert)
+    interleave = cases.interleave
+    monkeypatch.setattr(cases, "interleave", lambda *args, seconds: interleave(*args, seconds=0.0))
+    threads, kernels = torch.get_num_threads(), hlg.set_kernels("auto")
+    monkeypatch.setattr(run.torch, "set_num_threads", lambda n: None)
+    yield
+    torch.set_num_threads(threads)
+    hlg.set_kernels(kernels)
+
+
+def test_whole_run(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every rival has a row. Memory is counted, so its ratios are exact: x and λ for the kernel, x for F.gelu."""
+    arguments = ["--only", "activation", "step", "conversion", "--results", str(tmp_path), "--plots", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["run.py", *arguments])
+    run.main()
+    (table,), (document,), (plot,) = (list(tmp_path.glob(f"*.{end}")) for end in ("csv", "json", "png"))
+    assert f"torch{torch.__version__.split('+')[0]}" in table.name
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader(table.open()))
+    kept = {
+        row["what"]: float(row["memory"]) for row in rows if row["dtype"] == "float32" and row["section"] == "activation"
+    }
+    size = 32 * 64
+    assert kept["λ-GELU"] == pytest.approx(1 + 1 / size, rel=1e-3)
+    assert kept["λ-GELU, λ per neuron"] == pytest.approx(1 + 64 / size, rel=1e-3)
+    assert kept["λ-GELU, autograd"] == pytest.approx(3, abs=0.01)
+    assert kept["learnable Swish"] == pytest.approx(2, abs=0.01)
+    assert all(0 < float(row["least"]) <= float(row["time"]) <= float(row["most"]) for row in rows)
+    assert [row["what"] for row in rows if row["section"] == "training step"] == ["λ-GELU"] * 2
+    found = json.loads(document.read_text())
+    assert len(found["ratios"]) == len(rows) == 2 * 6 + 2
+    assert found["machine"]["torch"] == torch.__version__
+    assert {each["verb"] for each in found["conversion"]} == {"convert", "relu_ize"}
+    assert all(math.isfinite(each["seconds"]) for each in found["conversion"])
+    assert "| float32 | 32×64 | xIELU |" in capsys.readouterr().out
+
+
+def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both take turns and change who is first; the ratio is that of the clock, here one that each run moves on."""
+    clock, calls = [0.0], []
+    monkeypatch.setattr(cases.time, "perf_counter", lambda: clock[0])
+
+    def run(name: str, seconds: float) -> None:
+        calls.append(name)
+        clock[0] += seconds
+
+    repeats = cases.interleave(lambda: run("stock", 2.0), lambda: run("ours", 3.0), "cpu", seconds=20.0)
+    assert repeats == [[2.0, 3.0]] * cases.REPEATS
+    assert calls[:6] == ["stock", "ours"] * 3
+    assert calls[6:14] == ["ours", "stock", "stock", "ours", "ours", "stock", "stock", "ours"]
+
+
+def test_saved_bytes() -> None:
+    """Each storage once, views of it not again."""
+    x = torch.randn(10, 10, requires_grad=True)
+    assert cases.saved_bytes(lambda: F.gelu(x)) == 400
+    assert cases.saved_bytes(lambda: F.gelu(x[:5]).sum() + F.gelu(x).sum()) == 400
+    assert cases.saved_bytes(lambda: x * 2) == 0
+
+
+def test_unknown_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["run.py", "--only", "speed"])
+    with pytest.raises(SystemExit, match="unknown section speed: expected activation, compile, step or conversion"):
+        run.main()

@@ -1,0 +1,169 @@
+"""The study on a toy task: what its rows say is recomputed, and the statistics are those of scipy."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import hf_lambda_gelu as hlg
+from scripts.studies import claims, report, updates
+from scripts.studies import run as study
+from scripts.studies.recipes import stages
+from scripts.studies.recipes.recipe import RECIPES, Run
+from scripts.studies.scratch import MLPConfig, MLPForClassification, ScratchTask
+from scripts.tools.tables import append, read
+
+FEATURES = 5
+
+
+def rows(count: int, seed: int) -> datasets.Dataset:
+    """Two classes, on either side of a sphere."""
+    features = np.random.default_rng(seed).standard_normal((count, FEATURES)).astype(np.float32)
+    labels = (np.square(features).sum(1) > FEATURES - 0.7).astype(np.int64)
+    return datasets.Dataset.from_dict({"features": features, "labels": labels}).with_format("torch")
+
+
+def splits() -> datasets.DatasetDict:
+    return datasets.DatasetDict(train=rows(320, 0), validation=rows(50, 1), test=rows(200, 2))
+
+
+def network() -> MLPForClassification:
+    return MLPForClassification(MLPConfig(features=FEATURES, hidden_size=16, num_hidden_layers=3, num_labels=2))
+
+
+TASK = ScratchTask("toy", "toy", 256, 200, 4, (1e-2, 1e-3), splits, network)
+
+
+def test_rows_and_resuming(tmp_path: Path) -> None:
+    """A run writes its rows once; the rate of a test run is the best one of the validation split."""
+    results = tmp_path / "study.csv"
+    for rate in TASK.rates:
+        study.run(results, TASK, "gelu", study.TUNING_SEED, rate, "validation")
+    trials = [row for row in read(results) if row["recipe"] == "gelu"]
+    assert [(row["split"], float(row["rate"])) for row in trials] == [("validation", rate) for rate in TASK.rates]
+    best = max(trials, key=lambda row: float(row["accuracy"]))
+    assert study.best_rate(results, TASK, "gelu") == float(best["rate"])
+    assert study.best_rate(results, TASK, "paper") == TASK.rates[0]
+
+    for _ in range(2):
+        study.run(results, TASK, "gelu", 0, TASK.rates[0], "test")
+    with results.open(newline="", encoding="utf-8") as file:
+        found = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    assert [row["recipe"] for row in found] == ["gelu", "swap", "bias_after", "least_squares_after"]
+    assert len({row["before"] for row in found[1:]} | {found[0]["accuracy"]}) == 1
+    assert {int(row["steps"]) for row in found} == {256 // 32 * TASK.epochs}
+    assert float(found[0]["accuracy"]) > 0.6
+
+
+@pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"gelu"}))
+def test_recipes_end_in_a_relu_network(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is judged last has ReLU, or a module that computes it; all recipes see the same rows for the same steps."""
+    judged = []
+    monkeypatch.setattr(Run, "judge", lambda run, model: judged.append(model) or {"accuracy": 0.0, "loss": 0.0})
+    train, test = TASK.splits(0, "test")
+    given = Run(TASK, 0, 1e-2, train, test)
+    found = RECIPES[recipe](given)
+    assert set(found) == {recipe}
+    model, x = judged[-1], torch.linspace(-3, 3, 101)[:, None].expand(-1, 16)
+    assert not hlg.hardness_sites(model)
+    for activation in model.activations:
+        assert torch.equal(activation.eval()(x), x.relu())
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    result = found[recipe]
+    assert (result.before is None) == (not result.profile)
+
+
+def test_a_stage_hardens_what_it_names() -> None:
+    """The refit sees the next λ at the named sites alone; the function is kept better than by the λ alone."""
+    train, test = TASK.splits(0, "test")
+    run = Run(TASK, 0, 1e-2, train, test)
+    model, inputs = run.model().eval(), {k: v for k, v in test[:100].items() if k != "labels"}
+    hlg.convert(model)
+    sites = hlg.hardness_sites(model)
+    for site in sites.values():
+        site.__class__ = stages._Staged
+    x = torch.linspace(-3, 3, 101)
+    first, *others = sites
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        sites[first].set_hardness(160.0)
+        plain = (model(**inputs).logits - expected).square().mean()
+        sites[first].set_hardness(1.0)
+        stages._harden(run, model, {first: 160.0})
+        assert hlg.hardness_profile(model) == pytest.approx({first: 160.0} | dict.fromkeys(others, 1.0), rel=1e-4)
+        assert (model(**inputs).logits - expected).square().mean() < plain / 2
+        with hlg.gates_as_relu(model):
+            for name, site in sites.items():
+                site.following = None if name == first else 8.0
+                wanted = hlg.lambda_gelu_reference(x, 160.0 if name == first else 8.0)
+                assert torch.allclose(site(x), wanted, atol=1e-5)
+
+
+def test_draws_do_not_overlap() -> None:
+    """Training examples differ by seed, and none of them is judged, with or without a validation split."""
+    raw = splits()
+    whole = datasets.DatasetDict(train=raw["train"], test=raw["test"])
+    for made in (raw, whole):
+        task = ScratchTask("toy", "toy", 100, 40, 1, (1e-2,), lambda made=made: made, network)
+        drawn = []
+        for seed in (0, 1):
+            for split in ("validation", "test"):
+                train, judged = ({tuple(x.tolist()) for x in part["features"]} for part in task.splits(seed, split))
+                assert (len(train), len(judged)) == (100, 40)
+                assert not train & judged
+            drawn.append(train)
+        assert drawn[0] != drawn[1]
+
+
+def test_statistics() -> None:
+    """Intervals are scipy's; Spearman's correlation is the mean of scipy's over the pairs."""
+    generator = np.random.default_rng(0)
+    differences = generator.standard_normal(7)
+    mean, half = report.interval(differences)
+    expected = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((expected.low, expected.high))
+
+    learned = generator.standard_normal((5, 8)) + np.arange(8) * 0.5
+    pairs = [stats.spearmanr(learned[a], learned[b]).statistic for a, b in itertools.combinations(range(5), 2)]
+    mean, low, high = claims.agreement(learned)
+    assert mean == pytest.approx(np.mean(pairs))
+    assert -1.0 <= low < mean < high <= 1.0
+
+
+def test_tables(tmp_path: Path) -> None:
+    """Paired by seed: a seed that only one of two recipes has is left out of their difference."""
+    results = tmp_path / "study.csv"
+    scores = {("gelu", 0): 0.80, ("gelu", 1): 0.90, ("gelu", 2): 0.10, ("refit_late", 0): 0.81, ("refit_late", 1): 0.93}
+    made = [
+        {"task": "movies", "recipe": recipe, "seed": seed, "split": "test", "accuracy": value, "before": value - 0.005}
+        for (recipe, seed), value in scores.items()
+    ]
+    append(results, study.FIELDS, made)
+    append(results, study.FIELDS, [{**made[0], "split": "validation", "accuracy": 0.0}])
+    found, before = report.accuracies(results), report.accuracies(results, "before")
+    assert report.paired(found, "refit_late", "gelu", ["movies"]) == pytest.approx([1.0, 3.0])
+    lines = report.table(found, ["movies"]).splitlines()
+    assert lines[2].split("|")[2].strip() == "60.0"
+    assert lines[3].split("|")[3].strip().startswith("+2.0 ± 12.7")
+    assert "+0.5" in report.gaps(found, before, ["movies"]).splitlines()[-1]
+
+
+def test_updates() -> None:
+    """Near λ = 1 a naive step of SGD hardly moves λ; at the start of the paper it goes 25 times too far, here and there."""
+    first = {}
+    for update, start in itertools.product(("naive", "aware"), updates.STARTS):
+        trace = list(itertools.islice(updates.trace(TASK, "sgd", update, start, 0), 2))
+        first[update, start] = np.abs(np.subtract(*trace)).max()
+        assert trace[0] == pytest.approx([start] * 3, rel=1e-5)
+    paper, near = updates.STARTS
+    for start in (paper, near):
+        sigma = 1.0 - np.exp(-(start - 1.0))  # σ(s/t) where softplus(s/t) = λ − 1
+        ratio = first["naive", start] / first["aware", start]
+        assert ratio == pytest.approx((sigma / 0.1) ** 2, rel=0.05)
