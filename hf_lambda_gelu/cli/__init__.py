@@ -1,6 +1,7 @@
-"""The command line `hf-lambda-gelu`: the package's verbs on folders and Hub names. It may import every room; no room imports it.
+"""The command line `hf-lambda-gelu`: the package's verbs on folders and Hub names.
 
-Nothing here imports torch or transformers before a command runs: `--help` and shell completion do without.
+It may import every room, and no room imports it. Nothing here imports torch or transformers before a command runs: `--help`
+and shell completion do without.
 """
 
 from __future__ import annotations

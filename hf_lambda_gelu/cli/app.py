@@ -23,9 +23,17 @@ _ClickError: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if
 class Commands(TyperGroup):
     """Says what is wrong with a command line in one line on stderr, and exits with 2."""
 
-    def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(  # the signature of typer's own
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         try:
-            code = super().main(args, *more, standalone_mode=False, **extra)
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except _ClickError as error:
             context = getattr(error, "ctx", None)
             path = context.command_path if context is not None else "hf-lambda-gelu"

@@ -1,4 +1,7 @@
-"""What `push` does with one folder or several: all proven, then all uploaded. Imports torch: the command imports it when run."""
+"""What `push` does with one folder or several: all proven, then all uploaded.
+
+Imports torch: the command imports it when it runs.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class Batch:
     repo_id: str
     save_to: Path | None
     no_processor: bool
-    details: dict[str, str | None]
+    details: dict[str, Any]
     tolerance: float
     force: bool
 
@@ -38,7 +41,8 @@ class Batch:
             found[folder] = self.repo_id.replace("{run}", path.parent.name if path.name == "relu" else path.name)
         if len(set(found.values())) < len(self.folders):
             raise UsageError(
-                f"{len(self.folders)} folders, but the repositories {sorted(set(found.values()))}: let --repo-id hold {{run}}"
+                f"{len(self.folders)} folders, but the repositories {sorted(set(found.values()))}: let --repo-id hold "
+                "{run}"
             )
         return found
 
@@ -60,7 +64,8 @@ class Batch:
             given = [f"--{name.replace('_', '-')}" for name, value in self.details.items() if value is not None]
             if given:
                 raise UsageError(
-                    f"{folder!r} is a ReLU checkpoint, which is uploaded as it is: change its README.md in place of {given[0]}"
+                    f"{folder!r} is a ReLU checkpoint, which is uploaded as it is: change its README.md, and leave out "
+                    f"{given[0]}"
                 )
             check_relu(model)
             return writable(folder, source, scratch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,21 +24,22 @@ SENTENCES = tuple(f"{s} {v} {w}" for s in _SUBJECTS for v in _VERBS for w in _WO
 
 def demo(
     model: Annotated[
-        Optional[str], typer.Argument(metavar="[MODEL]", help="Folder or Hub name; by default a tiny random BERT.")
+        str | None, typer.Argument(metavar="[MODEL]", help="Folder or Hub name; by default a tiny random BERT.")
     ] = None,
     calibration: o.Calibration = None,
     column: o.Column = None,
     split: o.Split = "train",
     samples: o.Samples = 200,
-    save_to: Annotated[Optional[Path], typer.Option(help="Folder to keep the ReLU checkpoint in.")] = None,
+    save_to: Annotated[Path | None, typer.Option(help="Folder to keep the ReLU checkpoint in.")] = None,
     trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """The whole way in one command: convert, swap in ReLU unprepared, refit, save, verify in stock transformers.
+    """Go the whole way on a tiny model, in seconds.
 
-    Without arguments everything is made on the spot: a tiny BERT with random weights, and sentences. Half of the sentences
-    are for the refit; how much the outputs change is measured on the other half.
+    Convert, swap in ReLU unprepared, refit, save, verify in stock transformers. Without arguments everything is made on the
+    spot: a tiny BERT with random weights, and sentences. Half of the sentences are for the refit; how much the outputs
+    change is measured on the other half.
 
     \b
     Examples:
@@ -50,7 +51,7 @@ def demo(
             from .transform import check_target_folder
 
             check_target_folder(save_to)
-        data = Data(calibration, column, None, split, None, samples, 8, 64)
+        data = Data(calibration, column, None, split, None, samples, 32, 64)
         found = examples(data) if calibration else Examples("text", SENTENCES[: min(samples, len(SENTENCES))])
         folder = tiny(Path(scratch) / "tiny") if model is None else resolved(model)
         network = loaded(folder, trust_remote_code)
@@ -72,7 +73,8 @@ def way(model: PreTrainedModel, fed: Batches, target: Path, carried: list[Any]) 
     steps = []
 
     def step(name: str) -> None:
-        steps.append({"step": name, "activations": hlg.audit(model).counts, "change": change(before, outputs(model, held_out))})
+        moved = change(before, outputs(model, held_out))
+        steps.append({"step": name, "activations": hlg.audit(model).counts, "change": moved})
 
     step("as it was")
     if not hlg.hardness_sites(model):
@@ -99,7 +101,8 @@ def shown(value: dict[str, Any]) -> str:
     for step in value["steps"]:
         ran = ", ".join(f"{count} {kind}" for kind, count in step["activations"].items())
         lines.append(f"  {step['step']:<30}  {step['change']:>15.2%}  {ran}")
-    lines += ["", f"saved, and loaded by stock transformers without this package: outputs differ by {value['stock_difference']:g}"]
+    moved = value["stock_difference"]
+    lines += ["", f"saved, and loaded by stock transformers without this package: outputs differ by {moved:g}"]
     if value["folder"]:
         lines.append(f"the ReLU checkpoint is in {value['folder']!r}")
     return "\n".join(lines)

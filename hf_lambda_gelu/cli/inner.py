@@ -1,4 +1,7 @@
-"""What the command line takes from inside the package, beyond its public names. Imports torch: commands import it when run."""
+"""What the command line takes from inside the package, beyond its public names.
+
+Imports torch: commands import it when run.
+"""
 
 from __future__ import annotations
 

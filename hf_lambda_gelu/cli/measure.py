@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,13 +15,15 @@ from .work import FAILED, to_dict, working
 def audit(
     model: o.Model,
     expect: Annotated[
-        Optional[Literal["relu"]], typer.Option(help="Exit with 1 unless it is a ReLU network, nothing smooth in it.")
+        Literal["relu"] | None, typer.Option(help="Exit with 1 unless it is a ReLU network, nothing smooth in it.")
     ] = None,
     trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Run a model once and tell which activations ran, whatever its modules and config are called.
+    """Tell which activations a model really runs.
+
+    It is run once, and its operations are watched, whatever its modules and config are called.
 
     \b
     Example:
@@ -45,16 +47,15 @@ def calibrate(
     max_length: o.MaxLength = 128,
     device: o.Device = "cpu",
     tolerance: Annotated[
-        Optional[float],
-        typer.Option(min=1e-9, help="Also print λ at which ReLU changes a site's output by this fraction.")
+        float | None, typer.Option(min=1e-9, help="Also print λ at which ReLU changes a site's output by this fraction.")
     ] = None,
     trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Measure how far each activation is from ReLU on what it sees, and which λ would do.
+    """Measure how far each activation is from ReLU.
 
-    A GELU or SiLU model is measured at λ = 1.
+    On what it sees in the calibration data; and which λ would do. A GELU or SiLU model is measured at λ = 1.
 
     \b
     Example:
@@ -91,7 +92,9 @@ def sensitivity(
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Measure what it costs to make one activation ReLU at a time; with --label-column by the loss.
+    """Measure what it costs to make one activation ReLU.
+
+    One at a time, by the change of the outputs; with --label-column by the change of the loss.
 
     \b
     Example:

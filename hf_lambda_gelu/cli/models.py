@@ -45,7 +45,7 @@ def resolved(name: str) -> Path:
 def is_hub_name(name: str) -> bool:
     """Whether a model on the Hub could be called so."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
@@ -139,7 +139,7 @@ def processors(folder: Path, trust_remote_code: bool = False) -> list[Any]:
     if (folder / "preprocessor_config.json").is_file():
         for auto in (AutoImageProcessor, AutoFeatureExtractor):
             try:
-                found.append(auto.from_pretrained(folder, trust_remote_code=trust_remote_code))
+                found.append(auto.from_pretrained(folder, trust_remote_code=trust_remote_code))  # type: ignore[no-untyped-call]
                 break
             except (ValueError, OSError):  # of the other kind
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,25 +22,25 @@ Tolerance = Annotated[float, typer.Option(help="The hardness tolerance ε that t
 Device = Annotated[str, typer.Option(help="Where the model runs, such as cuda.")]
 
 Calibration = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         help="Examples like those that the model will meet: a text file (a line each), a csv, json, jsonl or parquet file, "
         "a folder of images, a .safetensors or .npy file of ready inputs, or a dataset's folder or Hub name.",
         metavar="DATA",
     ),
 ]
-Column = Annotated[Optional[str], typer.Option(help="Column of the text or image; found where there is only one.")]
-LabelColumn = Annotated[Optional[str], typer.Option(help="Column of the label: the loss is measured too.")]
+Column = Annotated[str | None, typer.Option(help="Column of the text or image; found where there is only one.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the label: the loss is measured too.")]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
-DatasetConfig = Annotated[Optional[str], typer.Option("--config", help="Configuration of the dataset.")]
+DatasetConfig = Annotated[str | None, typer.Option("--config", help="Configuration of the dataset.")]
 Samples = Annotated[int, typer.Option(min=1, help="At most so many examples, drawn at random with a fixed seed.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch.")]
 MaxLength = Annotated[int, typer.Option(min=1, help="Texts are cut to so many tokens.")]
 Compensate = Annotated[
-    Optional[Literal["least_squares", "bias"]],
+    Literal["least_squares", "bias"] | None,
     typer.Option(help="Refit the linear map after each activation, from the calibration data without labels."),
 ]
 
-BaseModel = Annotated[Optional[str], typer.Option(help="For the card: Hub name of the pretrained model.")]
-Dataset = Annotated[Optional[str], typer.Option(help="For the card: Hub name of the training data.")]
-License = Annotated[Optional[str], typer.Option(help="For the card: licence identifier, that of the base model.")]
+BaseModel = Annotated[str | None, typer.Option(help="For the card: Hub name of the pretrained model.")]
+Dataset = Annotated[str | None, typer.Option(help="For the card: Hub name of the training data.")]
+License = Annotated[str | None, typer.Option(help="For the card: licence identifier, that of the base model.")]

@@ -1,4 +1,7 @@
-"""What a model puts out on batches, and how much that changed. Imports torch: the command imports it when run."""
+"""What a model puts out on batches, and how much that changed.
+
+Imports torch: the command imports it when run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Turns texts, images and rows of tensors into a batch for a model's forward. Imports torch: commands import it when run."""
+"""Turns texts, images and rows of tensors into a batch for a model's forward.
+
+Imports torch: commands import it when run.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,9 @@ def pictures(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> C
     from PIL import Image
 
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        processor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            folder, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UsageError(f"{str(folder)!r} holds no image processor for the images ({error}): {_READY}") from error
 
@@ -90,7 +95,9 @@ def label_of(model: PreTrainedModel) -> Callable[[Any], Any]:
     def label(value: Any) -> Any:
         if isinstance(value, str):
             if value not in known:
-                raise UsageError(f"the model knows no label {value!r}: its config has {', '.join(map(str, known)) or 'none'}")
+                raise UsageError(
+                    f"the model knows no label {value!r}: its config has {', '.join(map(str, known)) or 'none'}"
+                )
             return known[value]
         return value
 

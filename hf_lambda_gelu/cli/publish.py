@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -18,9 +18,10 @@ def verify(
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Load a ReLU checkpoint in stock transformers, in a process without this package, and compare outputs and tensors.
+    """Prove a ReLU checkpoint in stock transformers.
 
-    Exits with 1 where it does not hold. What was compared is kept in the folder's lambda_gelu.json.
+    It is loaded in a process that cannot import this package, and outputs and tensors are compared. Exits with 1 where it
+    does not hold. What was compared is kept in the folder's lambda_gelu.json.
 
     \b
     Example:
@@ -51,11 +52,11 @@ def push(
         str, typer.Option(help="Repository, as name or owner/name, made if need be; with {run} for several folders.")
     ],
     collection: Annotated[
-        Optional[str], typer.Option(help="Title of a collection to put the repositories into.", metavar="TITLE")
+        str | None, typer.Option(help="Title of a collection to put the repositories into.", metavar="TITLE")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Prove the models, show the files, upload nothing.")] = False,
     save_to: Annotated[
-        Optional[Path], typer.Option(help="Folder to keep the proven ones in before the upload, with results.md.")
+        Path | None, typer.Option(help="Folder to keep the proven ones in before the upload, with results.md.")
     ] = None,
     no_processor: Annotated[
         bool, typer.Option("--no-processor", help="Publish without a tokenizer or image processor.")
@@ -66,17 +67,18 @@ def push(
     tolerance: o.Tolerance = 0.005,
     force: o.Force = False,
     private: Annotated[bool, typer.Option("--private", help="Make repositories and collection private.")] = False,
-    revision: Annotated[Optional[str], typer.Option(help="Branch to commit to.")] = None,
-    tag: Annotated[Optional[str], typer.Option(help="Tag to give the commit, such as v1.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag to give the commit, such as v1.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Publish ReLU checkpoints on the Hub, each in one commit; several as a collection.
+    """Publish ReLU checkpoints on the Hub.
 
-    A folder that relu-ize or save_relu_pretrained made is uploaded as it is. Of a λ-GELU checkpoint the gates, which must be
-    hard, become ReLU, and a card is written. All are proven in stock transformers before the first upload. {run} stands
-    for the folder's name, or its parent's if that is relu. The token is that of `hf auth login`, or $HF_TOKEN.
+    Each in one commit, several as a collection. A folder that relu-ize or save_relu_pretrained made is uploaded as it is.
+    Of a λ-GELU checkpoint the gates, which must be hard, become ReLU, and a card is written. All are proven in stock
+    transformers before the first upload. {run} stands for the folder's name, or its parent's if that is relu. The token is
+    that of `hf auth login`, or $HF_TOKEN.
 
     \b
     Examples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ def table(source: str, config: str | None, split: str) -> Dataset:
     import datasets
     from huggingface_hub import constants
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     path = Path(source).expanduser()
     try:
         if path.is_file():
@@ -45,7 +48,7 @@ def table(source: str, config: str | None, split: str) -> Dataset:
         return found
     if split not in found:
         raise UsageError(f"{source!r} has no split {split!r}, it has {', '.join(found)}: name one with --split")
-    return found[split]  # type: ignore[no-any-return]
+    return found[split]
 
 
 def table_columns(rows: Dataset, column: str | None, label_column: str | None) -> tuple[str, Sequence[Any], Any]:
@@ -80,7 +83,7 @@ def table_columns(rows: Dataset, column: str | None, label_column: str | None) -
     labels = None if label_column is None else list(rows[label_column])
     values: Any = rows[column]  # pictures are decoded when they are looked at
     if kinds[column] == "text":
-        values = [value for value in values]
+        values = list(values)
         if None in values or (labels is not None and None in labels):
             raise UsageError(f"the column {column!r} or its label is empty in some rows: leave these rows out")
     return kinds[column], values, labels

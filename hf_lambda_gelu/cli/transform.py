@@ -19,9 +19,9 @@ def convert(
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Make a λ-GELU checkpoint of a GELU or SiLU one, without loading the weights.
+    """Make a λ-GELU checkpoint of a GELU or SiLU one.
 
-    At λ = 1 it computes what the source computes. Tokenizer, processor and card come along.
+    At λ = 1 it computes what the source computes. The weights are not loaded; tokenizer, processor and card come along.
 
     \b
     Example:
@@ -57,10 +57,11 @@ def relu_ize(
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Make a ReLU checkpoint, which stock transformers loads, of a λ-GELU one.
+    """Make a ReLU checkpoint of a λ-GELU one.
 
-    Without --calibration the weights are not loaded, and gates must be hard. With it the change of the outputs is measured,
-    and a GELU model is converted first; --compensate refits the weights so that soft gates may go.
+    Stock transformers loads it. Without --calibration the weights are not loaded, and gates must be hard. With it the
+    change of the outputs is measured, and a GELU model is converted first; --compensate refits the weights so that soft
+    gates may go.
 
     \b
     Examples:
@@ -73,26 +74,24 @@ def relu_ize(
         import hf_lambda_gelu as hlg
 
         check_target_folder(target)
-        if compensate is not None and calibration is None:
-            raise UsageError(
-                f"--compensate {compensate} learns from data: add --calibration with examples like those that the model will "
-                "meet, such as a text file with a line each. A few hundred do, without labels"
-            )
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
-        if calibration is None:
-            folder = resolved(source)
-            result.set(
-                hlg.relu_ize_checkpoint(folder, target, force, tolerance=tolerance, details=details, link=not copy)
+        if calibration is not None:
+            data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
+            found, folder = examples(data), resolved(source)
+            model = with_hardness(loaded(folder, trust_remote_code, device))
+            fed = batches(found, data, model, folder, trust_remote_code)
+            report = hlg.relu_ize(model, force, tolerance=tolerance, calibration=fed, compensate=compensate)
+            carried = processors(folder, trust_remote_code)
+            saved = hlg.save_relu_pretrained(model, target, processor=carried, details=details)
+            result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
+        elif compensate is not None:
+            raise UsageError(
+                f"--compensate {compensate} learns from data: add --calibration with examples like those that the model "
+                "will meet, such as a text file with a line each. A few hundred do, without labels"
             )
-            return
-        data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
-        found = examples(data)
-        folder = resolved(source)
-        model = with_hardness(loaded(folder, trust_remote_code, device))
-        fed = batches(found, data, model, folder, trust_remote_code)
-        report = hlg.relu_ize(model, force, tolerance=tolerance, calibration=fed, compensate=compensate)
-        saved = hlg.save_relu_pretrained(model, target, processor=processors(folder, trust_remote_code), details=details)
-        result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
+        else:
+            folder = resolved(source)
+            result.set(hlg.relu_ize_checkpoint(folder, target, force, tolerance=tolerance, details=details, link=not copy))
 
 
 def fold(
@@ -102,7 +101,9 @@ def fold(
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Make an ordinary GELU checkpoint of a λ-GELU one: λ goes into the weights, the function stays.
+    """Make a stock GELU checkpoint of a λ-GELU one.
+
+    λ goes into the weights, and the function stays.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""How every command works: results to stdout, all else to stderr, an error in one line, an exit code that scripts can use."""
+"""How every command works: results to stdout, all else to stderr, an error in one line, an exit code for scripts."""
 
 from __future__ import annotations
 
@@ -112,10 +112,8 @@ def _set_bars() -> None:
     """No bars where nobody sees them; the libraries' own switches, which the package's verbs follow too."""
     if sys.stderr.isatty():
         return
-    import datasets
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     disable_progress_bars()
-    datasets.disable_progress_bars()
