@@ -12,6 +12,7 @@ from .work import UsageError, WorkFailed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
 _PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"]
 # other frameworks' copies of the weights, and what needs none of them
 _UNUSED = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.tflite", "*.gguf", "*.mlmodel"]
@@ -134,7 +135,7 @@ def processors(folder: Path, trust_remote_code: bool = False) -> list[Any]:
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
     found: list[Any] = []
-    if (folder / "tokenizer_config.json").is_file():
+    if any((folder / name).is_file() for name in _TOKENIZER):
         found.append(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
     if (folder / "preprocessor_config.json").is_file():
         for auto in (AutoImageProcessor, AutoFeatureExtractor):

@@ -27,6 +27,8 @@ def tokenised(model: PreTrainedModel, folder: Path, max_length: int, trust_remot
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UsageError(f"{str(folder)!r} holds no tokenizer for the texts ({error}): {_READY}") from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers makes an empty one where there is no file
+        raise UsageError(f"{str(folder)!r} holds no tokenizer for the texts: {_READY}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = model.config.get_text_config()

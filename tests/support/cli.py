@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.cli import app
 
-__all__ = ["HubServer", "answer", "bert", "checkpoint", "command", "invoke", "files", "sentences", "texts", "tiny", "vit"]
+__all__ = ["HubServer", "answer", "bert", "checkpoint", "command", "files", "invoke", "sentences", "texts", "tiny", "vit"]
 
 WORDS = [f"word{index}" for index in range(94)]
 
