@@ -85,7 +85,7 @@ def _silu_slope(u: Tensor) -> Tensor:
     return torch.sigmoid(u) * torch.sigmoid(-u)
 
 
-# The suprema and integrals are checked against mpmath in tests/test_bases.py.
+# The suprema and integrals are checked against mpmath in tests/activation/test_bases.py.
 BASES: dict[str, Base] = {
     base.name: base
     for base in (

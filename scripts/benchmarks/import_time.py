@@ -1,6 +1,6 @@
 """What `import hf_lambda_gelu` costs beyond torch and transformers' activations, in fresh interpreters.
 
-python scripts/benchmark_import.py
+python -m scripts.benchmarks.import_time
 """
 
 from __future__ import annotations

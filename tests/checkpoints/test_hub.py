@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ from support.publishing import TOKEN, run_stock
 from transformers import BertTokenizer, PreTrainedModel
 
 import hf_lambda_gelu as hlg
-from scripts import push_to_hub
 
 DETAILS = hlg.CardDetails(
     base_model="someone/bert-tiny",
@@ -242,98 +239,3 @@ def test_wrong_token(hub: HubServer, tmp_path: Path) -> None:
         )
     assert "hf_wrong" not in str(caught.value)
     assert "tester/m" not in hub.repos
-
-
-def test_script_pushes_a_hardened_checkpoint(hub: HubServer, tmp_path: Path) -> None:
-    """scripts/push_to_hub.py from a λ checkpoint folder; what it published is a stock ReLU model."""
-    model = tiny.build("bert-classifier")
-    hlg.convert(model, init_hardness=160.0)
-    model.save_pretrained(tmp_path / "hard")
-    script = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
-    process = subprocess.run(
-        [
-            sys.executable,
-            str(script),
-            "--folder",
-            str(tmp_path / "hard"),
-            "--repo_id",
-            "tester/m",
-            "--license",
-            "mit",
-            "--no_processor",
-        ],
-        capture_output=True,
-        text=True,
-        env=hub.env(tmp_path / "home"),
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "2 activations are ReLU now" in process.stdout
-    files = hub.repos["tester/m"].files
-    assert json.loads(files["config.json"])["hidden_act"] == "relu"
-    assert ModelCard(files["README.md"].decode()).data.license == "mit"
-    assert json.loads(files["lambda_gelu.json"])["substitution"]["sites"][0]["hardness"] == pytest.approx(160.0, rel=1e-5)
-
-
-PUSH_SCRIPT = """
-import sys
-import push_to_hub
-try:
-    push_to_hub.main(sys.argv[1:] + ["--dry_run", "--save_to", "kept"])
-finally:
-    print("=====")
-push_to_hub.main(sys.argv[1:])
-push_to_hub.collect(push_to_hub.HfApi(), "Two BERTs", ["bert-seed1"], False)  # as a second push would
-"""
-
-
-def test_several_as_a_collection(hub: HubServer, tmp_path: Path) -> None:
-    """A dry run shows what would be uploaded; a collection and an item that are there already are no mistake."""
-    folders = []
-    for seed, accuracy in enumerate((0.81, 0.83)):
-        details = hlg.CardDetails(results={"ReLU": {"accuracy": accuracy}}, final="ReLU")
-        torch.manual_seed(seed)
-        model = relu_model()
-        model.classifier.bias.data += seed
-        folders.append(str(hlg.save_relu_pretrained(model, tmp_path / f"seed{seed}" / "relu", details=details)))
-    env = hub.env(tmp_path / "home") | {"PYTHONPATH": str(Path(__file__).parents[2] / "scripts")}
-    command = [sys.executable, "-c", PUSH_SCRIPT, "--folder", *folders, "--repo_id", "tester/bert-{run}", "--no_processor"]
-    command += ["--collection", "Two BERTs"]
-    process = subprocess.run(command, capture_output=True, text=True, env=env, check=False, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr[-3000:]
-    dry, first = process.stdout.split("=====\n")
-    expected = ["| tester/bert-seed0 | 0.8100 |", "| tester/bert-seed1 | 0.8300 |"]
-    for printed in (dry, first):
-        assert [line for line in printed.splitlines() if line.startswith("| tester")] == expected
-    assert "model.safetensors  " in dry
-    assert "http" not in dry
-    for seed in (0, 1):
-        kept, pushed = tmp_path / f"kept/bert-seed{seed}", hub.repos[f"tester/bert-seed{seed}"].files
-        assert (kept / "model.safetensors").read_bytes() == pushed["model.safetensors"]
-    assert (tmp_path / "kept" / "results.md").read_text().splitlines()[2:] == expected
-    (collection,) = hub.collections.values()
-    assert (collection.title, collection.items) == ("Two BERTs", ["tester/bert-seed0", "tester/bert-seed1"])
-    weights = [hub.repos[name].files["model.safetensors"] for name in collection.items]
-    assert weights[0] != weights[1]
-    assert f"{hub.url}/collections/tester/two-berts" in first
-
-
-@pytest.mark.parametrize(
-    ("repo_id", "options", "message"),
-    [
-        ("tester/same", ["--no_processor"], "let --repo_id hold {run}"),
-        ("tester/{run}", [], "holds no tokenizer"),
-        ("a/b/{run}", ["--no_processor"], "expected 'name' or 'owner/name'"),
-        ("tester/{run}", ["--no_processor", "--save_to", "."], "--save_to: 'a' exists"),
-    ],
-)
-def test_several_refused(
-    hub: HubServer, tmp_path: Path, repo_id: str, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before the first request, and before the first upload of several."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.get_token", lambda: TOKEN)
-    folders = [str(hlg.save_relu_pretrained(relu_model(), tmp_path / name)) for name in ("a", "b")]
-    with pytest.raises((ValueError, SystemExit), match=message):
-        push_to_hub.main(["--folder", *folders, "--repo_id", repo_id, *options])
-    assert not hub.requests

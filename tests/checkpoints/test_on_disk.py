@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import convert_checkpoint as script
 import pytest
 import torch
 from safetensors import safe_open
@@ -726,19 +725,3 @@ def test_real_model(asset: Callable[[str], Path], tmp_path: Path) -> None:
         parameter.data = parameter.data.clone()
     assert tiny.relative_difference(tiny.outputs(model, batch), stock) == 0.0
     shutil.rmtree(tmp_path)
-
-
-def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both ways, its options, and errors without a traceback."""
-    src, lam, relu = _sharded(tmp_path), tmp_path / "lambda", tmp_path / "relu"
-    script.main(["--source", str(src), "--target", str(lam), "--init_hardness", "90", "--copy"])
-    assert "converted 3 activations to λ-GELU at λ = 90" in capsys.readouterr().out
-    assert not inodes(src) & inodes(lam)
-    with pytest.raises(SystemExit, match="gates are soft"):
-        script.main(["--source", str(lam), "--target", str(relu), "--to", "relu"])
-    script.main(["--source", str(lam), "--target", str(relu), "--to", "relu", "--tolerance", "0.01"])
-    assert "3 activations are ReLU now\n" in capsys.readouterr().out
-    assert inodes(lam) > inodes(relu)
-    script.main(["--source", str(lam), "--target", str(tmp_path / "forced"), "--to", "relu", "--force"])
-    with pytest.raises(SystemExit, match="exists and is not empty"):
-        script.main(["--source", str(src), "--target", str(lam)])

@@ -1,0 +1,28 @@
+"""What the command line takes from inside the package, beyond its public names.
+
+Imports torch: commands import it when run.
+"""
+
+from __future__ import annotations
+
+from ..checkpoints.card import REPORT_NAME
+from ..checkpoints.folders import check_new, whole_folder
+from ..checkpoints.hub import check_processor, check_target
+from ..checkpoints.save import check_relu
+from ..measurement.batches import model_batches, rows, token_mask
+from ..measurement.forward import main_output
+from ..structure.loading import load_saved
+
+__all__ = [
+    "REPORT_NAME",
+    "check_new",
+    "check_processor",
+    "check_relu",
+    "check_target",
+    "load_saved",
+    "main_output",
+    "model_batches",
+    "rows",
+    "token_mask",
+    "whole_folder",
+]

@@ -1,0 +1,113 @@
+"""Turns texts, images and rows of tensors into a batch for a model's forward.
+
+Imports torch: commands import it when run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+
+from .work import UsageError
+
+Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
+_READY = "pass a .safetensors file with what its forward takes, {name: (examples, …)}"
+_MAX = 1_000_000  # tokenizers say 1e30 where they know no limit
+
+
+def tokenised(model: PreTrainedModel, folder: Path, max_length: int, trust_remote_code: bool) -> Collate:
+    """Texts → input_ids, attention_mask …, padded; of an encoder-decoder the decoder gets the same text."""
+    _check_input(model, "input_ids", "texts")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"{str(folder)!r} holds no tokenizer for the texts ({error}): {_READY}") from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers makes an empty one where there is no file
+        raise UsageError(f"{str(folder)!r} holds no tokenizer for the texts: {_READY}")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config = model.config.get_text_config()
+    limits = [max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or _MAX]
+    length = min(limit for limit in limits if limit > 0)
+
+    def collate(texts: Sequence[str]) -> dict[str, Tensor]:
+        padding = tokenizer.pad_token is not None
+        batch = dict(tokenizer(list(texts), padding=padding, truncation=True, max_length=length, return_tensors="pt"))
+        if model.config.is_encoder_decoder:
+            start = model.config.decoder_start_token_id
+            ids = batch["input_ids"]
+            batch["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start or 0), ids[:, :-1]], dim=1)
+            batch["decoder_attention_mask"] = batch["attention_mask"]
+        return batch
+
+    return collate
+
+
+def pictures(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> Collate:
+    """Image files or pictures → pixel_values, in the model's dtype."""
+    _check_input(model, "pixel_values", "images")
+    from PIL import Image
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"{str(folder)!r} holds no image processor for the images ({error}): {_READY}") from error
+
+    def opened(item: Any) -> Any:
+        if not isinstance(item, Path):
+            return item.convert("RGB")
+        try:
+            with Image.open(item) as picture:
+                return picture.convert("RGB")
+        except OSError as error:
+            raise UsageError(f"{str(item)!r} is no image that can be read: {error}") from error
+
+    def collate(items: Sequence[Any]) -> dict[str, Tensor]:
+        made = processor(images=[opened(item) for item in items], return_tensors="pt")
+        return {name: _cast(value, model) for name, value in made.items()}
+
+    return collate
+
+
+def stacked(model: PreTrainedModel) -> Collate:
+    """Rows of tensors → batches as they are."""
+
+    def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        names = {name: name or model.main_input_name for name in rows[0]}
+        return {names[name]: _cast(torch.stack([row[name] for row in rows]), model) for name in rows[0]}
+
+    return collate
+
+
+def label_of(model: PreTrainedModel) -> Callable[[Any], Any]:
+    """A label as the model's loss takes it: a name becomes its number.
+
+    Raises:
+        UsageError: from what is returned, for a name that the model does not know.
+    """
+    known = getattr(model.config, "label2id", None) or {}
+
+    def label(value: Any) -> Any:
+        if isinstance(value, str):
+            if value not in known:
+                raise UsageError(
+                    f"the model knows no label {value!r}: its config has {', '.join(map(str, known)) or 'none'}"
+                )
+            return known[value]
+        return value
+
+    return label
+
+
+def _check_input(model: PreTrainedModel, name: str, what: str) -> None:
+    if model.main_input_name != name:
+        raise UsageError(f"{type(model).__name__} takes {model.main_input_name}, and the data are {what}: {_READY}")
+
+
+def _cast(tensor: Tensor, model: PreTrainedModel) -> Tensor:
+    return tensor.to(model.dtype) if tensor.is_floating_point() else tensor

@@ -1,0 +1,133 @@
+"""`convert`, `relu-ize` and `fold`: a checkpoint becomes another, in a folder of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from . import options as o
+from .data import Data, batches, examples
+from .models import loaded, processors, resolved, with_hardness
+from .work import UsageError, working
+
+
+def convert(
+    source: o.Source,
+    target: o.Target,
+    init_hardness: o.InitHardness = 1.0,
+    copy: o.Copy = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Make a λ-GELU checkpoint of a GELU or SiLU one.
+
+    At λ = 1 it computes what the source computes. The weights are not loaded; tokenizer, processor and card come along.
+
+    \b
+    Example:
+      hf-lambda-gelu convert google-bert/bert-base-uncased models/bert-lambda
+    """
+    with working(json, debug) as result:
+        import hf_lambda_gelu as hlg
+
+        check_target_folder(target)
+        result.set(hlg.convert_checkpoint(resolved(source), target, init_hardness, link=not copy))
+
+
+def relu_ize(
+    source: o.Source,
+    target: o.Target,
+    calibration: o.Calibration = None,
+    compensate: o.Compensate = None,
+    column: o.Column = None,
+    label_column: o.LabelColumn = None,
+    split: o.Split = "train",
+    dataset_config: o.DatasetConfig = None,
+    samples: o.Samples = 300,
+    batch_size: o.BatchSize = 8,
+    max_length: o.MaxLength = 128,
+    device: o.Device = "cpu",
+    tolerance: o.Tolerance = 0.005,
+    force: o.Force = False,
+    copy: o.Copy = False,
+    base_model: o.BaseModel = None,
+    dataset: o.Dataset = None,
+    license: o.License = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Make a ReLU checkpoint of a λ-GELU one.
+
+    Stock transformers loads it. Without --calibration the weights are not loaded, and gates must be hard. With it the
+    change of the outputs is measured, and a GELU model is converted first; --compensate refits the weights so that soft
+    gates may go.
+
+    \b
+    Examples:
+      hf-lambda-gelu relu-ize runs/sst2 runs/sst2-relu
+      hf-lambda-gelu relu-ize textattack/bert-base-uncased-SST-2 bert-relu \\
+          --calibration reviews.txt --compensate least_squares
+      hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares
+    """
+    with working(json, debug) as result:
+        import hf_lambda_gelu as hlg
+
+        check_target_folder(target)
+        details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
+        if calibration is not None:
+            data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
+            found, folder = examples(data), resolved(source)
+            model = with_hardness(loaded(folder, trust_remote_code, device))
+            fed = batches(found, data, model, folder, trust_remote_code)
+            report = hlg.relu_ize(model, force, tolerance=tolerance, calibration=fed, compensate=compensate)
+            carried = processors(folder, trust_remote_code)
+            saved = hlg.save_relu_pretrained(model, target, processor=carried, details=details)
+            result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
+        elif compensate is not None:
+            raise UsageError(
+                f"--compensate {compensate} learns from data: add --calibration with examples like those that the model "
+                "will meet, such as a text file with a line each. A few hundred do, without labels"
+            )
+        else:
+            folder = resolved(source)
+            result.set(hlg.relu_ize_checkpoint(folder, target, force, tolerance=tolerance, details=details, link=not copy))
+
+
+def fold(
+    source: o.Source,
+    target: o.Target,
+    trust_remote_code: o.TrustRemoteCode = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Make a stock GELU checkpoint of a λ-GELU one.
+
+    λ goes into the weights, and the function stays.
+
+    \b
+    Example:
+      hf-lambda-gelu fold runs/sst2 runs/sst2-folded
+    """
+    with working(json, debug) as result:
+        import hf_lambda_gelu as hlg
+
+        from .inner import whole_folder
+
+        check_target_folder(target)
+        folder = resolved(source)
+        model = loaded(folder, trust_remote_code)
+        report = hlg.fold(model)
+        saved = Path(os.path.abspath(target))
+        with whole_folder(saved) as temporary:
+            model.save_pretrained(temporary)
+            for processor in processors(folder, trust_remote_code):
+                processor.save_pretrained(temporary)
+        result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
+
+
+def check_target_folder(target: Path) -> None:
+    """Before any work: ValueError unless the folder can be made."""
+    from .inner import check_new
+
+    check_new(Path(os.path.abspath(target)))
