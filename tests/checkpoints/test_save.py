@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -159,15 +158,18 @@ def umask() -> int:
 
 
 def test_overwrite_a_file(tmp_path: Path) -> None:
-    """A regular file is replaced or refused; nothing of it stays beside."""
+    """A regular file is no folder to replace: refused also where it may be overwritten, and it stays what it was."""
     (tmp_path / "model").write_text("a file")
-    with contextlib.suppress(ValueError):
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="model' exists and is a file: give the name of a folder to make"):
         hlg.save_relu_pretrained(relu_model(), tmp_path / "model", overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert tree(tmp_path) == before
 
 
 def test_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saving into '.' works or is refused as a ValueError."""
-    monkeypatch.chdir(tmp_path)
-    with contextlib.suppress(ValueError):
+    """The current folder cannot be replaced as a whole: refused, empty as it is, and nothing is made beside it."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="here' exists and is the current folder: give the name of a folder to make"):
         hlg.save_relu_pretrained(relu_model(), ".")
+    assert tree(tmp_path) == {"here": ""}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import pytest
@@ -20,15 +21,16 @@ import hf_lambda_gelu as hlg
 
 
 class Raises:
-    """Makes the n-th call of any block raise."""
+    """Makes the n-th call of any block raise, and knows whether the network's own forward was running then."""
 
-    def __init__(self, blocks: Any, at: int, error: type[BaseException]) -> None:
-        self.calls, self.at, self.error = 0, at, error
-        self.handles = [block.register_forward_pre_hook(self) for block in blocks]
+    def __init__(self, model: PreTrainedModel, at: int, error: type[BaseException]) -> None:
+        self.calls, self.at, self.error, self.model, self.in_network = 0, at, error, model, False
+        self.handles = [block.register_forward_pre_hook(self) for block in blocks_of(model)]
 
     def __call__(self, *_: Any) -> None:
         self.calls += 1
         if self.calls == self.at:
+            self.in_network = any(frame.f_locals.get("self") is self.model for frame, _ in traceback.walk_stack(None))
             raise self.error("in the middle")
 
     def remove(self) -> None:
@@ -50,7 +52,7 @@ def test_interrupted(name: str) -> None:
         return experts_model(name) if name == "mixtral" else converted(name, 2.0)
 
     fresh, batches = make(), calibration_set(make(), 4)
-    counter = Raises(blocks_of(fresh), -1, KeyError)
+    counter = Raises(fresh, -1, KeyError)
     hlg.relu_ize(fresh, calibration=batches, compensate="least_squares")
     total = counter.calls
     assert total > 50
@@ -58,13 +60,19 @@ def test_interrupted(name: str) -> None:
     model = make().train()
     before, outputs = full_snapshot(model), tiny.outputs(model.eval(), batches[0])
     moments = [1, 3, *range(11, total, total // 5), total - 2, total]
+    in_network = set()
     for at, error in zip(moments, [RuntimeError, KeyboardInterrupt] * len(moments), strict=False):
-        counter = Raises(blocks_of(model), at, error)
-        with pytest.raises((error, hlg.CalibrationError), match="in the middle"):
+        counter = Raises(model, at, error)
+        with pytest.raises((error, hlg.CalibrationError), match="in the middle") as caught:
             hlg.relu_ize(model.train(), calibration=batches, compensate="least_squares")
+        # a network whose forward fails is told with the batch; of a block that runs alone it is the block's own error
+        told = error is RuntimeError and counter.in_network
+        assert type(caught.value) is (hlg.CalibrationError if told else error)
+        in_network.add(counter.in_network)
         counter.remove()
         assert full_snapshot(model) == before
         assert hooks(model) == []
+    assert in_network == {True, False}
     assert tiny.relative_difference(outputs, tiny.outputs(model.eval(), batches[0])) == 0.0
     hlg.relu_ize(model, calibration=batches, compensate="least_squares")
     assert largest_difference(parameters(fresh), parameters(model)) == 0.0
