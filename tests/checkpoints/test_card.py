@@ -22,12 +22,10 @@ LEARNED = {
     "roberta.encoder.layer.1.intermediate.intermediate_act_fn": 2.5,
 }
 
-
 HISTORY = [
     {"step": step, "loss": 1.0, **{f"hardness/{site}": value + step for site, value in LEARNED.items()}}
     for step in range(10, 200, 10)
 ]
-
 
 DETAILS = hlg.CardDetails(
     base_model="someone/roberta-tiny",

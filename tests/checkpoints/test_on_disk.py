@@ -39,15 +39,15 @@ NAMES = ["bert", "albert", "electra", "vit", "t5", "whisper", "gpt2", "llama", "
 def mixtral() -> PreTrainedModel:
     """Its experts are saved under other names, and as other tensors, than the model has them."""
     torch.manual_seed(0)
-    config = MixtralConfig(**tiny._GATED, num_local_experts=4)
+    config = MixtralConfig(**tiny.GATED, num_local_experts=4)
     return MixtralForCausalLM(config).eval()
 
 
 def llava() -> PreTrainedModel:
     """Its language model is saved under another prefix than the model has it."""
     torch.manual_seed(0)
-    vision = CLIPVisionConfig(**tiny._VISION, projection_dim=16)
-    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**tiny._GATED), image_token_index=98)
+    vision = CLIPVisionConfig(**tiny.VISION, projection_dim=16)
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**tiny.GATED), image_token_index=98)
     return LlavaForConditionalGeneration(config).eval()
 
 

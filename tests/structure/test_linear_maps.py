@@ -20,7 +20,6 @@ from hf_lambda_gelu.structure.linear_maps import eager_experts, trace
 
 _TIED = "the weight that it feeds is shared with {}.weight"
 
-
 OBSTACLES: dict[str, dict[str, str]] = {
     "bert": {"cls.predictions.transform.transform_act_fn": _TIED.format("cls.predictions.decoder")},
     "distilbert": {"activation": _TIED.format("vocab_projector")},

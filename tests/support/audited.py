@@ -11,6 +11,7 @@ from hf_lambda_gelu.measurement.audit.audit import AuditReport
 
 
 def kinds(report: AuditReport) -> dict[str, str]:
+    """{name: kind} of what ran."""
     return {entry.name: entry.kind for entry in report.entries}
 
 
@@ -26,9 +27,11 @@ class Apply(nn.Module):
 
 
 def network(function: Callable[..., Tensor], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Two linear maps with the function between them."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 64), Apply(function), nn.Linear(64, 4)).to(dtype)
 
 
 def x_of(dtype: torch.dtype = torch.float32, rows: int = 16) -> Tensor:
+    """Rows for it."""
     return (torch.randn(rows, 8, generator=torch.Generator().manual_seed(1)) * 3.0).to(dtype)

@@ -27,6 +27,7 @@ def padded(batch: dict[str, Tensor], name: str, mask: str, more: int, seed: int 
 
 
 def labelled(seed: int = 0, size: int = 2) -> dict[str, Tensor]:
+    """A batch for the tiny classifier, with labels and a mask."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "input_ids": torch.randint(3, 99, (size, 11), generator=generator),
@@ -36,6 +37,7 @@ def labelled(seed: int = 0, size: int = 2) -> dict[str, Tensor]:
 
 
 def with_int32(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with token ids of another dtype."""
     return {**batch, "input_ids": batch["input_ids"].int()}
 
 
@@ -121,6 +123,7 @@ class Probe(PreTrainedModel):
 
 
 def assert_same(first: hlg.CalibrationReport, second: hlg.CalibrationReport, names: str = "") -> None:
+    """The same statistics, site by site."""
     for one, other in zip(first.sites, second.sites, strict=True):
         assert one.count == other.count, one.name
         assert (one.mean, one.std, one.negative) == pytest.approx(

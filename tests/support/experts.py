@@ -9,8 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from support import tiny
 from support.models import randomized
 
-_MIXTRAL = {**tiny._GATED, "intermediate_size": 40, "num_experts_per_tok": 2, "pad_token_id": 0, "bos_token_id": 1}
-
+_MIXTRAL = {**tiny.GATED, "intermediate_size": 40, "num_experts_per_tok": 2, "pad_token_id": 0, "bos_token_id": 1}
 
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {**_MIXTRAL, "num_local_experts": 5},
@@ -26,4 +25,5 @@ EXPERTS: dict[str, dict[str, Any]] = {
 
 
 def experts_model(name: str) -> PreTrainedModel:
+    """A model of that type, converted, with weights that let its experts matter."""
     return randomized(AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **EXPERTS[name])))

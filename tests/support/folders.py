@@ -35,6 +35,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """The same keys, dtypes and bits."""
     assert set(first) == set(second)
     for key, tensor in first.items():
         assert tensor.dtype == second[key].dtype, key
@@ -42,14 +43,17 @@ def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 
 
 def read(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A JSON file of the folder."""
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 def digests(folder: Path) -> dict[str, str]:
+    """{path: digest} of every file below a folder."""
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
 
 
 def inodes(folder: Path) -> set[int]:
+    """The weight files themselves, whatever they are called."""
     return {path.stat().st_ino for path in folder.glob("*.safetensors")}
 
 
@@ -63,6 +67,7 @@ def load(cls: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
 
 
 def sharded(root: Path) -> Path:
+    """A tiny BERT in five shards."""
     tiny.build("bert").save_pretrained(root / "src", max_shard_size="20KB")
     return root / "src"
 

@@ -145,12 +145,15 @@ class Stack(PreTrainedModel):
 
 
 def handmade(kind: str) -> PreTrainedModel:
+    """A model with one map after its site, converted."""
     return randomized(Handmade(HandmadeConfig(kind)))
 
 
 def stack(*front: str, back: tuple[str, ...] = (), way: str = "") -> PreTrainedModel:
+    """Two stacks of blocks, converted."""
     return randomized(Stack(StackConfig(front, back, way)))
 
 
 def embeds(seed: int = 0, shape: tuple[int, ...] = (2, 4, 4, 8)) -> dict[str, Tensor]:
+    """A batch for the models made by hand."""
     return {"inputs_embeds": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}

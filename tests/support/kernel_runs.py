@@ -12,6 +12,7 @@ OP = torch.ops.hf_lambda_gelu
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 2.0) -> Tensor:
+    """Normal numbers, always the same for a seed."""
     return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
@@ -32,4 +33,5 @@ def check(x: Tensor, hardness: Tensor, grad: Tensor, base: str, got: tuple[Tenso
 
 
 def run(x: Tensor, hardness: Tensor, grad: Tensor, base: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, ∂L/∂x and ∂L/∂λ of the operator."""
     return OP.forward(x, hardness, base), *OP.backward(grad, x, hardness, base)

@@ -72,6 +72,7 @@ def which(model: PreTrainedModel, batches: Batches, lengths: list[int], calls: i
 
 
 def ridge_regression(r: Array, e: Array, ridge: float, biased: bool) -> tuple[Array, Array]:
+    """(W, b) that minimise |e − r W − b|² + ridge · mean eigenvalue · |W|², solved in float64."""
     mean_r, mean_e = (r.mean(0), e.mean(0)) if biased else (np.zeros(r.shape[1]), np.zeros(e.shape[1]))
     gram = (r - mean_r).T @ (r - mean_r)
     weight = np.linalg.solve(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)), (r - mean_r).T @ (e - mean_e))

@@ -21,11 +21,13 @@ class Where(NamedTuple):
 
 
 def post_norm(root: str) -> Where:
+    """A layer as BERT has it, with the norm after the sum."""
     block = root + ".{}"
     return Where(block + ".intermediate.intermediate_act_fn", block + ".output.dense", block, ("output.LayerNorm",))
 
 
 def mlp(block: str, act: str = "activation_fn", second: str = "fc2", **more: Any) -> Where:
+    """A block with an `mlp` of two maps."""
     return Where(f"{block}.mlp.{act}", f"{block}.mlp.{second}", block, **more)
 
 
@@ -35,12 +37,10 @@ ALBERT = "albert.encoder.albert_layer_groups.0.albert_layers.0"
 _SWIN, _CONVNEXT = "swin.encoder.layers.{}", "convnext.encoder.stages.{}"
 _ENCODER, _DECODER = "model.encoder.layers.{}", "model.decoder.layers.{}"
 
-
 _T5 = [
     Where(f"{block}.layer.{n}.DenseReluDense.act", f"{block}.layer.{n}.DenseReluDense.wo", block)
     for block, n in (("encoder.block.{}", 1), ("decoder.block.{}", 2))
 ]
-
 
 # in the order in which the forward reaches them
 WHERE: dict[str, list[Where]] = {
@@ -109,4 +109,5 @@ WHERE: dict[str, list[Where]] = {
 
 
 def both(template: str) -> list[str]:
+    """The names that a template stands for."""
     return [template.format(n) for n in range(2)] if "{}" in template else [template]

@@ -30,6 +30,7 @@ def change(first: PreTrainedModel, second: PreTrainedModel, batches: Batches) ->
 
 
 def parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Copies of all tensors but λ."""
     return {k: v.detach().clone() for k, v in model.state_dict().items() if not k.endswith("raw_hardness")}
 
 

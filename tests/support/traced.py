@@ -10,5 +10,6 @@ from support import tiny
 
 
 def found(model: PreTrainedModel, batch: dict[str, Tensor] | None = None) -> Trace:
+    """What `trace` says of the model, on its tiny inputs if no batch is given."""
     batch = tiny.inputs(model) if batch is None else batch
     return trace(model, lambda: model(**batch))

@@ -1,4 +1,4 @@
-"""A tiny task and a trainer for it."""
+"""A task that a tiny classifier can learn, a trainer for it, and callbacks, data and collators that disturb it."""
 
 from __future__ import annotations
 
@@ -50,12 +50,14 @@ class StopAfterSaving(TrainerCallback):
 
 
 def converted(seed: int = 0, hardness: float = 1.0, **overrides: Any) -> PreTrainedModel:
+    """A tiny classifier with λ-GELU."""
     model = tiny.build("bert-classifier", seed, **overrides)
     hlg.convert(model, hardness)
     return model
 
 
 def arguments(folder: Path, cls: type[TrainingArguments] = hlg.LambdaGELUTrainingArguments, **changes: Any) -> Any:
+    """Arguments for a short run on the CPU that writes and reports nothing."""
     values = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -75,6 +77,7 @@ def arguments(folder: Path, cls: type[TrainingArguments] = hlg.LambdaGELUTrainin
 
 
 def logged(trainer: Trainer, key: str = "loss") -> dict[int, float]:
+    """{step: value} of everything that was logged under that key."""
     return {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
 
 
@@ -113,10 +116,12 @@ class At(TrainerCallback):
 
 
 def trainer_of(model: PreTrainedModel, folder: Path, **changes: Any) -> hlg.LambdaGELUTrainer:
+    """A trainer for the tiny task."""
     return hlg.LambdaGELUTrainer(model, arguments(folder, **changes), train_dataset=Rows(), eval_dataset=Rows(16, 1))
 
 
 def trained(model: PreTrainedModel, folder: Path, **changes: Any) -> hlg.LambdaGELUTrainer:
+    """A trainer that has run to its end."""
     trainer = trainer_of(model, folder, **changes)
     trainer.train()
     return trainer

@@ -64,12 +64,12 @@ def test_chains(name: str) -> None:
 def test_chains_of_more() -> None:
     """Eleven layers are one chain; of a stage with two blocks both sites are in one step."""
     torch.manual_seed(0)
-    bert = BertModel(BertConfig(**{**tiny._TEXT, "num_hidden_layers": 11}))
+    bert = BertModel(BertConfig(**{**tiny.TEXT, "num_hidden_layers": 11}))
     hlg.convert(bert)
     (chain,) = planned(bert.eval(), {"input_ids": torch.tensor([[5, 6]])})
     assert chain.blocks == [f"encoder.layer.{n}" for n in range(11)]
     assert [len(sites) for sites in chain.sites] == [1] * 11
-    swin = SwinModel(SwinConfig(**{**tiny._STAGES, "depths": [2, 3]}))
+    swin = SwinModel(SwinConfig(**{**tiny.STAGES, "depths": [2, 3]}))
     hlg.convert(swin)
     (chain,) = planned(swin.eval())
     assert chain.blocks == both("encoder.layers.{}")

@@ -28,7 +28,7 @@ def test_cost_is_linear_in_depth() -> None:
     counts = []
     for layers in (4, 8):
         torch.manual_seed(0)
-        model = BertModel(BertConfig(**{**tiny._TEXT, "num_hidden_layers": layers})).eval()
+        model = BertModel(BertConfig(**{**tiny.TEXT, "num_hidden_layers": layers})).eval()
         hlg.convert(model)
         ran: list[int] = []
         for block in model.encoder.layer:

@@ -27,7 +27,6 @@ Batches = list[dict[str, Tensor]]
 # config attributes that the compensation switches on for a bias
 BIASED = {"llama": {"mlp_bias": True}, "modernbert": {"mlp_bias": True}}
 
-
 REFERENCE = [
     "bert-classifier",
     "albert",

@@ -94,7 +94,7 @@ def test_meeting(name: str, where: Where, dtype: torch.dtype) -> None:
 def test_meeting_of_one_row(width: int, dtype: torch.dtype) -> None:
     """One token of one example: for a single row all that a norm does is a scale, which is not taken for one."""
     torch.manual_seed(0)
-    model = BertModel(BertConfig(**{**tiny._TEXT, "hidden_size": width, "num_hidden_layers": 1}))
+    model = BertModel(BertConfig(**{**tiny.TEXT, "hidden_size": width, "num_hidden_layers": 1}))
     hlg.convert(model)
     site = "encoder.layer.0.intermediate.intermediate_act_fn"
     meeting = meeting_of(model.eval().to(dtype), "encoder.layer.0", site, {"input_ids": torch.tensor([[5]])})
