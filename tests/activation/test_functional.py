@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.activation.kernels import eager as kernels_torch
+from hf_lambda_gelu.activation.kernels import eager
 
 HARDNESSES = (1.0, 1.693, 10.0, 159.58, 1e4)
 each_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -80,7 +80,7 @@ def test_no_worse_than_stock(base: str, dtype: torch.dtype, kernels: str) -> Non
 @pytest.mark.parametrize("block", [1 << 17, 5])
 def test_gradcheck(base: str, shape: tuple[int, ...], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """First and second derivatives in x and λ against finite differences, with and without blocks."""
-    monkeypatch.setattr(kernels_torch, "_BLOCK", block)
+    monkeypatch.setattr(eager, "_BLOCK", block)
     x = torch.tensor([[[0.0, -1.3, 0.4], [2.2, -0.2, 1.1]], [[-2.5, 0.7, -0.7], [3.0, 1e-3, -0.1]]], dtype=torch.float64)
     hardness = torch.linspace(1.2, 2.7, math.prod(shape), dtype=torch.float64).reshape(shape)
     inputs = (x.requires_grad_(), hardness.requires_grad_())
@@ -126,12 +126,12 @@ def test_blocks(layout: str, dtype: torch.dtype, base: str, monkeypatch: pytest.
     storage = torch.randn(2, 3, 4, 6, generator=generator).to(dtype)
     weights = LAYOUTS[layout](torch.randn(2, 3, 4, 6, generator=generator).to(dtype))
     calls: list[int] = []
-    value = kernels_torch.value
-    monkeypatch.setattr(kernels_torch, "value", lambda x, *rest: (calls.append(x.numel()), value(x, *rest))[1])
+    value = eager.value
+    monkeypatch.setattr(eager, "value", lambda x, *rest: (calls.append(x.numel()), value(x, *rest))[1])
     results: list[tuple[Tensor, ...]] = []
     monkeypatch.setattr("hf_lambda_gelu.activation.kernels.dispatch._choice", "torch")
     for block in (1 << 17, 5):
-        monkeypatch.setattr(kernels_torch, "_BLOCK", block)
+        monkeypatch.setattr(eager, "_BLOCK", block)
         calls.clear()
         leaf, hardness = storage.clone().requires_grad_(), torch.tensor([3.0], requires_grad=True)
         x = LAYOUTS[layout](leaf)
@@ -189,7 +189,7 @@ def test_extreme_inputs(base: str, dtype: torch.dtype, kernels: str) -> None:
         assert torch.equal(grad_each, torch.zeros_like(each))
 
 
-@pytest.mark.parametrize("size", [1000, kernels_torch._BLOCK + 3], ids=["one piece", "blocks"])
+@pytest.mark.parametrize("size", [1000, eager._BLOCK + 3], ids=["one piece", "blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_saved_memory(size: int, dtype: torch.dtype, kernels: str) -> None:
     """autograd's own hooks count the bytes kept for the backward pass: what F.gelu keeps, plus λ."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -15,10 +14,10 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.special import ndtri
 from support import tiny
-from support.calibration import BAD_LOADERS, converted, labelled, padded, watched
+from support.calibration import Probe, captured
+from support.models import converted
 from support.references import NUMPY_GATES
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.measurement import calibration
@@ -28,51 +27,15 @@ R = 2.0 ** (1 / 128)  # the factor by which half a bin, of 64 an octave, displac
 each_base = pytest.mark.parametrize("base", list(BASES))
 
 
-@torch.no_grad()
-def captured(model: PreTrainedModel, sites: Iterable[str], batches: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
-    """{site: every element that went into it}, in float64."""
-    seen: dict[str, list[np.ndarray]] = {name: [] for name in sites}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: seen[name].append(args[0].double().numpy().ravel())
-        )
-        for name in seen
-    ]
-    for batch in batches:
-        model(**batch)
-    for hook in hooks:
-        hook.remove()
-    return {name: np.concatenate(arrays) for name, arrays in seen.items()}
-
-
 def direct_error(x: np.ndarray, hardness: float, base: str) -> float:
     relu = np.maximum(x, 0)
     return math.sqrt(((x * NUMPY_GATES[base](hardness * x) - relu) ** 2).mean() / (relu**2).mean())
-
-
-class Probe(PreTrainedModel):
-    """What comes in goes to its sites; a third one is never called."""
-
-    config_class = PreTrainedConfig
-    main_input_name = "inputs_embeds"
-
-    def __init__(self, base: str = "gelu") -> None:
-        super().__init__(PreTrainedConfig())
-        self.first, self.second, self.idle = (hlg.LambdaGELU(base=base) for _ in range(3))
-        self.modes: list[tuple[bool, bool]] = []
-
-    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
-        self.modes.append((self.training or self.first.training, torch.is_grad_enabled()))
-        return {"logits": self.first(inputs_embeds) + self.second(-inputs_embeds)}
 
 
 def probed(*values: Any, base: str = "gelu") -> hlg.SiteStatistics:
     """The statistics of these values, a batch each."""
     tensors = [v if isinstance(v, Tensor) else torch.as_tensor(v, dtype=torch.float64) for v in values]
     return hlg.calibrate(Probe(base), [{"inputs_embeds": t.reshape(1, -1)} for t in tensors]).sites[0]
-
-
-# --- the statistics
 
 
 @each_base
@@ -155,9 +118,6 @@ def test_pooled_sites_and_sites_that_are_not_called() -> None:
     assert all(math.isnan(v) for v in (idle.mean, idle.std, idle.negative, idle.relative_error(1.0)))
     assert report.targets(0.1)["idle"] == hlg.target_hardness(base="silu")
     assert "no batch reached it" in str(report).splitlines()[-1]
-
-
-# --- error and target
 
 
 @each_base
@@ -256,134 +216,6 @@ def test_tolerances_out_of_range(tolerance: float) -> None:
     for site in report.sites:
         with pytest.raises(ValueError, match="hardness must be a finite number >= 1"):
             site.relative_error(0.5)
-
-
-def assert_same(first: hlg.CalibrationReport, second: hlg.CalibrationReport, names: str = "") -> None:
-    for one, other in zip(first.sites, second.sites, strict=True):
-        assert one.count == other.count, one.name
-        assert (one.mean, one.std, one.negative) == pytest.approx(
-            (other.mean, other.std, other.negative), rel=1e-4, abs=1e-5
-        )
-        assert one.relative_error(3.0) == pytest.approx(other.relative_error(3.0), rel=1e-3)
-
-
-def test_padding_does_not_count() -> None:
-    """More padding, other tokens in it, the same numbers; without the mask they are others."""
-    model = converted("bert")
-    batch = tiny.inputs(model)
-    batch["attention_mask"] = torch.ones(2, 11, dtype=torch.long)
-    batch["attention_mask"][0, 8:] = 0
-    reference = hlg.calibrate(model, [batch])
-    assert [site.count for site in reference.sites] == [(8 + 11) * width for width in (37, 37, 32)]
-    x = captured(model, hlg.hardness_sites(model), [batch])  # of all tokens: the rows of padding are cut out here
-    keep = np.r_[0:8, 11:22]
-    for site in reference.sites:
-        rows = x[site.name].reshape(22, -1)[keep]
-        assert (site.mean, site.std) == pytest.approx((rows.mean(), rows.std()), rel=1e-6)
-    for more in (1, 9):
-        assert_same(reference, hlg.calibrate(model, [padded(batch, "input_ids", "attention_mask", more)]))
-    unmasked = hlg.calibrate(model, [{"input_ids": batch["input_ids"]}])
-    assert unmasked.sites[0].count == 22 * 37
-
-
-def test_padding_of_an_encoder_and_a_decoder() -> None:
-    """Each side by its own mask; the decoder's by its labels where the model makes its input from them."""
-    model = converted("t5")
-    batch = tiny.inputs(model)
-    reference = hlg.calibrate(model, [batch])
-    assert [site.count for site in reference.sites] == [2 * 11 * 37] * 2 + [2 * 7 * 37] * 2
-    encoder = padded(batch, "input_ids", "attention_mask", 4)
-    both = padded(encoder, "decoder_input_ids", "decoder_attention_mask", 5)
-    for other in (encoder, both):
-        assert_same(reference, hlg.calibrate(model, [other]))
-
-    labels = torch.randint(3, 99, (2, 7), generator=torch.Generator().manual_seed(1))
-    model.config.decoder_start_token_id = model.config.pad_token_id
-    short = {"input_ids": batch["input_ids"], "labels": labels}
-    longer = {**short, "labels": torch.cat([labels, torch.full((2, 3), -100)], 1)}
-    assert_same(hlg.calibrate(model, [short]), hlg.calibrate(model, [longer]))
-
-
-@pytest.mark.parametrize("name", ["wav2vec2", "convnext", "vit"])
-def test_every_element_counts_where_there_are_no_tokens(name: str) -> None:
-    """Channels first or last, patches or frames: a mask over samples fits none of them."""
-    model = converted(name)
-    batch = tiny.inputs(model)
-    if name == "wav2vec2":
-        batch["attention_mask"] = torch.ones(2, 400, dtype=torch.long)
-        batch["attention_mask"][0, 300:] = 0
-    expected = captured(tiny.build(name), hlg.hardness_sites(model), [batch])
-    for site in hlg.calibrate(model, [batch]).sites:
-        x = expected[site.name]
-        assert (site.count, site.mean, site.std) == pytest.approx((x.size, x.mean(), x.std()), rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize("name", list(BAD_LOADERS))
-def test_bad_loaders(name: str) -> None:
-    loader, message = BAD_LOADERS[name]
-    model = converted("bert-classifier")
-    with pytest.raises(hlg.CalibrationError, match=message) as caught:
-        watched(hlg.calibrate, model, loader())
-    if name == "token out of range":
-        assert isinstance(caught.value.__cause__, IndexError)
-    assert_same(hlg.calibrate(model, [labelled()]), hlg.calibrate(converted("bert-classifier"), [labelled()]))
-
-
-def test_a_forward_that_raises_half_way() -> None:
-    """After the first site has been reached, in the second batch; the cause is kept."""
-    model = converted("bert-classifier")
-    calls = []
-
-    class Failing(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            calls.append(x)
-            if len(calls) == 3:  # the first is one of `watched`
-                raise RuntimeError("out of memory")
-            return x
-
-    model.bert.encoder.layer[1].output.dropout = Failing()
-    with pytest.raises(hlg.CalibrationError, match=r"batch 1: .*RuntimeError: out of memory") as caught:
-        watched(hlg.calibrate, model, [labelled(0), labelled(1)])
-    assert isinstance(caught.value.__cause__, RuntimeError)
-    assert len(calls) == 4
-
-
-def test_pre_activations_that_are_not_finite() -> None:
-    """The message names the site and the batch; infinite values of padding do not matter."""
-    model = converted("bert-classifier")
-    with torch.no_grad():
-        model.bert.embeddings.word_embeddings.weight[98] = math.inf
-    bad = labelled(1)
-    bad["input_ids"][1, 10] = 98
-    good = labelled()
-    good["input_ids"].clamp_(max=97)
-    with pytest.raises(hlg.CalibrationError, match=r"batch 1: the pre-activations of bert\.encoder\.layer\.0\S* are not"):
-        hlg.calibrate(model, [good, bad])
-    x = torch.randn(2, 3, 5)
-    x[1, 2] = math.nan
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    assert hlg.calibrate(Probe(), [{"inputs_embeds": x, "attention_mask": mask}]).sites[0].count == 25
-
-
-def test_models_without_sites() -> None:
-    with pytest.raises(ValueError, match=r"BertForSequenceClassification has no λ-GELU: call hf_lambda_gelu\.convert"):
-        hlg.calibrate(tiny.build("bert-classifier"), [labelled()])
-    with pytest.raises(ValueError, match="meta device"):
-        hlg.calibrate(converted("bert-classifier").to("meta"), [labelled()])
-
-
-def test_the_model_is_run_without_dropout_or_gradients() -> None:
-    """In training mode the numbers are those of eval mode."""
-    model = converted("bert-classifier")
-    reference = hlg.calibrate(model, [labelled()])
-    assert_same(reference, watched(hlg.calibrate, model, [labelled()]))
-    probe = Probe().train()
-    hlg.calibrate(probe, [{"inputs_embeds": torch.randn(1, 4)}] * 2)
-    assert probe.modes == [(False, False)] * 2
-    assert probe.training
-
-
-# --- the report
 
 
 def test_report() -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from support import tiny
-from support.calibration import BAD_LOADERS, converted, labelled, padded, watched
+from support.calibration import BAD_LOADERS, labelled, padded, watched
+from support.models import converted
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -164,9 +165,6 @@ def test_sites_that_are_relu_already() -> None:
     assert report.sites[1].relative_change > 0.0
 
 
-# --- bad input, and what is left behind
-
-
 @pytest.mark.parametrize("name", list(BAD_LOADERS))
 def test_bad_loaders(name: str) -> None:
     loader, message = BAD_LOADERS[name]
@@ -225,9 +223,6 @@ def test_losses_and_outputs_that_are_not_finite() -> None:
 def test_models_without_sites() -> None:
     with pytest.raises(ValueError, match="has no λ-GELU"):
         hlg.sensitivity(tiny.build("bert-classifier"), [labelled()])
-
-
-# --- report and plot
 
 
 def test_report_and_plot(tmp_path: Path) -> None:

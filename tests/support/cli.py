@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
-from hub_server import HubServer
 from PIL import Image
 from transformers import BertTokenizer, PreTrainedModel, ViTImageProcessorPil
 from typer.testing import CliRunner, Result
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.cli import app
+from support import tiny
+from support.hub_server import HubServer
 
 __all__ = ["HubServer", "answer", "bert", "checkpoint", "command", "files", "invoke", "sentences", "texts", "tiny", "vit"]
 

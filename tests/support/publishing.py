@@ -1,4 +1,4 @@
-"""A token, and a stranger who loads what was published."""
+"""The token of the Hub on loopback, and code that uses what was published there without this package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs saved models in stock transformers, in a process that cannot import this package."""
+"""Saves and runs models in stock transformers, in a process that cannot import this package."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
+
+import hf_lambda_gelu as hlg
 
 _STOCK = """
 import json, sys
@@ -43,3 +48,22 @@ def stock_outputs(models: dict[str, tuple[str, dict[str, Tensor]]], root: Path) 
     process = subprocess.run([sys.executable, "-c", _STOCK, work], capture_output=True, text=True, env=env, check=False)
     assert process.returncode == 0, process.stderr[-3000:]
     return {name: list(load_file(root / f"{name}.outputs").values()) for name in models}
+
+
+class Saved(NamedTuple):
+    """A ReLU model, where it was saved, a batch, and what stock transformers makes of folder and batch."""
+
+    model: PreTrainedModel
+    folder: Path
+    batch: dict[str, Tensor]
+    stock: list[Tensor]
+
+
+def reload_in_stock(models: dict[str, tuple[PreTrainedModel, dict[str, Tensor]]], root: Path) -> dict[str, Saved]:
+    """Save all, then load and run all in one stock process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)  # drawing took longer than all else
+        for name, (model, _) in models.items():
+            hlg.save_relu_pretrained(model, root / name)
+    stock = stock_outputs({name: (type(model).__name__, batch) for name, (model, batch) in models.items()}, root)
+    return {name: Saved(model, root / name, batch, stock[name]) for name, (model, batch) in models.items()}

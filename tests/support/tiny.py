@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-_TEXT = {
+TEXT = {
     "vocab_size": 99,
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -31,7 +31,7 @@ _TEXT = {
     "intermediate_size": 37,
     "max_position_embeddings": 64,
 }
-_VISION = {
+VISION = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -39,38 +39,38 @@ _VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
-_STAGES = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
-_GATED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}
+STAGES = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+GATED = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}
 _T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
 
 # name → (model type, auto class, config values)
 MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
-    "bert": ("bert", AutoModelForMaskedLM, _TEXT),
-    "bert-classifier": ("bert", AutoModelForSequenceClassification, _TEXT),
-    "roberta": ("roberta", AutoModelForMaskedLM, _TEXT),
+    "bert": ("bert", AutoModelForMaskedLM, TEXT),
+    "bert-classifier": ("bert", AutoModelForSequenceClassification, TEXT),
+    "roberta": ("roberta", AutoModelForMaskedLM, TEXT),
     "distilbert": (
         "distilbert",
         AutoModelForMaskedLM,
         {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 37, "max_position_embeddings": 64},
     ),
-    "albert": ("albert", AutoModelForMaskedLM, {**_TEXT, "embedding_size": 16, "num_hidden_layers": 3}),
-    "electra": ("electra", AutoModelForPreTraining, {**_TEXT, "embedding_size": 16}),
-    "mpnet": ("mpnet", AutoModelForMaskedLM, _TEXT),
+    "albert": ("albert", AutoModelForMaskedLM, {**TEXT, "embedding_size": 16, "num_hidden_layers": 3}),
+    "electra": ("electra", AutoModelForPreTraining, {**TEXT, "embedding_size": 16}),
+    "mpnet": ("mpnet", AutoModelForMaskedLM, TEXT),
     "deberta-v2": (
         "deberta-v2",
         AutoModelForSequenceClassification,
-        {**_TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        {**TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     ),
     "modernbert": (
         "modernbert",
         AutoModelForMaskedLM,
-        {**_TEXT, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        {**TEXT, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     ),
-    "vit": ("vit", AutoModelForImageClassification, _VISION),
-    "deit": ("deit", DeiTForImageClassification, _VISION),
-    "beit": ("beit", AutoModelForImageClassification, _VISION),
-    "dinov2": ("dinov2", AutoModelForImageClassification, {**_VISION, "mlp_ratio": 2}),
-    "swin": ("swin", AutoModelForImageClassification, _STAGES),
+    "vit": ("vit", AutoModelForImageClassification, VISION),
+    "deit": ("deit", DeiTForImageClassification, VISION),
+    "beit": ("beit", AutoModelForImageClassification, VISION),
+    "dinov2": ("dinov2", AutoModelForImageClassification, {**VISION, "mlp_ratio": 2}),
+    "swin": ("swin", AutoModelForImageClassification, STAGES),
     "convnext": (
         "convnext",
         AutoModelForImageClassification,
@@ -79,9 +79,9 @@ MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "clip": (
         "clip",
         AutoModel,
-        {"text_config": {**_TEXT, "eos_token_id": 2}, "vision_config": _VISION, "projection_dim": 16},
+        {"text_config": {**TEXT, "eos_token_id": 2}, "vision_config": VISION, "projection_dim": 16},
     ),
-    "siglip": ("siglip", AutoModel, {"text_config": _TEXT, "vision_config": _VISION}),
+    "siglip": ("siglip", AutoModel, {"text_config": TEXT, "vision_config": VISION}),
     "gpt2": (
         "gpt2",
         AutoModelForCausalLM,
@@ -111,7 +111,7 @@ MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
         "wav2vec2",
         AutoModelForCTC,
         {
-            **{k: v for k, v in _TEXT.items() if k != "max_position_embeddings"},
+            **{k: v for k, v in TEXT.items() if k != "max_position_embeddings"},
             "conv_dim": [16, 16],
             "conv_stride": [5, 2],
             "conv_kernel": [10, 3],
@@ -121,9 +121,9 @@ MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     ),
     "t5": ("t5", AutoModelForSeq2SeqLM, {**_T5, "feed_forward_proj": "gated-gelu"}),
     "t5-gelu": ("t5", AutoModelForSeq2SeqLM, {**_T5, "feed_forward_proj": "gelu"}),
-    "gemma": ("gemma", AutoModelForCausalLM, _GATED),
-    "gemma2": ("gemma2", AutoModelForCausalLM, _GATED),
-    "llama": ("llama", AutoModelForCausalLM, _GATED),
+    "gemma": ("gemma", AutoModelForCausalLM, GATED),
+    "gemma2": ("gemma2", AutoModelForCausalLM, GATED),
+    "llama": ("llama", AutoModelForCausalLM, GATED),
 }
 
 

@@ -1,7 +1,8 @@
-"""A tiny task and a trainer for it."""
+"""A task that a tiny classifier can learn, a trainer for it, and callbacks, data and collators that disturb it."""
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable
@@ -18,11 +19,7 @@ import hf_lambda_gelu as hlg
 from support import tiny
 
 SITES = [f"bert.encoder.layer.{i}.intermediate.intermediate_act_fn" for i in (0, 1)]
-
-
 STEPS, SWITCH, HOLD = 20, 5, 18  # of the ramp that is tested here: 0.25 · 20 and (1 − 0.1) · 20
-
-
 TARGET = 2.0 / (0.005 * math.sqrt(2.0 * math.pi))
 
 
@@ -53,12 +50,14 @@ class StopAfterSaving(TrainerCallback):
 
 
 def converted(seed: int = 0, hardness: float = 1.0, **overrides: Any) -> PreTrainedModel:
+    """A tiny classifier with λ-GELU."""
     model = tiny.build("bert-classifier", seed, **overrides)
     hlg.convert(model, hardness)
     return model
 
 
 def arguments(folder: Path, cls: type[TrainingArguments] = hlg.LambdaGELUTrainingArguments, **changes: Any) -> Any:
+    """Arguments for a short run on the CPU that writes and reports nothing."""
     values = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -72,16 +71,14 @@ def arguments(folder: Path, cls: type[TrainingArguments] = hlg.LambdaGELUTrainin
         "dataloader_pin_memory": False,
         "use_cpu": True,
     }
-    if cls is hlg.LambdaGELUTrainingArguments:  # the ramp; tests/test_switch.py has the refit, which is the default
+    if cls is hlg.LambdaGELUTrainingArguments:  # the ramp; training/test_switch.py has the refit, which is the default
         values |= {"hardness_compensate": "none", "hardness_switch_point": 0.25}
     return cls(**{**values, **changes})
 
 
 def logged(trainer: Trainer, key: str = "loss") -> dict[int, float]:
+    """{step: value} of everything that was logged under that key."""
     return {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
-
-
-# --- targets from data
 
 
 class NoisyRows(Rows):
@@ -119,4 +116,22 @@ class At(TrainerCallback):
 
 
 def trainer_of(model: PreTrainedModel, folder: Path, **changes: Any) -> hlg.LambdaGELUTrainer:
+    """A trainer for the tiny task."""
     return hlg.LambdaGELUTrainer(model, arguments(folder, **changes), train_dataset=Rows(), eval_dataset=Rows(16, 1))
+
+
+def trained(model: PreTrainedModel, folder: Path, **changes: Any) -> hlg.LambdaGELUTrainer:
+    """A trainer that has run to its end."""
+    trainer = trainer_of(model, folder, **changes)
+    trainer.train()
+    return trainer
+
+
+def stock_twin(model: PreTrainedModel, activation: str, weights: dict[str, Tensor] | None = None) -> PreTrainedModel:
+    """A model that transformers builds with a stock activation, with the weights of `model` and no λ."""
+    config = copy.deepcopy(model.config)
+    config.hidden_act = activation
+    twin = type(model)(config)
+    state = model.state_dict() if weights is None else weights
+    twin.load_state_dict({name: value for name, value in state.items() if "raw_hardness" not in name}, strict=True)
+    return twin.eval()

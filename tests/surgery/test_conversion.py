@@ -3,50 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import tiny
-from torch import Tensor, nn
+from support.models import converted
+from torch import nn
 from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
     BertModel,
-    BloomConfig,
-    BloomForCausalLM,
-    FlaubertConfig,
-    FlaubertModel,
-    MambaConfig,
-    MambaModel,
-    OpenAIGPTConfig,
-    OpenAIGPTModel,
     PreTrainedModel,
     RoFormerConfig,
     RoFormerForSequenceClassification,
-    XLMConfig,
-    XLMModel,
-    activations,
 )
-from transformers.activations import ACT2CLS, ACT2FN
+from transformers.activations import ACT2FN
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.structure.modelling_code import calls_in_class
 
 KEYS = {"gelu": "lambda_gelu", "gelu_tanh": "lambda_gelu_tanh", "quick_gelu": "lambda_quick_gelu", "silu": "lambda_silu"}
 TEXT = tiny.MODELS["bert"][2]
-SHARED = {"vocab_size": 99, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "gelu_activation": True}  # one module for all
-GPT = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4}
-
-
-@pytest.fixture(autouse=True)
-def _tables() -> Iterator[None]:
-    """Whatever a test does, transformers' activation tables hold the same keys afterwards."""
-    before = list(ACT2FN), list(ACT2CLS)
-    yield
-    assert (list(ACT2FN), list(ACT2CLS)) == before
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -181,210 +160,12 @@ def test_instance_shared_by_layers() -> None:
     assert [round(value, 5) for value in hlg.hardness_profile(model).values()] == [3.0, 1.0, 1.0]
 
 
-class Picky(BertModel):
-    """A model whose construction fails with any activation but GELU."""
-
-    def __init__(self, config: BertConfig) -> None:
-        if config.hidden_act != "gelu":
-            raise RuntimeError("only GELU here")
-        super().__init__(config)
-
-
-def converted() -> PreTrainedModel:
-    """A model that has been through it."""
-    model = tiny.build("bert")
-    hlg.convert(model)
-    return model
-
-
-def swapped(new: nn.Module) -> PreTrainedModel:
-    """BERT with one activation replaced behind the config's back."""
-    model = tiny.build("bert")
-    model.bert.encoder.layer[1].intermediate.intermediate_act_fn = new
-    return model
-
-
-def edited(value: str) -> PreTrainedModel:
-    """BERT with its config edited after the fact."""
-    model = tiny.build("bert")
-    model.config.hidden_act = value
-    return model
-
-
-def converted_on_meta() -> PreTrainedModel:
-    """A model without storage, converted."""
-    with torch.device("meta"):
-        model = BertModel(BertConfig(**TEXT))
-    hlg.convert(model)
-    return model
-
-
-# case → (model, arguments, error, message)
-ERRORS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, float], type[Exception], str]] = {
-    "twice": (converted, {}, hlg.ConversionError, r"converted already: it has 3 λ-GELU modules"),
-    "twice on meta": (converted_on_meta, {}, hlg.ConversionError, r"converted already: it has 2"),
-    "relu": (
-        lambda: tiny.build("bert", hidden_act="relu"),
-        {},
-        hlg.ConversionError,
-        r"saw 3 × ReLU; .* ReLU network already",
-    ),
-    "tanh": (lambda: tiny.build("gpt2", activation_function="tanh"), {}, hlg.ConversionError, r"GPT2LM.*: saw 2 × Tanh$"),
-    "one is ReLU": (
-        lambda: swapped(nn.ReLU()),
-        {},
-        hlg.ConversionError,
-        r"config\.hidden_act = 'gelu' governs bert\.encoder\.layer\.1\.intermediate\.intermediate_act_fn, which is ReLU",
-    ),
-    "one is tanh-GELU": (lambda: swapped(nn.GELU(approximate="tanh")), {}, hlg.ConversionError, r"disagree.*which is GELU"),
-    "config edited": (lambda: edited("gelu_new"), {}, hlg.ConversionError, r"'gelu_new' governs .* which is GELUActivation"),
-    "config says relu": (lambda: edited("relu"), {}, hlg.ConversionError, r"saw 3 × GELUActivation"),
-    "config says lambda_gelu": (lambda: edited("lambda_gelu"), {}, hlg.ConversionError, r"saw 3 × GELUActivation"),
-    "soft": (lambda: tiny.build("bert"), {"init_hardness": 0.5}, ValueError, r">= 1 .*got 0\.5"),
-    "nan": (lambda: tiny.build("bert"), {"init_hardness": float("nan")}, ValueError, r"got nan"),
-    "unbuildable": (lambda: Picky(BertConfig(**TEXT)), {}, hlg.ConversionError, r"saw 2 × GELU.*only GELU here"),
-    "xlm": (lambda: XLMModel(XLMConfig(**SHARED)), {}, hlg.ConversionError, r"saw 2 × GELU.*ffns\.0\.act.*ffns\.1"),
-    "flaubert": (lambda: FlaubertModel(FlaubertConfig(**SHARED)), {}, hlg.ConversionError, r"saw 2 × GELU.*ffns\.0\.act"),
-    "openai-gpt": (lambda: OpenAIGPTModel(OpenAIGPTConfig(**GPT)), {}, hlg.ConversionError, r"OpenAIGPTModel"),
-}
-
-
-@pytest.mark.parametrize("case", ERRORS)
-def test_errors(case: str) -> None:
-    """What was got and what to do is said; the model, its config and the process-wide GELU are as before."""
-    make, arguments, error, message = ERRORS[case]
-    model = make()
-    before = tiny.snapshot(model)
-    with pytest.raises(error, match=message):
-        hlg.convert(model, **arguments)
-    assert tiny.snapshot(model) == before
-    assert type(activations.gelu) is activations.GELUActivation
-
-
-class ByFormula(nn.Module):
-    """A GELU under a name that says nothing."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 0.5 * x * (1.0 + torch.tanh((2.0 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
-
-
-class Foreign(nn.Module):
-    """Not of transformers: known classes, an unknown one, one that is a ReLU, and a transformers model inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.SiLU(), nn.ReLU())
-        self.second = nn.Sequential(nn.Linear(8, 8), ByFormula(), activations.QuickGELUActivation(), nn.Tanh())
-        self.inner = tiny.build("bert")
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return self.second(self.first(x)).sum() + self.inner(input_ids=ids).logits
-
-
-FOREIGN = {"first.1": "gelu", "first.3": "silu", "second.1": "gelu_tanh", "second.2": "quick_gelu"}
-
-
-def test_plain_modules() -> None:
-    """By what they compute, whatever they are called; a transformers model inside by its config."""
-    model, x, ids = Foreign().eval(), torch.randn(3, 8), torch.randint(3, 99, (1, 5))
-    expected = model(x, ids)
-    report = hlg.convert(model)
-    torch.testing.assert_close(model(x, ids), expected)
-    plain = {site.name: site.base for site in report.sites if not site.attribute}
-    assert plain == FOREIGN
-    assert {site.attribute for site in report.sites} == {"", "inner.hidden_act"}
-    assert len(hlg.hardness_sites(model)) == len(report.sites) == 7
-    assert model.inner.config.hidden_act == "lambda_gelu"
-    assert "no config attribute governs   4 × first.1 … second.2" in str(report)
-
-
-def test_hard_coded_converted_when_asked() -> None:
-    """BLOOM's own GELU class, governed by nothing; without being asked it is told and left."""
-    torch.manual_seed(0)
-    model = BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4)).eval()
-    batch = tiny.inputs(model)
-    expected, before = tiny.outputs(model, batch), tiny.snapshot(model)
-    with pytest.raises(hlg.ConversionError, match=r"not convertible: .*BloomGelu: hard-coded"):
-        hlg.convert(model)
-    assert tiny.snapshot(model) == before
-    report = hlg.convert(model, hard_coded=True)
-    assert [(site.name, site.base, site.attribute) for site in report.sites] == [
-        ("transformer.h.0.mlp.gelu_impl", "gelu_tanh", ""),
-        ("transformer.h.1.mlp.gelu_impl", "gelu_tanh", ""),
-    ]
-    assert tiny.relative_difference(expected, tiny.outputs(model, batch)) <= 1e-5
-
-
-def test_name_that_a_module_keeps() -> None:
-    """Mamba hands "silu" to kernels by its name: nothing there is converted, and the reason is told."""
-    torch.manual_seed(0)
-    model = MambaModel(MambaConfig(vocab_size=99, hidden_size=32, state_size=4, num_hidden_layers=2)).eval()
-    before = tiny.snapshot(model)
-    with pytest.raises(
-        hlg.ConversionError, match=r"config\.hidden_act: silu: .*layers\.0\.mixer\.activation keeps its name"
-    ):
-        hlg.convert(model)
-    assert tiny.snapshot(model) == before
-
-
-def gated(x: Tensor) -> Tensor:
-    """A function of the file, which calls another one."""
-    return deeper(x) * x
-
-
-def deeper(x: Tensor) -> Tensor:
-    return nn.functional.silu(x)
-
-
-def test_calls_are_read() -> None:
-    """SiLU and quick GELU written as products, gates that are neither, functions that a method calls."""
-
-    class Model(nn.Module):
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            x *= torch.sigmoid(x)
-            z = x * torch.sigmoid(x * self.alpha) + y.sigmoid() * y
-            return z + x * torch.sigmoid(y) + torch.sigmoid(gated(z))
-
-    assert calls_in_class(Model) == (
-        "x *= torch.sigmoid(x)",
-        "x * torch.sigmoid(x * self.alpha)",
-        "y.sigmoid() * y",
-        "nn.functional.silu(x)",
-    )
-
-
-def test_only() -> None:
-    """A filter takes plain modules one by one, governed ones together; what it takes none of is said."""
-    model = Foreign()
-    report = hlg.convert(model, only=lambda name, module: name.startswith("first") or name.startswith("inner."))
-    assert {site.name for site in report.sites if not site.attribute} == {"first.1", "first.3"}
-    assert [i.name for i in report.unconverted if i.reason == "`only` does not take it"] == ["second.1", "second.2"]
-
-    model = tiny.build("modernbert")
-    report = hlg.convert(model, only=lambda name, module: "head" in name)
-    assert [site.name for site in report.sites] == ["head.act"]
-    assert (model.config.hidden_activation, model.config.classifier_activation) == ("gelu", "lambda_gelu")
-
-    model = tiny.build("bert")
-    before = tiny.snapshot(model)
-    with pytest.raises(
-        hlg.ConversionError, match=r"takes .*layer\.1\..* but not .*layer\.0\..*config\.hidden_act governs both"
-    ):
-        hlg.convert(model, only=lambda name, module: "layer.1" in name)
-    with pytest.raises(hlg.ConversionError, match=r"`only` took none of \d+ modules, whose names are like 'bert\."):
-        hlg.convert(model, only=lambda name, module: "decoder" in name)
-    assert tiny.snapshot(model) == before
-    with pytest.raises(hlg.ConversionError, match="expects a torch module, got str"):
-        hlg.convert("bert-base-uncased")
-
-
 def test_on_meta() -> None:
     """Without storage the same sites are converted; materialised, a reset gives λ as asked for."""
     with torch.device("meta"):
         model = AutoModelForMaskedLM.from_config(BertConfig(**TEXT))
     report = hlg.convert(model, init_hardness=2.5)
-    assert [site.name for site in report.sites] == list(hlg.hardness_sites(converted()))
+    assert [site.name for site in report.sites] == list(hlg.hardness_sites(converted("bert")))
     assert all(parameter.is_meta for parameter in model.parameters())
     site = hlg.hardness_sites(model)[report.sites[-1].name].to_empty(device="cpu")
     site.reset_parameters()

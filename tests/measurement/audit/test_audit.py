@@ -1,13 +1,11 @@
-"""What a model runs, against what is known of it: its modelling code read by hand, or a formula written here."""
+"""What a model runs, against its modelling code read by hand; the report; the model and the random state are as before."""
 
 from __future__ import annotations
 
 import json
-import math
 import random
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +13,20 @@ import numpy as np
 import pytest
 import torch
 from support import tiny
+from support.audited import Apply, kinds, x_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
-from transformers.activations import ACT2FN
 
-from hf_lambda_gelu import convert, gates_as_relu, lambda_gelu, lambda_gelu_reference, relu_ize
-from hf_lambda_gelu.measurement.audit.audit import AuditReport, audit
+from hf_lambda_gelu import convert, gates_as_relu, relu_ize
+from hf_lambda_gelu.measurement.audit.audit import audit
 
 ARCHITECTURES = ["bert", "bert-classifier", "roberta", "distilbert", "albert", "deberta-v2", "vit", "clip"]
 ARCHITECTURES += ["gpt2", "whisper", "wav2vec2", "t5", "gemma2", "llama"]
-# kinds that no table in tests/tiny.py holds: tanh poolers and soft caps
+# kinds that no table in tests/support/tiny.py holds: tanh poolers and soft caps
 EXTRA = {"bert-classifier": {"tanh": 1}, "gemma2": {"tanh": 3}}
 # functional calls; both of whisper's are in one module
 FUNCTIONAL = {"roberta": 1, "deberta-v2": 1, "whisper": 1}
-
-
-def kinds(report: AuditReport) -> dict[str, str]:
-    return {entry.name: entry.kind for entry in report.entries}
-
-
-class Apply(nn.Module):
-    """A function as a module without parameters."""
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.function(*args)
-
-
-def network(function: Callable[..., Tensor], dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 64), Apply(function), nn.Linear(64, 4)).to(dtype)
-
-
-def x_of(dtype: torch.dtype = torch.float32, rows: int = 16) -> Tensor:
-    return (torch.randn(rows, 8, generator=torch.Generator().manual_seed(1)) * 3.0).to(dtype)
-
-
-def kind_of(function: Callable[..., Tensor], dtype: torch.dtype = torch.float32) -> str:
-    (entry,) = audit(network(function, dtype), x_of(dtype)).entries
-    return entry.kind
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -118,178 +87,6 @@ def test_formulas_of_transformers() -> None:
     assert report.counts == {"relu": 4}
 
 
-FORMULAS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "half_first": ("gelu", lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))),
-    "half_second": ("gelu", lambda x: x * 0.5 * (1.0 + torch.erf(x * 0.70710678))),
-    "half_last": ("gelu", lambda x: x * (1 + torch.erf(x / math.sqrt(2))) * 0.5),
-    "half_inside": ("gelu", lambda x: x * (0.5 * (1 + torch.erf(x / math.sqrt(2))))),
-    "distributed": ("gelu", lambda x: 0.5 * x + 0.5 * x * torch.erf(x / math.sqrt(2))),
-    "erfc": ("gelu", lambda x: 0.5 * x * torch.erfc(-x / math.sqrt(2))),
-    "ndtr": ("gelu", lambda x: x * torch.special.ndtr(x)),
-    "cdf": ("gelu", lambda x: x * torch.distributions.Normal(0.0, 1.0).cdf(x)),
-    "tanh": ("gelu_tanh", lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
-    "tanh_bloom": ("gelu_tanh", lambda x: x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))),
-    "tanh_as_sigmoid": ("gelu_tanh", lambda x: x * torch.sigmoid(2 * 0.79788456 * (x + 0.044715 * x**3))),
-    "quick": ("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x)),
-    "silu": ("silu", lambda x: x * torch.sigmoid(x)),
-    "silu_in_place": ("silu", lambda x: x.clone().mul_(torch.sigmoid(x))),
-    "silu_as_tanh": ("silu", lambda x: 0.5 * x * (1 + torch.tanh(0.5 * x))),
-    "silu_as_exp": ("silu", lambda x: x / (1 + torch.exp(-x))),
-    "silu_in_fp32": ("silu", lambda x: x * torch.sigmoid(x.float()).to(x.dtype)),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", FORMULAS)
-def test_formulas(name: str, dtype: torch.dtype) -> None:
-    kind, function = FORMULAS[name]
-    (entry,) = audit(network(function, dtype), x_of(dtype)).entries
-    assert (entry.name, entry.kind, entry.hardness, entry.group) == ("1", kind, None, "smooth")
-
-
-@pytest.mark.parametrize("base", ["gelu", "gelu_tanh", "silu"])
-def test_hardness_of_formulas(base: str) -> None:
-    (entry,) = audit(network(lambda x: lambda_gelu_reference(x, 3.0, base)), x_of()).entries
-    assert (entry.kind, entry.group) == (base, "smooth")
-    assert entry.hardness == pytest.approx(3.0, rel=1e-3)
-
-
-def test_function_with_one_hardness_per_neuron() -> None:
-    """The operator behind `lambda_gelu` is seen as what it is, with the softest of its gates."""
-    hardness = torch.linspace(3.0, 9.0, 64)
-    report = audit(network(lambda x: lambda_gelu(x, hardness, "silu")), x_of())
-    (entry,) = report.entries
-    assert (entry.kind, entry.group, entry.base, entry.hardness) == ("lambda_gelu", "smooth", "silu", 3.0)
-    assert not report.opaque
-
-
-def test_formula_in_a_child_that_is_only_its_gate() -> None:
-    class Quick(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate = nn.Sigmoid()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x * self.gate(1.702 * x)
-
-    report = audit(nn.Sequential(nn.Linear(8, 32), Quick()), x_of())
-    assert kinds(report) == {"1": "quick_gelu"}
-    assert not report.unreached
-
-
-def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.chunk(2, dim=-1)
-
-
-OTHERS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
-    "tanh": ("tanh", "other", lambda x: torch.tanh(x).repeat(1, 1)),
-    "sigmoid": ("sigmoid", "other", torch.sigmoid),
-    "soft cap": ("tanh", "other", lambda x: 30.0 * torch.tanh(x / 30.0)),
-    "glu": ("sigmoid gate", "other", lambda x: F.glu(x).repeat(1, 2)),
-    "written glu": ("sigmoid gate", "other", lambda x: (halves(x)[0] * halves(x)[1].sigmoid()).repeat(1, 2)),
-    "normed gate": ("sigmoid gate", "other", lambda x: x * torch.sigmoid(F.layer_norm(x, (64,)))),
-    "reversed": ("self_gated", "smooth", lambda x: x * (1 - torch.sigmoid(x))),
-    "clamped": ("self_gated", "smooth", lambda x: x.clamp(max=2.0) * torch.sigmoid(x)),
-    "tanh times another": ("tanh", "other", lambda x: (halves(x)[0] * halves(x)[1].tanh()).repeat(1, 2)),
-    "laplace": ("erf", "other", ACT2FN["laplace"]),
-    "relu": ("relu", "piecewise", F.relu),
-    "relu in place": ("relu", "piecewise", lambda x: F.relu(x, inplace=True)),
-    "clamp": ("relu", "piecewise", lambda x: x.clamp(min=0)),
-    "clamp_min": ("relu", "piecewise", lambda x: torch.clamp_min(x, 0.0)),
-    "maximum": ("relu", "piecewise", lambda x: torch.maximum(x, torch.zeros(()))),
-    "relu6": ("relu6", "piecewise", F.relu6),
-    "hardtanh": ("hardtanh", "piecewise", F.hardtanh),
-    "leaky": ("leaky_relu", "piecewise", F.leaky_relu),
-    "relu2": ("relu2", "smooth", ACT2FN["relu2"]),
-    "relu2 as product": ("relu2", "smooth", lambda x: (lambda r: r * r)(F.relu(x))),
-    "out": ("gelu", "smooth", lambda x: torch._C._nn.gelu(x, out=torch.empty_like(x))),
-    **{
-        name: (name, "smooth", function)
-        for name, function in {
-            "mish": F.mish,
-            "softplus": F.softplus,
-            "elu": F.elu,
-            "selu": F.selu,
-            "celu": F.celu,
-            "hardswish": F.hardswish,
-            "gelu": F.gelu,
-            "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-            "silu": lambda x: F.silu(x, inplace=True),
-        }.items()
-    },
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_kinds(name: str) -> None:
-    kind, group, function = OTHERS[name]
-    (entry,) = audit(network(function), x_of()).entries
-    assert (entry.kind, entry.group) == (kind, group)
-
-
-def test_factors_with_a_soft_cap() -> None:
-    report = audit(network(lambda x: 3.0 * torch.tanh(x / 3.0) * torch.sigmoid(x)), x_of())
-    assert report.counts == {"tanh": 1, "self_gated": 1}
-    assert [entry.calls for entry in report.entries] == [1, 1]
-
-
-def test_no_activation() -> None:
-    def none(x: Tensor) -> Tensor:
-        x = F.layer_norm(x, (64,)).softmax(-1) * x.cos() + x.clamp(-50.0, 50.0) * torch.exp(-x.abs())
-        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
-
-    report = audit(network(none), x_of())
-    assert report.entries == ()
-    assert not report.is_relu
-
-
-def test_a_function_of_a_parameter_is_no_activation() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.zeros(8))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x * F.softplus(self.scale) * self.scale.view(1, -1).tanh()
-
-    assert audit(Scaled(), x_of()).entries == ()
-
-
-def test_a_norm_after_relu_is_no_relu2() -> None:
-    norm = Apply(lambda x: x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt())
-    assert kinds(audit(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), norm), x_of())) == {"1": "relu"}
-
-
-@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell])
-def test_recurrent_layers_have_no_smooth_gate(layer: type[nn.Module]) -> None:
-    torch.manual_seed(0)
-    report = audit(layer(8, 16), x_of())
-    assert report.entries
-    assert {entry.group for entry in report.entries} == {"other"}
-
-
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_torch_encoder_is_not_taken_as_one_operation(activation: str) -> None:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, activation=activation, batch_first=True).eval()
-    report = audit(nn.TransformerEncoder(layer, 2), x_of()[None])
-    assert kinds(report) == {f"layers.{i}": activation for i in range(2)}
-
-
-@torch.library.custom_op("audit_test::act", mutates_args=())
-def custom_act(x: Tensor) -> Tensor:
-    return F.gelu(x)
-
-
-def test_operations_of_other_libraries_are_named() -> None:
-    report = audit(network(lambda x: F.relu(custom_act(x))), x_of())
-    assert report.opaque == ("audit_test::act",)
-    assert "not seen into: audit_test::act" in str(report)
-
-
-def test_a_relu_that_is_written_over_is_no_relu2() -> None:
-    assert kind_of(lambda x: F.relu(x).add_(x).pow(2)) == "relu"
-
-
 def test_the_inputs_are_not_written_into() -> None:
     x = x_of()
     assert audit(nn.ReLU(inplace=True), {"input": x}).is_relu
@@ -344,7 +141,9 @@ class FunctionalExpert(nn.Module):
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.experts = nn.ModuleList([nn.ReLU(), nn.GELU(), FunctionalExpert(), Apply(FORMULAS["quick"][1]), nn.Softmax()])
+        self.experts = nn.ModuleList(
+            [nn.ReLU(), nn.GELU(), FunctionalExpert(), Apply(lambda x: x * torch.sigmoid(1.702 * x)), nn.Softmax()]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.experts[0](x)

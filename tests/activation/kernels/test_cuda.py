@@ -1,0 +1,75 @@
+"""The kernels for CUDA on a CPU: Triton's interpreter against torch in float64, and its compiler."""
+
+from __future__ import annotations
+
+import pytest
+from support.processes import in_fresh_process
+
+
+def test_triton() -> None:
+    """The kernel for CUDA, run by Triton's interpreter on a CPU: every base, dtype and view, against torch in float64."""
+    pytest.importorskip("triton")
+    code = """
+        import torch
+        from hf_lambda_gelu.activation.kernels import cuda, eager
+        from hf_lambda_gelu.activation.bases import BASES
+
+        def never(*_):
+            raise AssertionError("the kernel waits for the device")
+
+        torch.manual_seed(0)
+        views = [((3000,), (1,)), ((70, 9), (9,)), ((130, 600), (600,)), ((2, 3, 5), (3, 1)), ((2, 3, 4100), (3, 1))]
+        views += [((0,), ()), ((), ())]
+        for dtype, unit in ((torch.float32, 2e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)):
+            for name, base in BASES.items():
+                for shape, own in views if name == "gelu" else views[:2]:
+                    x, grad = 3 * torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+                    hardness = 1 + 4 * torch.rand(own)
+                    x.view(-1)[:1] = torch.finfo(dtype).max
+                    torch.Tensor.item, kept = never, torch.Tensor.item
+                    out = cuda.forward(x, hardness, name)
+                    by_x, by_hardness = cuda.backward(grad, x, hardness, name)
+                    torch.Tensor.item = kept
+                    wide = [t.double() for t in (grad, x, hardness)]
+                    exact_x, exact_hardness = eager.gradients(*wide, base)
+                    for got, exact in ((out, eager.value(*wide[1:], base)), (by_x, exact_x)):
+                        assert got.dtype is dtype and got.shape == x.shape
+                        # a unit, not half of one: the interpreter cuts bfloat16 off where a device rounds
+                        torch.testing.assert_close(got.double(), exact, rtol=unit, atol=unit)
+                    assert by_hardness.dtype is torch.float32
+                    torch.testing.assert_close(by_hardness.double(), exact_hardness, rtol=1e-5, atol=2e-5)
+        nan = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
+        print(cuda.forward(nan, torch.tensor(2.0), "gelu").tolist())
+        x, grad, one = torch.randn(5000), torch.randn(5000), torch.tensor(3.0)
+        first, second = (cuda.backward(grad, x, one, "gelu")[1] for _ in range(2))
+        assert torch.equal(first, second)
+    """
+    assert in_fresh_process(code, TRITON_INTERPRET="1").strip() == "[nan, inf, -0.0, -0.0]"
+
+
+def test_triton_for_a_device() -> None:
+    """Triton's own compiler, which needs no device, takes every kernel to machine code; loads are 16 bytes wide."""
+    pytest.importorskip("triton")
+    code = """
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from hf_lambda_gelu.activation.kernels import cuda_programs
+
+        sizes = {"BASE": 0, "WIDTH": 4096, "ROWS": 64}
+        for name in ("forward_runs", "backward_runs", "forward_columns", "backward_columns"):
+            kernel = getattr(cuda_programs, name)
+            types = {"hardness_ptr": "*fp32", "sum_ptr": "*fp32", "outer": "i32", "channels": "i32", "inner": "i32"}
+            names = kernel.arg_names
+            signature = {n: "constexpr" if n in sizes else types.get(n, "*bf16") for n in names}
+            # what the launcher finds out by itself: addresses and sizes that 16 divides
+            aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in sizes}
+            constants = {n: v for n, v in sizes.items() if n in names}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+            built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+            assert built.asm["cubin"]
+            print(name, "ld.global.v4.b32" in built.asm["ptx"])
+    """
+    lines = in_fresh_process(code).splitlines()
+    assert lines[:2] == ["forward_runs True", "backward_runs True"]
+    assert len(lines) == 4

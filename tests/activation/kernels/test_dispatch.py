@@ -1,0 +1,118 @@
+"""Which kernels run: the choice, the compiler that builds them, what is said where there is none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from support.kernel_runs import OP, check, draw, run
+from support.processes import in_fresh_process
+
+import hf_lambda_gelu as hlg
+from hf_lambda_gelu.activation.kernels import cpu, dispatch
+
+
+def test_hardness_that_no_view_takes() -> None:
+    """Dimensions with a gap between them: no fused kernel, so torch's operations without a word, or the error asked for."""
+    x, hardness = draw(4, 3, 5), 1 + torch.rand(4, 1, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(x, hardness, x, "gelu", run(x, hardness, x, "gelu"))
+    before = hlg.set_kernels("fused")
+    try:
+        with pytest.raises(
+            hlg.KernelUnavailable, match=r"λ of shape \(4, 1, 5\) over x of shape \(4, 3, 5\); hlg.set_kernels"
+        ):
+            OP.forward(x, hardness, "gelu")
+        with pytest.raises(hlg.KernelUnavailable, match=r"no fused kernel for torch\.float64 on cpu"):
+            hlg.lambda_gelu(x.double(), 2.0)
+    finally:
+        hlg.set_kernels(before)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        ("/nowhere/g++", "no C++ compiler found (looked for /nowhere/g++); install g++ or set CXX"),
+        ("broken", "broken failed: no such flag"),
+    ],
+)
+def test_without_a_compiler(compiler: str, message: str, tmp_path: Path) -> None:
+    """One warning that says what is missing, then torch's operations; asked for outright, an error that says the same."""
+    code = """
+        import warnings, torch, hf_lambda_gelu as hlg
+        x = torch.randn(50, requires_grad=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                hlg.lambda_gelu(x, 2.0).sum().backward()
+        assert torch.allclose(hlg.lambda_gelu(x, 2.0), hlg.lambda_gelu_reference(x, 2.0), atol=1e-6)
+        print(len(caught), caught[0].message)
+        hlg.set_kernels("fused")
+        try:
+            hlg.lambda_gelu(x, 2.0)
+        except hlg.KernelUnavailable as error:
+            print(error)
+        hlg.set_kernels("torch")
+        hlg.lambda_gelu(x, 2.0)
+    """
+    if compiler == "broken":
+        script = tmp_path / compiler
+        script.write_text(f"#!/bin/sh\necho tried >> {tmp_path}/log\necho no such flag >&2\nexit 1\n")
+        script.chmod(0o755)
+        compiler = str(script)
+    lines = in_fresh_process(code, CXX=compiler, TORCH_EXTENSIONS_DIR=str(tmp_path)).splitlines()
+    assert lines[0].startswith("1 λ-GELU runs on torch's own operations")
+    assert all(message in " ".join(part.split()) for part in (lines[0], " ".join(lines[1:])))
+    assert not list(tmp_path.rglob("*.so"))
+    assert compiler.startswith("/nowhere") or (tmp_path / "log").read_text() == "tried\n"  # once, not at every call
+
+
+def test_built_once(tmp_path: Path) -> None:
+    """Processes that start at once make one file, and a later one finds it without any compiler."""
+    code = """
+        import torch, hf_lambda_gelu as hlg
+        hlg.set_kernels("fused")
+        print(hlg.lambda_gelu(torch.tensor([1.0]), 1.0).item())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    together = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [float(process.communicate(timeout=300)[0]) for process in together] == pytest.approx([0.8413447] * 2)
+    (built,) = tmp_path.rglob("*.so")
+    made = built.stat().st_mtime_ns
+    assert float(in_fresh_process(code, TORCH_EXTENSIONS_DIR=str(tmp_path))) == pytest.approx(0.8413447)
+    assert [path.stat().st_mtime_ns for path in tmp_path.rglob("*.so")] == [made]
+
+
+def test_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is then built for this process alone."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(blocked))
+    folder = cpu._folder()
+    assert folder.is_dir()
+    assert blocked not in folder.parents
+    folder.rmdir()
+
+
+def test_unknown_choice() -> None:
+    with pytest.raises(ValueError, match="unknown choice of kernels 'fast': expected 'auto', 'fused' or 'torch'"):
+        hlg.set_kernels("fast")
+    assert dispatch._choice == "auto"
+
+
+def test_reference_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "torch" keeps the fused kernel from running at all."""
+    monkeypatch.setattr(cpu, "forward", None)
+    before = hlg.set_kernels("torch")
+    try:
+        assert hlg.lambda_gelu(torch.tensor([1.0]), 1.0).item() == pytest.approx(0.8413447)
+    finally:
+        assert hlg.set_kernels(before) == "torch"
