@@ -46,8 +46,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.surgery.refit import engine as compensation
-from hf_lambda_gelu.surgery.refit import two_networks as twin
+from hf_lambda_gelu.surgery.refit import chain_walk, engine, two_networks
 from hf_lambda_gelu.surgery.refit.ridge import RIDGES
 
 Array = NDArray[np.float64]
@@ -583,7 +582,7 @@ def test_split_chain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     states = []
     for split in (False, True):
         if split:
-            monkeypatch.setattr(twin.Twin, "independent", lambda self, chain: False)
+            monkeypatch.setattr(engine, "is_independent", lambda networks, chain: False)
         model = converted(name)
         hlg.relu_ize(model, calibration=calibration(model), compensate="least_squares")
         states.append(parameters(model))
@@ -657,15 +656,15 @@ def test_no_biases() -> None:
     model = converted("llama")
     before, batches = full_snapshot(model), calibration(model)
     with tempfile.TemporaryDirectory() as folder:
-        work = compensation.Compensation(model, Path(folder))
-        work.take(batches)
-        report = work.run("least_squares", biases=False)
+        networks = two_networks.TwoNetworks(model, Path(folder))
+        networks.keep(batches)
+        report = engine.Refit(networks).run("least_squares", biases=False)
         assert report.bias_attribute is None
         assert all("weights only: the map has no bias" in site.note for site in report.sites)
         assert all(site.method == "least_squares" for site in report.sites)
         assert {n: id(p) for n, p in model.named_parameters()} == {n: v[0] for n, v in before["parameters"].items()}
         assert model.config.to_dict() == before["config"]
-        work.undo()
+        networks.undo()
     assert full_snapshot(model) == before
 
 
@@ -717,7 +716,7 @@ def test_cost_is_linear_in_depth() -> None:
 
 def test_batches_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loader's tensors are released as it goes on; and no more hidden states live at a time with more batches."""
-    original = compensation.observe
+    original = chain_walk.observe
 
     def peak(count: int) -> int:
         model, alive, live = converted("bert-classifier"), list[weakref.ref[Tensor]](), list[int]()
@@ -737,7 +736,7 @@ def test_batches_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             live.append(len(hidden))
             return original(*args)
 
-        monkeypatch.setattr(compensation, "observe", observe)
+        monkeypatch.setattr(chain_walk, "observe", observe)
         hlg.relu_ize(model, calibration=loader(), compensate="least_squares")
         assert len(live) == 2 * 2 * count
         return max(live)
@@ -844,9 +843,9 @@ def test_smooth_network_of_a_refit_model() -> None:
     model = converted("bert-classifier")
     before = full_snapshot(model)
     with tempfile.TemporaryDirectory() as folder:
-        work = compensation.Compensation(model, Path(folder))
-        work.take(calibration(model, 6))
-        work.run("least_squares")
+        work = two_networks.TwoNetworks(model, Path(folder))
+        work.keep(calibration(model, 6))
+        engine.Refit(work).run("least_squares")
         assert len(work.originals) == 4
         refit = {p: p.data_ptr() for p in work.originals}
         changed = tiny.snapshot(model)["tensors"]

@@ -176,7 +176,7 @@ def _refit(
                 f"{refused} gates are soft, and the map after none of the sites can be refit ({name}: {reason}). "
                 "Merge adapters before; else force=True substitutes all the same"
             )
-        networks = work
+        networks = work.networks
         batches = map(networks.batch, range(networks.count))
         _note(report, measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics))
         _fold(model, stay, networks.batch(0), report)
