@@ -95,8 +95,8 @@ class _Comparison:
         from transformers.trainer_pt_utils import nested_concat
 
         # of unequal length under dynamic padding: padded with −100, as the Trainer does
-        self.logits = both if self.logits is None else nested_concat(self.logits, both)  # type: ignore[no-untyped-call]
-        self.labels = truth if self.labels is None else nested_concat(self.labels, truth)  # type: ignore[no-untyped-call]
+        self.logits = both if self.logits is None else nested_concat(self.logits, both)
+        self.labels = truth if self.labels is None else nested_concat(self.labels, truth)
 
     def relative_change(self) -> float:
         """‖after − before‖ / ‖before‖ of all outputs."""

@@ -44,7 +44,7 @@ def decoder_modules(model: nn.Module) -> set[nn.Module]:
     """The modules of the decoder of an encoder-decoder model; none for other models."""
     if not getattr(config_of(model), "is_encoder_decoder", False):
         return set()
-    decoder: nn.Module | None = cast(PreTrainedModel, model).get_decoder()  # type: ignore[no-untyped-call]
+    decoder: nn.Module | None = cast(PreTrainedModel, model).get_decoder()
     return set() if decoder is None or decoder is model else set(decoder.modules())  # itself: transformers found none
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .config import get_attribute, set_attribute
+from .config import LAMBDA_KEYS, activation_attributes, get_attribute, put_attribute, set_attribute
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def own_config(model: PreTrainedModel) -> None:
@@ -30,20 +34,97 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     parent = model.get_submodule(parent_name)
     new.train(getattr(parent, leaf).training)
     tensor = next(parent.parameters(), None)
-    if tensor is None:
-        tensor = next(model.parameters(), torch.empty(0))
-    setattr(parent, leaf, new.to(tensor.device))
+    device = next(model.parameters(), torch.empty(0)).device if tensor is None else tensor.device
+    setattr(parent, leaf, new.to(device))
 
 
-def update_config_copies(model: PreTrainedModel, path: str, before: str, after: str) -> None:
-    """Carry a change of `model.config` into the copies of that config that submodules hold.
+def replace_everywhere(model: nn.Module, modules: Iterable[M], new: Callable[[M], nn.Module]) -> None:
+    """Put `new(module)` in the place of each of `modules`, under every name by which the model holds it."""
+    wanted = {id(module): module for module in modules}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in wanted:
+            replace_module(model, name, new(wanted[id(module)]))
+
+
+def set_activation(model: PreTrainedModel, path: str, *keys: str) -> str | None:
+    """Let `config.path` name another activation, in the model's own config and the copies that its submodules hold.
 
     Encoder and decoder of T5 hold deep copies; code of theirs that reads the attribute in forward must see the change.
+
+    Args:
+        keys: transformers' names of activations; the first that survives saving and loading is set.
+
+    Returns:
+        The key that was set; None, with no attribute changed, if the config keeps none of them.
     """
-    parent, _, leaf = path.rpartition(".")
+    before = get_attribute(model.config, path)
+    own_config(model)
+    for key in keys:
+        if set_attribute(model.config, path, key):
+            for config in _copies(model, path):
+                leaf = path.rpartition(".")[2]
+                if getattr(config, leaf, None) == before:
+                    set_attribute(config, leaf, key)
+            return key
+    return None
+
+
+def set_bias(model: PreTrainedModel, path: str, value: bool) -> None:
+    """Let `config.path`, the switch of linear maps' biases (Llama's `mlp_bias`), have this value, in its copies too.
+
+    The parameters are another matter: see `add_bias`. The model must have a config of its own: see `own_config`.
+    """
+    leaf = path.rpartition(".")[2]
+    for config in (_owner(model, path), *_copies(model, path)):
+        setattr(config, leaf, value)
+
+
+def add_bias(model: nn.Module, name: str, length: int) -> nn.Parameter:
+    """Put a bias of zeros (length,) under this name, where the module has room for one that is None.
+
+    Its dtype, device and `requires_grad` are those of the module's weight.
+    """
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    like = next(owner.parameters())
+    zeros = torch.zeros(length, dtype=like.dtype, device=like.device)
+    bias = nn.Parameter(zeros, requires_grad=like.requires_grad)
+    owner.register_parameter(leaf, bias)
+    return bias
+
+
+def remove_bias(model: nn.Module, name: str) -> None:
+    """Undo `add_bias`; nothing changes where there is no bias."""
+    owner_name, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner_name), leaf, None)
+
+
+@contextlib.contextmanager
+def lambda_keys_as(model: nn.Module, key: str) -> Iterator[None]:
+    """Within the block, every config in `model` says `key` where it names a λ-GELU; for code that reads it in forward."""
+    configs = {id(c): c for module in model.modules() if isinstance(c := getattr(module, "config", None), PreTrainedConfig)}
+    before = [(c, path, k) for c in configs.values() for path, k in activation_attributes(c) if k in LAMBDA_KEYS]
+    try:
+        for config, path, _ in before:
+            put_attribute(config, path, key)
+        yield
+    finally:
+        for config, path, lambda_key in before:
+            put_attribute(config, path, lambda_key)
+
+
+def _owner(model: PreTrainedModel, path: str) -> PreTrainedConfig:
+    """The config that holds the attribute at a dotted path."""
+    parent = path.rpartition(".")[0]
     owner = get_attribute(model.config, parent) if parent else model.config
+    assert isinstance(owner, PreTrainedConfig)
+    return owner
+
+
+def _copies(model: PreTrainedModel, path: str) -> Iterator[PreTrainedConfig]:
+    """The configs in submodules that are of the owner's class and not the owner itself."""
+    owner = _owner(model, path)
     for module in model.modules():
         config = getattr(module, "config", None)
-        is_copy = isinstance(config, PreTrainedConfig) and config is not owner and type(config) is type(owner)
-        if is_copy and getattr(config, leaf, None) == before:
-            set_attribute(config, leaf, after)
+        if isinstance(config, PreTrainedConfig) and config is not owner and type(config) is type(owner):
+            yield config

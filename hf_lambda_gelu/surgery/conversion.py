@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from ..activation.bases import BASES
 from ..activation.hardness import check_hardness
 from ..activation.module import LambdaGELU, hardness_sites
-from ..structure.config import LAMBDA_KEYS, STOCK_KEYS, set_attribute
+from ..reports import span
+from ..structure.config import LAMBDA_KEYS, STOCK_KEYS
 from ..structure.config_probe import Governed, governed_modules
-from ..structure.edits import own_config, replace_module, update_config_copies
+from ..structure.edits import replace_module, set_activation
 from ..structure.modules import base_of, is_activation, joined, named_modules, probed_base, transformers_parts
 from ..structure.smooth_activations import Unconverted, smooth_activations
 
@@ -45,12 +46,10 @@ class ConversionReport:
         lines = [f"converted {len(self.sites)} activations to λ-GELU at λ = {self.hardness:g}"]
         for path, (before, after) in self.attributes.items():
             names = [site.name for site in self.sites if site.attribute == path]
-            span = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
-            lines.append(f"  config.{path}: {before} → {after}   {len(names)} × {span}")
+            lines.append(f"  config.{path}: {before} → {after}   {len(names)} × {span(names)}")
         free = [site.name for site in self.sites if not site.attribute]
         if free:
-            span = free[0] if len(free) == 1 else f"{free[0]} … {free[-1]}"
-            lines.append(f"  no config attribute governs   {len(free)} × {span}")
+            lines.append(f"  no config attribute governs   {len(free)} × {span(free)}")
         if self.unconverted:
             lines.append(f"{len(self.unconverted)} left as they are")
             lines += [f"  {item}" for item in self.unconverted]
@@ -64,16 +63,16 @@ def convert(
     hard_coded: bool = False,
     only: Callable[[str, nn.Module], bool] | None = None,
 ) -> ConversionReport:
-    """Replace, in place, the GELU-family activations of `model` by λ-GELU, weights untouched.
+    """Replace, in place, the GELU-family activations of `model` by λ-GELU, f(x; λ) = x Φ(λx); weights stay.
 
     In a transformers model a site is converted when a config attribute governs it, so that the config can say `lambda_gelu`
     now and `relu` after `relu_ize`, and stock transformers rebuilds the same network. In any other module (timm's, your own)
     every GELU and SiLU module is a site; transformers models inside it (PEFT's, sentence-transformers') are treated as such.
     Each site keeps its own base (erf, tanh, quick, SiLU); at the default λ = 1 the model computes what it computed before.
-    Only this instance is changed.
+    Only this instance is changed. λ-GELU is the paper's (arXiv 2603.21991); how sites are found is derived.
 
     Args:
-        model: any module, on any device, in any dtype.
+        model: any module, on any device, in any dtype. Its λ are fp32, shape (1,), one a site.
         init_hardness: λ to start from, ≥ 1. The paper's 1 + ln 2 ≈ 1.693 changes the function of a pretrained model.
         hard_coded: convert the modules of a transformers model too that no config attribute governs (BLOOM's). A stock
             reload cannot be ReLU there: `relu_ize` folds them at λ = 2¹⁴. Their λ does not survive `save_pretrained`.
@@ -83,9 +82,36 @@ def convert(
         The sites converted, and every GELU or SiLU that was seen and left, with the reason.
 
     Raises:
+        ValueError: `init_hardness` is no finite number ≥ 1.
         ConversionError: nothing to convert, already converted, config and modules disagree, or `only` takes no module, or
             some of those that one config attribute governs. The model is unchanged.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2))
+        >>> report = hlg.convert(model)
+        >>> len(report.sites), model.config.hidden_act
+        (2, 'lambda_gelu')
     """
+    parts = _convertible_parts(model, init_hardness)
+    governed = {prefix: governed_modules(part) for prefix, part in parts.items()}
+    for prefix, part in parts.items():
+        _check_agreement(dict(named_modules(part)), governed[prefix])
+    chosen = _Chosen(model, only)
+    for prefix, attributes in governed.items():
+        for attribute in attributes:
+            chosen.check_whole(prefix, attribute)
+    conversion = _Conversion(model, chosen, ConversionReport(hardness=float(init_hardness)))
+    for prefix, part in parts.items():
+        for attribute in governed[prefix]:
+            conversion.governed(prefix, part, attribute)
+    conversion.free(() if hard_coded else tuple(parts))
+    return conversion.finished()
+
+
+def _convertible_parts(model: nn.Module, init_hardness: float) -> dict[str, PreTrainedModel]:
+    """The transformers models in `model`, after the checks that need no look at them."""
     if not isinstance(model, nn.Module):
         raise ConversionError(f"convert expects a torch module, got {type(model).__name__}: load the model first")
     check_hardness(init_hardness)
@@ -94,36 +120,7 @@ def convert(
             f"the model is converted already: it has {len(hardness_sites(model))} λ-GELU modules; "
             "change their hardness with set_hardness, or load the original checkpoint again"
         )
-    parts = transformers_parts(model)
-    governed = {prefix: governed_modules(part) for prefix, part in parts.items()}
-    for prefix, part in parts.items():
-        _check_agreement(dict(named_modules(part)), governed[prefix])
-    chosen = _Chosen(model, only)
-    for prefix, attributes in governed.items():
-        for attribute in attributes:
-            chosen.check_whole(prefix, attribute)
-
-    report = ConversionReport(hardness=float(init_hardness))
-    claimed: set[str] = set()
-    for prefix, part in parts.items():
-        _convert_governed(model, prefix, part, governed[prefix], chosen, report, claimed)
-    for name, module in list(named_modules(model)):
-        free = hard_coded or not any(not prefix or name.startswith(f"{prefix}.") for prefix in parts)
-        if free and name and name not in claimed and chosen(name, module):
-            base = probed_base(module)
-            if base is not None:
-                _put(model, name, base, init_hardness)
-                claimed.add(name)
-                report.sites.append(Site(name, type(module).__name__, base, ""))
-    order = {name: index for index, (name, _) in enumerate(named_modules(model))}
-    report.sites.sort(key=lambda site: order[site.name])
-    report.unconverted += [
-        Unconverted(item.name, item.what, "`only` does not take it") if item.name in chosen.left else item
-        for item in smooth_activations(model, claimed, list(report.attributes))
-    ]
-    if not report.sites:
-        raise ConversionError(_nothing(model, report, chosen))
-    return report
+    return transformers_parts(model)
 
 
 class _Chosen:
@@ -151,49 +148,70 @@ class _Chosen:
             )
 
 
-def _convert_governed(
-    model: nn.Module,
-    prefix: str,
-    part: PreTrainedModel,
-    governed: list[Governed],
-    chosen: _Chosen,
-    report: ConversionReport,
-    claimed: set[str],
-) -> None:
-    if any(attribute.modules and attribute.value in STOCK_KEYS for attribute in governed):
-        own_config(part)
-    for attribute in governed:
+class _Conversion:
+    """Converts site after site, and keeps what to report.
+
+    Attributes:
+        claimed: names of modules that are λ-GELU now, or stay what they are for a reason that the report holds.
+    """
+
+    def __init__(self, model: nn.Module, chosen: _Chosen, report: ConversionReport) -> None:
+        self.model, self.chosen, self.report = model, chosen, report
+        self.claimed: set[str] = set()
+
+    def governed(self, prefix: str, part: PreTrainedModel, attribute: Governed) -> None:
+        """Convert the modules that a config attribute of `part`, the model's part of that name, governs."""
         names = [joined(prefix, name) for name in attribute.modules]
         path = joined(prefix, attribute.path)
         if attribute.failure:
             reason = f"the model cannot be rebuilt with another activation there: {attribute.failure}"
-            report.unconverted.append(Unconverted(f"config.{path}", attribute.value, reason))
-        if not names or attribute.value in LAMBDA_KEYS or names[0] in chosen.left:
-            continue
+            self.report.unconverted.append(Unconverted(f"config.{path}", attribute.value, reason))
+        if not names or attribute.value in LAMBDA_KEYS or names[0] in self.chosen.left:
+            return
         base = STOCK_KEYS[attribute.value]
         key = BASES[base].key
-        if not set_attribute(part.config, attribute.path, key):
+        self.claimed.update(names)
+        if set_activation(part, attribute.path, key) is None:
             reason = f"config.{path} is derived from other attributes and would not survive a reload"
-            report.unconverted += [Unconverted(n, attribute.value, reason) for n in names]
-            claimed.update(names)
-            continue
-        update_config_copies(part, attribute.path, attribute.value, key)
-        report.attributes[path] = (attribute.value, key)
+            self.report.unconverted += [Unconverted(n, attribute.value, reason) for n in names]
+            return
+        self.report.attributes[path] = (attribute.value, key)
         for name in names:
-            claimed.add(name)
-            if isinstance(model.get_submodule(name), LambdaGELU):  # a block that several names share has it already
-                continue
-            _put(model, name, base, report.hardness, attribute.value)
-            report.sites.append(Site(name, attribute.value, base, path))
+            if not isinstance(self.model.get_submodule(name), LambdaGELU):  # a block that several names share has it already
+                self._put(name, base, path, attribute.value)
 
+    def free(self, parts: tuple[str, ...]) -> None:
+        """Convert every GELU and SiLU module that is left, outside the parts of these names."""
+        for name, module in list(named_modules(self.model)):
+            inside = any(not prefix or name.startswith(f"{prefix}.") for prefix in parts)
+            if not inside and name and name not in self.claimed and self.chosen(name, module):
+                base = probed_base(module)
+                if base is not None:
+                    self._put(name, base)
+                    self.claimed.add(name)
 
-def _put(model: nn.Module, name: str, base: str, hardness: float, key: str = "") -> None:
-    made = LambdaGELU(hardness, base=base)
-    made.stock_key = key
-    if not key:
-        made.__dict__["replaced"] = model.get_submodule(name)  # past nn.Module, for which it would be a child
-    replace_module(model, name, made)
-    made._is_hf_initialized = True  # a later init_weights() leaves it alone
+    def finished(self) -> ConversionReport:
+        """The report, with what was left; ConversionError if nothing was converted."""
+        order = {name: index for index, (name, _) in enumerate(named_modules(self.model))}
+        self.report.sites.sort(key=lambda site: order[site.name])
+        self.report.unconverted += [
+            Unconverted(item.name, item.what, "`only` does not take it") if item.name in self.chosen.left else item
+            for item in smooth_activations(self.model, self.claimed, list(self.report.attributes))
+        ]
+        if not self.report.sites:
+            raise ConversionError(_nothing(self.model, self.report, self.chosen))
+        return self.report
+
+    def _put(self, name: str, base: str, attribute: str = "", key: str = "") -> None:
+        """Put a λ-GELU in the place called `name`; `attribute` and `key`: what governs it, and what that said."""
+        before = self.model.get_submodule(name)
+        made = LambdaGELU(self.report.hardness, base=base)
+        made.stock_key = key
+        if not key:
+            vars(made)["replaced"] = before  # past nn.Module, for which it would be a child
+        replace_module(self.model, name, made)
+        made._is_hf_initialized = True  # a later init_weights() leaves it alone
+        self.report.sites.append(Site(name, key or type(before).__name__, base, attribute))
 
 
 def _check_agreement(modules: dict[str, nn.Module], governed: list[Governed]) -> None:

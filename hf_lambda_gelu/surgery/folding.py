@@ -20,11 +20,14 @@ from ..activation.module import LambdaGELU, hardness_sites
 from ..measurement.difference import difference, float_outputs, tolerance
 from ..measurement.examples.choice import example_inputs
 from ..measurement.forward import call, evaluating, same_random_numbers
-from ..structure.config import LAMBDA_KEYS, STOCK_KEYS, activation_attributes, set_attribute
-from ..structure.edits import own_config, replace_module, update_config_copies
+from ..reports import progress
+from ..structure.config import LAMBDA_KEYS, STOCK_KEYS, activation_attributes
+from ..structure.edits import replace_everywhere, set_activation
+from ..structure.hooks import Hooks
 from ..structure.linear_maps import eager_experts
 from ..structure.modules import joined, quantised_weight, transformers_parts
-from .fold_plan import Fold, Scale, plan
+from .fold_plan import plan_fold
+from .fold_scales import Fold, Scale
 
 
 class FoldError(ValueError):
@@ -58,14 +61,14 @@ class FoldReport:
 
 
 def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None = None) -> FoldReport:
-    """Put λ into the weights, in place: every λ-GELU becomes the stock activation, the function stays. [derived]
+    """Put λ into the weights, in place: a(λx)/λ becomes a(x), the stock activation, and the function stays. [derived]
 
     The weights before and after each activation are found by following autograd's graph through one forward pass; what it
     does not show (a use of the pre-activation elsewhere) shows in the outputs, which are compared before this returns. The
     saved checkpoint is an ordinary one: stock transformers loads it, and its activations are as hard as they were.
 
     Args:
-        model: a converted model on real devices, transformers' or any other.
+        model: a converted model on real devices, in any dtype, transformers' or any other.
         inputs: arguments of forward: a mapping, a tensor, or a tuple of tensors. By default a small batch made to fit a
             transformers model.
         only: fold these sites alone; the others keep their λ, and configs what they say.
@@ -77,7 +80,28 @@ def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None =
         ValueError: no λ-GELU in the model, the model is on the meta device, or no inputs can be made for it.
         FoldError: at some site λ has nowhere to go, or the outputs would change by more than 1e-5 of their largest.
         In every case the model is as it was.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+        >>> _ = hlg.convert(model, init_hardness=8.0)
+        >>> hlg.fold(model, torch.randn(2, 4)).sites
+        {'1': 8.0}
     """
+    sites = _foldable_sites(model, only)
+    inputs = _inputs(model) if inputs is None else inputs
+    with evaluating(model), eager_experts(model):
+        report = _fold_weights(model, sites, forward(model, inputs))
+    replace_everywhere(model, sites.values(), lambda site: site.replaced or ACT2FN[_stock_keys(site.base, site)[0]])
+    for prefix, part in transformers_parts(model).items() if only is None else ():  # else sites remain that configs tell of
+        for path, key in list(activation_attributes(part.config)):
+            if key in LAMBDA_KEYS:
+                report.attributes[joined(prefix, path)] = _to_stock(part, path, key, sites.values())
+    return report
+
+
+def _foldable_sites(model: nn.Module, only: Collection[str] | None) -> dict[str, LambdaGELU]:
+    """The sites that are to be folded; an error if there are none, or the weights cannot be scaled."""
     sites = hardness_sites(model)
     if only is not None:
         unknown = sorted(set(only) - set(sites))
@@ -91,31 +115,33 @@ def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None =
     quantised = quantised_weight(model)
     if quantised is not None:
         raise FoldError(f"{quantised} is quantised, so λ cannot go into it: fold the model first, then quantise it")
-    if inputs is None:
-        if not isinstance(model, PreTrainedModel):
-            raise ValueError(f"no inputs can be guessed for {type(model).__name__}: pass inputs=…, what its forward takes")
-        inputs = example_inputs(model)
-    with evaluating(model), eager_experts(model):
-        run = forward(model, inputs)
-        with torch.no_grad():
-            expected = float_outputs(run())
-        folds = plan(model, sites, run)
-        _refuse(folds)
-        report = FoldReport({name: float(site.hardness.detach()) for name, site in sites.items()})
-        originals = _scale(folds.values(), report)
-        with _stock(model, sites), torch.no_grad():
+    return sites
+
+
+def _inputs(model: nn.Module) -> dict[str, Tensor]:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"no inputs can be guessed for {type(model).__name__}: pass inputs=…, what its forward takes")
+    return example_inputs(model)
+
+
+def _fold_weights(model: nn.Module, sites: Mapping[str, LambdaGELU], run: Callable[[], Any]) -> FoldReport:
+    """Scale the weights around the sites; FoldError, with all of them as they were, if the outputs would change."""
+    with torch.no_grad():
+        expected = float_outputs(run())
+    folds = plan_fold(model, sites, run)
+    _refuse(folds)
+    report = FoldReport({name: float(site.hardness.detach()) for name, site in sites.items()})
+    originals: dict[nn.Parameter, Tensor] = {}
+    try:
+        _scale(folds.values(), report, originals)
+        with _stock(sites), torch.no_grad():
             report.difference = difference(expected, float_outputs(run()))
-        if not report.difference <= tolerance(expected):
-            _restore(originals)
-            raise FoldError(_culprits(model, sites, folds, run, expected, report.difference))
-    for name, site in sites.items():
-        _replace(model, name, site)
-    for prefix, part in transformers_parts(model).items():
-        if only is None:  # else sites remain, which the config tells of
-            own_config(part)
-            for path, key in list(activation_attributes(part.config)):
-                if key in LAMBDA_KEYS:
-                    report.attributes[joined(prefix, path)] = _to_stock(part, path, key, sites.values())
+    except BaseException:
+        _restore(originals)
+        raise
+    if not report.difference <= tolerance(expected):
+        _restore(originals)
+        raise FoldError(_culprits(sites, folds, run, expected, report.difference))
     for name, made in folds.items():
         report.scaled[name] = tuple(dict.fromkeys(s.label for s in made.scaled))
         report.divided[name] = tuple(dict.fromkeys(s.label for s in made.divided))
@@ -142,9 +168,8 @@ def _refuse(folds: Mapping[str, Fold]) -> None:
 
 
 @torch.no_grad()
-def _scale(folds: Collection[Fold], report: FoldReport) -> dict[nn.Parameter, Tensor]:
-    """Scale the weights, each once however many sites share it; returns what they were."""
-    originals: dict[nn.Parameter, Tensor] = {}
+def _scale(folds: Collection[Fold], report: FoldReport, originals: dict[nn.Parameter, Tensor]) -> None:
+    """Scale the weights, each once however many sites share it; `originals` gets what they were."""
     done: set[tuple[Any, ...]] = set()
 
     def apply(scale: Scale, factor: float) -> None:
@@ -162,7 +187,6 @@ def _scale(folds: Collection[Fold], report: FoldReport) -> dict[nn.Parameter, Te
             apply(scale, value)
         for scale in made.divided:
             apply(scale, 1.0 / value)
-    return originals
 
 
 def _restore(originals: Mapping[nn.Parameter, Tensor]) -> None:
@@ -171,21 +195,20 @@ def _restore(originals: Mapping[nn.Parameter, Tensor]) -> None:
 
 
 @contextmanager
-def _stock(model: nn.Module, sites: Mapping[str, LambdaGELU]) -> Iterator[None]:
+def _stock(sites: Mapping[str, LambdaGELU]) -> Iterator[None]:
     """Within the block, the sites compute their stock activation."""
-    handles = [
-        site.register_forward_hook(lambda module, args, output: BASES[module.base].activation(args[0]))
-        for site in sites.values()
-    ]
-    try:
+
+    def stock(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+        assert isinstance(module, LambdaGELU)
+        return BASES[module.base].activation(args[0])
+
+    with Hooks() as hooks:
+        for site in sites.values():
+            hooks.after(site, stock)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _culprits(
-    model: nn.Module,
     sites: Mapping[str, LambdaGELU],
     folds: Mapping[str, Fold],
     run: Callable[[], Any],
@@ -194,24 +217,21 @@ def _culprits(
 ) -> str:
     """Fold each site alone to say which ones change the outputs."""
     wrong = []
-    for name, site in sites.items():
+    for name, site in progress(sites.items(), "Looking for what changes the outputs"):
         report = FoldReport({name: float(site.hardness.detach())})
-        originals = _scale([folds[name]], report)
-        with _stock(model, {name: site}), torch.no_grad():
-            if not difference(expected, float_outputs(run())) <= tolerance(expected):
-                wrong.append(name)
-        _restore(originals)
+        originals: dict[nn.Parameter, Tensor] = {}
+        try:
+            _scale([folds[name]], report, originals)
+            with _stock({name: site}), torch.no_grad():
+                if not difference(expected, float_outputs(run())) <= tolerance(expected):
+                    wrong.append(name)
+        finally:
+            _restore(originals)
     where = ", ".join(wrong[:5]) if wrong else "all sites together"
     return (
         f"with λ in the weights the outputs would change by {total:.2g} (relative), because of {where}: the pre-activation "
         "or the activation is used elsewhere too, or weights are too large for the dtype"
     )
-
-
-def _replace(model: nn.Module, name: str, site: LambdaGELU) -> None:
-    for other, module in list(model.named_modules(remove_duplicate=False)):
-        if module is site:
-            replace_module(model, other, site.replaced or ACT2FN[_stock_keys(site.base, site)[0]])
 
 
 def _stock_keys(base: str, *sites: LambdaGELU) -> list[str]:
@@ -220,9 +240,9 @@ def _stock_keys(base: str, *sites: LambdaGELU) -> list[str]:
     return had + [key for key, of in STOCK_KEYS.items() if of == base]
 
 
-def _to_stock(model: PreTrainedModel, path: str, key: str, sites: Collection[LambdaGELU]) -> str:
-    for stock in _stock_keys(LAMBDA_KEYS[key], *sites):
-        if set_attribute(model.config, path, stock):
-            update_config_copies(model, path, key, stock)
-            return stock
-    raise FoldError(f"config.{path} takes no stock activation")  # `convert` has seen one there
+def _to_stock(part: PreTrainedModel, path: str, key: str, sites: Collection[LambdaGELU]) -> str:
+    """Let the config name the stock activation again, which is returned."""
+    stock = set_activation(part, path, *_stock_keys(LAMBDA_KEYS[key], *sites))
+    if stock is None:
+        raise FoldError(f"config.{path} takes no stock activation")  # `convert` has seen one there
+    return stock

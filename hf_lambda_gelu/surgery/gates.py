@@ -6,10 +6,9 @@ import contextlib
 from collections.abc import Iterator
 
 from torch import nn
-from transformers import PreTrainedConfig
 
 from ..activation.module import hardness_sites
-from ..structure.config import LAMBDA_KEYS, activation_attributes, put_attribute
+from ..structure.edits import lambda_keys_as
 
 
 class SoftGateError(RuntimeError):
@@ -18,21 +17,27 @@ class SoftGateError(RuntimeError):
 
 @contextlib.contextmanager
 def gates_as_relu(model: nn.Module) -> Iterator[None]:
-    """Within the block, `model` computes what it will after `relu_ize`; nothing is replaced and λ is kept. Blocks may nest.
+    """Within the block, `model` computes what it will after `relu_ize`: each x Φ(λx) is max(x, 0). Blocks may nest.
 
-    The config says `relu` within the block too, for code that makes a fresh activation from it in forward.
+    Nothing is replaced and λ is kept; afterwards the gates are as they were, whatever the block raised. The config says
+    `relu` within the block too, for code that makes a fresh activation from it in forward. [derived]
+
+    Args:
+        model: any module, on any device, in any dtype; without λ-GELU in it nothing happens.
+
+    Example:
+        >>> import hf_lambda_gelu as hlg, torch
+        >>> gate = hlg.LambdaGELU()
+        >>> with torch.no_grad(), hlg.gates_as_relu(gate):
+        ...     gate(torch.tensor([-1.0, 2.0]))
+        tensor([0., 2.])
     """
     sites = {site: site.as_relu for site in hardness_sites(model).values()}
-    configs = {id(c): c for module in model.modules() if isinstance(c := getattr(module, "config", None), PreTrainedConfig)}
-    lookups = [(c, path, key) for c in configs.values() for path, key in activation_attributes(c) if key in LAMBDA_KEYS]
     for site in sites:
         site.as_relu = True
-    for config, path, _ in lookups:
-        put_attribute(config, path, "relu")
     try:
-        yield
+        with lambda_keys_as(model, "relu"):
+            yield
     finally:
         for site, before in sites.items():
             site.as_relu = before
-        for config, path, key in lookups:
-            put_attribute(config, path, key)

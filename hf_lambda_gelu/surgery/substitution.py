@@ -18,10 +18,10 @@ from ..activation.module import hardness_profile, hardness_sites
 from ..measurement.batches import model_batches
 from ..measurement.change import MeasuredChange, measure_change
 from ..measurement.forward import measuring
-from ..reports import length
-from ..structure.config import LAMBDA_KEYS, activation_attributes, set_attribute
+from ..reports import length, span
+from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import hard_coded_sites
-from ..structure.edits import own_config, replace_module, update_config_copies
+from ..structure.edits import replace_everywhere, set_activation
 from ..structure.modules import joined, quantised_weight, transformers_parts
 from ..structure.smooth_activations import Unconverted, smooth_activations
 from .folding import fold
@@ -65,10 +65,6 @@ class SubstitutionReport:
         """{module name: λ before substitution}, in network order."""
         return {site.name: site.hardness for site in self.sites}
 
-    def take(self, change: MeasuredChange) -> None:
-        """Take in what was measured."""
-        self.relative_change, self.metrics, self.zeros = change.relative_change, change.metrics, change.zeros
-
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -91,10 +87,9 @@ class SubstitutionReport:
             lines.append(f"  zeros in what the ReLUs put out: {mean:.0%}, by site {min(values):.0%} to {max(values):.0%}")
         if self.folded:
             names = list(self.folded)
-            span = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
             lines.append(
                 f"{len(names)} that the model's class hard-codes stay smooth, at λ = {FOLDED_HARDNESS:g} in the weights: "
-                f"within {max(self.folded.values()):.1g} of ReLU, in units of the pre-activation   {span}"
+                f"within {max(self.folded.values()):.1g} of ReLU, in units of the pre-activation   {span(names)}"
             )
         if self.left:
             lines += [f"{len(self.left)} smooth activations remain"] + [f"  {item}" for item in self.left]
@@ -111,10 +106,14 @@ def relu_ize(
     compensate: Compensate | None = None,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
 ) -> SubstitutionReport:
-    """Replace, in place, every λ-GELU by ReLU and let the config say `relu`, so that stock transformers loads the model.
+    """Replace, in place, every λ-GELU, x Φ(λx), by ReLU, max(x, 0), and let the config say `relu`, which stock
+    transformers loads.
+
+    Substitution is the paper's (arXiv 2603.21991); the refit, the bound and the fold of hard-coded sites are derived.
 
     Args:
-        model: a converted model, at any λ. Sites that its class hard-codes stay smooth, at λ = 2¹⁴ in the weights (`fold`).
+        model: a converted model, at any λ, on any device, in any dtype. Sites that its class hard-codes stay smooth, at
+            λ = 2¹⁴ in the weights (`fold`).
         force: substitute soft gates too. This is the naive swap: it costs a pretrained model several points.
         tolerance: ε; gates with λ < `target_hardness(ε)` count as soft. Give the one that the run was trained with.
         targets: {module name: λ} below which a gate counts as soft, in place of `tolerance`: `trainer.hardness_targets` of a
@@ -123,8 +122,8 @@ def relu_ize(
             no transformers model. The change of the outputs and the zeros of each ReLU are measured on them, and the loss if
             they hold labels. Iterated once.
         compensate: "least_squares" refits, from the calibration batches and without labels, the linear map after each
-            activation, so that the network computes with ReLU what it computed before (see `compensation`); "bias" only
-            shifts that map's bias. Soft gates are what it is for: `force` is not needed.
+            activation, so that the network computes with ReLU what it computed before; "bias" only shifts that map's bias.
+            Soft gates are what it is for: `force` is not needed.
         compute_metrics: as for `Trainer`; measured before and after, on batches with labels.
 
     Returns:
@@ -136,70 +135,89 @@ def relu_ize(
         SoftGateError: soft gates, and neither `force` nor `compensate`.
         FoldError: a hard-coded site whose weights cannot take λ up.
         In every case the model is as it was.
-    """
-    if compensate not in (None, *get_args(Compensate)):
-        raise ValueError(f"unknown compensate={compensate!r}: expected 'least_squares', 'bias' or None")
-    if compensate is not None and calibration is None:
-        raise ValueError(
-            f"compensate={compensate!r} learns from data: pass calibration=…, batches like those that the model will meet. "
-            "A few hundred unlabelled examples do"
-        )
-    quantised = quantised_weight(model)
-    if compensate is not None and quantised is not None:
-        raise ValueError(f"{quantised} is quantised and cannot be refit: substitute first, then quantise the ReLU model")
-    sites = _check_sites(model)
-    report = SubstitutionReport(sites, tolerance)
-    wanted = {s.name: target_hardness(tolerance, s.base) for s in sites} if targets is None else targets
-    missing = [s.name for s in sites if s.name not in wanted]
-    if missing:
-        raise ValueError(f"targets names no λ for {len(missing)} of {len(sites)} sites, {missing[0]} the first of them")
-    soft = [s for s in sites if s.hardness < wanted[s.name] * (1.0 - _SLACK)]
-    if soft and not force and compensate is None:
-        worst = min(soft, key=lambda site: site.hardness / wanted[site.name])
-        measure = f"tolerance {tolerance:g}" if targets is None else "their targets"
-        raise SoftGateError(
-            f"{len(soft)} of {len(sites)} gates are soft for {measure}: {worst.name} has λ = {worst.hardness:.4g}, "
-            f"expected at least {wanted[worst.name]:.4g}. Finish the ramp, pass the tolerance or targets of the run, "
-            "compensate='least_squares' with a calibration set, or force=True to substitute all the same"
-        )
-    report.forced = bool(soft) and compensate is None
-    stay = hard_coded_sites(model)
-    if compensate is not None:
-        with measuring(model), compensation(model, calibration) as work:
-            report.compensation = work.run(compensate)
-            if soft and not force and not report.compensation.sites:
-                name, reason = next(iter(report.compensation.uncompensated.items()))
-                raise SoftGateError(
-                    f"{len(soft)} gates are soft, and the map after none of the sites can be refit ({name}: {reason}). "
-                    "Merge adapters before; else force=True substitutes all the same"
-                )
-            batches = map(work.batch, range(work.count))
-            report.take(measure_change(model, batches, work.smooth, work.substituted, compute_metrics, work.count))
-            _fold(model, stay, work.batch(0), report)
-    else:
-        first: list[Mapping[str, Any]] = []
-        if calibration is not None:
-            with measuring(model):
-                batches = _keeping_first(model_batches(model, calibration), first)
-                hard = partial(gates_as_relu, model)
-                report.take(
-                    measure_change(model, batches, contextlib.nullcontext, hard, compute_metrics, length(calibration))
-                )
-        _fold(model, stay, first[0] if first else None, report)
 
-    modules = set(hardness_sites(model).values())
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in modules:
-            replace_module(model, name, ACT2FN["relu"])
+    Example:
+        >>> import hf_lambda_gelu as hlg, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+        >>> _ = hlg.convert(model, init_hardness=200.0)
+        >>> _ = hlg.relu_ize(model)
+    """
+    sites = _check_sites(model, calibration, compensate)
+    soft = _soft_sites(sites, tolerance, targets, refused=not force and compensate is None)
+    report = SubstitutionReport(sites, tolerance, forced=bool(soft) and compensate is None)
+    if compensate is not None and calibration is not None:
+        _refit(model, calibration, compensate, report, compute_metrics, refused=0 if force else len(soft))
+    else:
+        _measure(model, calibration, report, compute_metrics)
+    _put_relu(model, report)
+    _attach_report(model, report)
+    return report
+
+
+def _refit(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    compensate: Compensate,
+    report: SubstitutionReport,
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
+    refused: int,
+) -> None:
+    """Refit the maps, measure what ReLU then changes, fold what stays smooth; the model is as it was if any of it fails.
+
+    Args:
+        refused: how many soft gates there are that only a refit makes good.
+    """
+    stay = hard_coded_sites(model)
+    with measuring(model), compensation(model, calibration) as work:
+        report.compensation = work.run(compensate)
+        if refused and not report.compensation.sites:
+            name, reason = next(iter(report.compensation.uncompensated.items()))
+            raise SoftGateError(
+                f"{refused} gates are soft, and the map after none of the sites can be refit ({name}: {reason}). "
+                "Merge adapters before; else force=True substitutes all the same"
+            )
+        networks = work.networks
+        batches = map(networks.batch, range(networks.count))
+        _note(report, measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics, networks.count))
+        _fold(model, stay, networks.batch(0), report)
+
+
+def _measure(
+    model: nn.Module,
+    calibration: Iterable[Any] | None,
+    report: SubstitutionReport,
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
+) -> None:
+    """Measure, if there are batches to do so, what ReLU changes; fold what stays smooth."""
+    stay = hard_coded_sites(model)
+    first: list[Mapping[str, Any]] = []
+    if calibration is not None:
+        with measuring(model):
+            batches = _keeping_first(model_batches(model, calibration), first)
+            as_relu = partial(gates_as_relu, model)
+            total = length(calibration)
+            _note(report, measure_change(model, batches, contextlib.nullcontext, as_relu, compute_metrics, total))
+    _fold(model, stay, first[0] if first else None, report)
+
+
+def _note(report: SubstitutionReport, change: MeasuredChange) -> None:
+    """Put into the report what was measured."""
+    report.relative_change, report.metrics, report.zeros = change.relative_change, change.metrics, change.zeros
+
+
+def _put_relu(model: nn.Module, report: SubstitutionReport) -> None:
+    """ReLU in the place of every λ-GELU, `relu` in the configs; the report gets what was changed and what remains."""
+    replace_everywhere(model, hardness_sites(model).values(), lambda site: ACT2FN["relu"])
     for prefix, part in transformers_parts(model).items():
-        own_config(part)
         for path, key in list(activation_attributes(part.config)):
-            if key in LAMBDA_KEYS and set_attribute(part.config, path, "relu"):
-                update_config_copies(part, path, key, "relu")
+            if key in LAMBDA_KEYS and set_activation(part, path, "relu") is not None:
                 report.attributes[joined(prefix, path)] = key
     report.left = [item for item in smooth_activations(model) if item.name not in report.folded]
-    model._relu_report = report  # for save_relu_pretrained: λ is gone from the model itself
-    return report
+
+
+def _attach_report(model: nn.Module, report: SubstitutionReport) -> None:
+    """Leave the report with the model, where those who save it find it: λ is gone from the model itself."""
+    vars(model)["_relu_report"] = report
 
 
 def _fold(model: nn.Module, names: list[str], batch: Mapping[str, Any] | None, report: SubstitutionReport) -> None:
@@ -226,7 +244,20 @@ def _keeping_first(batches: Iterable[Mapping[str, Any]], first: list[Mapping[str
         yield batch
 
 
-def _check_sites(model: nn.Module) -> list[SubstitutedSite]:
+def _check_sites(
+    model: nn.Module, calibration: Iterable[Any] | None, compensate: Compensate | None
+) -> list[SubstitutedSite]:
+    """The sites with their λ; ValueError if this model cannot be substituted, or not as it is asked for."""
+    if compensate not in (None, *get_args(Compensate)):
+        raise ValueError(f"unknown compensate={compensate!r}: expected 'least_squares', 'bias' or None")
+    if compensate is not None and calibration is None:
+        raise ValueError(
+            f"compensate={compensate!r} learns from data: pass calibration=…, batches like those that the model will meet. "
+            "A few hundred unlabelled examples do"
+        )
+    quantised = quantised_weight(model)
+    if compensate is not None and quantised is not None:
+        raise ValueError(f"{quantised} is quantised and cannot be refit: substitute first, then quantise the ReLU model")
     if any(site.raw_hardness.is_meta for site in hardness_sites(model).values()):
         raise ValueError("the model is on the meta device, where λ has no value: load its weights first")
     profile = hardness_profile(model)
@@ -236,3 +267,23 @@ def _check_sites(model: nn.Module) -> list[SubstitutedSite]:
         raise ValueError(f"{type(model).__name__} has no λ-GELU to replace: {hint}")
     bases = {name: site.base for name, site in hardness_sites(model).items()}
     return [SubstitutedSite(name, bases[name], value, sup_error(value, bases[name])) for name, value in profile.items()]
+
+
+def _soft_sites(
+    sites: list[SubstitutedSite], tolerance: float, targets: Mapping[str, float] | None, refused: bool
+) -> list[SubstitutedSite]:
+    """The sites whose λ is below its target, or below that of `tolerance`; SoftGateError if such are to be refused."""
+    wanted = {s.name: target_hardness(tolerance, s.base) for s in sites} if targets is None else targets
+    missing = [s.name for s in sites if s.name not in wanted]
+    if missing:
+        raise ValueError(f"targets names no λ for {len(missing)} of {len(sites)} sites, {missing[0]} the first of them")
+    soft = [s for s in sites if s.hardness < wanted[s.name] * (1.0 - _SLACK)]
+    if soft and refused:
+        worst = min(soft, key=lambda site: site.hardness / wanted[site.name])
+        measure = f"tolerance {tolerance:g}" if targets is None else "their targets"
+        raise SoftGateError(
+            f"{len(soft)} of {len(sites)} gates are soft for {measure}: {worst.name} has λ = {worst.hardness:.4g}, "
+            f"expected at least {wanted[worst.name]:.4g}. Finish the ramp, pass the tolerance or targets of the run, "
+            "compensate='least_squares' with a calibration set, or force=True to substitute all the same"
+        )
+    return soft

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]  # it ships no types
+from accelerate.utils import broadcast_object_list  # it ships no types
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 

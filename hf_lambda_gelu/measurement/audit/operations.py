@@ -41,7 +41,7 @@ class Tag:
     value: Tensor | None = None
 
 
-class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
+class OperationTrace(TorchDispatchMode):
     """Sees every operation and which module runs it."""
 
     supports_higher_order_operators = True
@@ -130,7 +130,7 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         return Tag(self.events[-1], operation, out.shape, argument, sample(out))
 
     def _tag(self, value: object) -> Tag | None:
-        found: Tag | None = self.tags.get(value) if isinstance(value, Tensor) else None  # type: ignore[no-untyped-call]
+        found: Tag | None = self.tags.get(value) if isinstance(value, Tensor) else None
         return found
 
     def _carried(self, args: tuple[Any, ...]) -> Tag | None:

@@ -1,22 +1,24 @@
-"""Looks into one run of a block: what a linear map got and gave, and the stream that its output is added to."""
+"""Looks into one run of a block: what a linear map got and gave, and the residual stream that its output is added to."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...measurement.forward import main_output
+from ...structure.hooks import Hooks
 from ...structure.linear_maps import LinearCall, LinearMap, watch_linears
-from .blocks import Arguments, hidden_of, hidden_place
+from .blocks import Arguments, hidden_in, hidden_of
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the output y of a linear map has become part of the stream: T = (what else is there) + scale ⊙ y.
+    """Where the output y of a linear map has become part of the residual stream: T = (what else is there) + scale ⊙ y.
 
     Attributes:
         module: the module whose input T is, by its name in the block; None if T is the block's output.
@@ -28,6 +30,10 @@ class Meeting:
     moved: bool
     scale: Tensor
 
+    def rows(self, tensor: Tensor) -> Tensor:
+        """What is at the point, as (rows, k)."""
+        return flat(tensor.movedim(1, -1) if self.moved else tensor)
+
 
 @dataclass
 class Observed:
@@ -36,7 +42,7 @@ class Observed:
     Attributes:
         inputs, outputs: label of the map → (rows, d), (rows, k).
         leading: label of the map → the shape that the rows were flattened from.
-        stream: T at the meeting point, (rows, k).
+        stream: the residual stream T at the meeting point, (rows, k).
         hidden: the block's output.
         routing: (tokens, choices), the experts that each token went to.
     """
@@ -66,10 +72,9 @@ def observe(block: nn.Module, arguments: Arguments, maps: Sequence[LinearMap], m
             seen.inputs[label], seen.outputs[label] = flat(call.input), flat(call.output)
             seen.leading[label] = call.input.shape[:-1]
 
-    def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        place = hidden_place(args, kwargs)
-        value = args[place] if isinstance(place, int) else kwargs[place]
-        seen.stream = flat(value.movedim(1, -1) if meeting.moved else value).clone()
+    def on_meeting(meeting: Meeting, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = hidden_in(args, kwargs)
+        seen.stream = None if value is None else meeting.rows(value).clone()
 
     def on_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tables = [
@@ -77,21 +82,16 @@ def observe(block: nn.Module, arguments: Arguments, maps: Sequence[LinearMap], m
         ]
         seen.routing = tables[0] if len(tables) == 1 else None
 
-    handles = []
-    if meeting is not None and meeting.module is not None:
-        handles.append(block.get_submodule(meeting.module).register_forward_pre_hook(on_input, with_kwargs=True))
-    if maps and maps[0].index is not None:
-        owners = [m for m in block.modules() if any(p is maps[0].parameter for p in m.parameters(recurse=False))]
-        handles += [owner.register_forward_pre_hook(on_experts, with_kwargs=True) for owner in owners]
-    try:
-        with watch_linears(on_linear):
-            output = block(*arguments[0], **arguments[1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    seen.hidden = main_tensor(output)
+    with Hooks() as hooks, watch_linears(on_linear):
+        if meeting is not None and meeting.module is not None:
+            hooks.before(block.get_submodule(meeting.module), partial(on_meeting, meeting))
+        if maps and maps[0].index is not None:
+            for owner in block.modules():
+                if any(p is maps[0].parameter for p in owner.parameters(recurse=False)):
+                    hooks.before(owner, on_experts)
+        seen.hidden = main_tensor(block(*arguments[0], **arguments[1]))
     if meeting is not None and meeting.module is None and seen.hidden is not None:
-        seen.stream = flat(seen.hidden.movedim(1, -1) if meeting.moved else seen.hidden)
+        seen.stream = meeting.rows(seen.hidden)
     return seen
 
 
@@ -106,12 +106,12 @@ def find_meeting(block: nn.Module, arguments: Arguments, linear: LinearMap) -> M
 
     In a block with the norm first this is the block's output, in one with the norm last that norm's input.
     """
-    base, moved = _points(block, arguments, linear, None), None
+    base = _points(block, arguments, linear, None)
     output = base.pop("", None)
     if output is None:
         return None
     # large beside the stream, so that rounding of the sum is small beside it and a norm cannot pass for linear
-    size = 10.0 * max(float(t.float().square().mean().sqrt()) for t in base.values() if t is not None)
+    size = 10.0 * max(float(t.float().square().mean().sqrt()) for t in base.values())
     generator = torch.Generator().manual_seed(0)
     # twice, as whatever happens to a single row is a scale for each channel
     deltas = [(torch.randn(output.shape, generator=generator) * max(size, 1e-3)).to(output) for _ in range(2)]
@@ -119,8 +119,11 @@ def find_meeting(block: nn.Module, arguments: Arguments, linear: LinearMap) -> M
     wanted = torch.cat([flat(delta).float() for delta in deltas])
     # the block's output first, then inputs of modules from the last call backwards
     for name in [None, *reversed([n for n in base if n is not None])]:
-        before, now = base.get(name), [after.get(name) for after in afters]
-        if before is None or any(n is None or n.shape != before.shape for n in now):
+        before = base.get(name)
+        if before is None:
+            continue
+        now = [n for after in afters if (n := after.get(name)) is not None and n.shape == before.shape]
+        if len(now) < len(afters):
             continue
         for moved in (False, True):
             if moved and before.dim() < 3:
@@ -153,22 +156,17 @@ def _points(block: nn.Module, arguments: Arguments, linear: LinearMap, delta: Te
         points[""] = call.output
         return None if delta is None else call.output + delta
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            place = hidden_place(args, kwargs)
-            if "" in points and place is not None:
-                points.pop(name, None)  # the last call counts
-                points[name] = (args[place] if isinstance(place, int) else kwargs[place]).clone()
+    def on_input(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = hidden_in(args, kwargs)
+        if "" in points and value is not None:
+            points.pop(name, None)  # the last call counts
+            points[name] = value.clone()
 
-        return hook
-
-    handles = [m.register_forward_pre_hook(watch(n), with_kwargs=True) for n, m in block.named_modules() if n]
-    try:
-        with watch_linears(on_linear):
-            output = main_tensor(block(*arguments[0], **arguments[1]))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with Hooks() as hooks, watch_linears(on_linear):
+        for name, module in block.named_modules():
+            if name:
+                hooks.before(module, partial(on_input, name))
+        output = main_tensor(block(*arguments[0], **arguments[1]))
     if output is not None:
         points[None] = output
     return points

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from .held_out import Verdict, summary
+
 Compensate = Literal["least_squares", "bias"]
+
+# above this ratio of parameters in effect to rows, a fit is expected to err by as much more on new data
+_RANK_WARNING = 0.25
+FEW_ROWS = "few rows"
 
 
 @dataclass(frozen=True)
@@ -16,7 +22,7 @@ class CompensatedSite:
     Attributes:
         weight: the parameter that was refit.
         method: "least_squares", "bias" or "none", whichever did best on the held-out rows.
-        target: "stream", the smooth network's stream, or "local", the smooth gate on the same input.
+        target: "stream", the smooth network's residual stream, or "local", the smooth gate on the same input.
         rows: rows (tokens, patches) that the refit saw.
         before, after: the relative error with ReLU as it is, and refit.
         effective_rank: of the features, at the ridge that was chosen.
@@ -64,6 +70,30 @@ class CompensationReport:
         return "\n".join(lines)
 
 
-def _summary(methods: list[str]) -> str:
-    counts = Counter(methods)
-    return methods[0] if len(counts) == 1 else ", ".join(f"{name} × {count}" for name, count in counts.items())
+def describe(site: str, weight: str, target: str, verdicts: Sequence[Verdict], norm: float, biased: bool) -> CompensatedSite:
+    """What a reader is told of one site, from the verdicts on the maps after it.
+
+    Args:
+        norm: Σ‖smooth output‖² on the held-out rows, of all maps.
+        biased: whether all maps have a bias.
+    """
+    rank: float | None = None
+    notes: list[str] = []
+    before = after = 0.0
+    for verdict in verdicts:
+        before, after = before + verdict.before, after + verdict.after
+        if verdict.rank is not None:
+            rank = max(rank or 0.0, verdict.rank)
+            if rank > _RANK_WARNING * verdict.rows:
+                notes.append(f"{FEW_ROWS}: {verdict.rows} for an effective rank of {rank:.0f}")
+    rows, starved = sum(v.rows for v in verdicts), sum(v.starved for v in verdicts)
+    if not rows or starved == len(verdicts):
+        notes.append("no rows to fit and to judge by: at least two examples that are not padding are needed")
+    elif starved:
+        notes.append(f"{starved} of {len(verdicts)} experts got too few tokens")
+    if not biased:
+        notes.append("weights only: the map has no bias")
+    norm = max(norm, 1e-30)
+    before, after = (before / norm) ** 0.5, (after / norm) ** 0.5
+    note = "; ".join(dict.fromkeys(notes))
+    return CompensatedSite(site, weight, summary(v.method for v in verdicts), target, rows, before, after, rank, note)

@@ -1,7 +1,7 @@
 """Ridge regression from sums: what a linear map must gain so that its output moves by a wanted amount.
 
-Rows stream in and only their sums are kept, so memory depends on the widths and not on the number of rows. All of it is
-derived; the paper (arXiv 2603.21991) does not compensate.
+Rows come in piece by piece and only their sums are kept, so memory depends on the widths and not on the number of rows. All
+of it is derived; the paper (arXiv 2603.21991) does not compensate.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class Moments:
         """Take in rows: features (n, d) and wanted changes (n, k)."""
         if not len(features):
             return
-        for r, e in zip(features.split(_PIECE), wanted.split(_PIECE), strict=True):
-            r, e = (t.to(self.r.device, torch.promote_types(t.dtype, torch.float32)) for t in (r, e))
+        for start in range(0, len(features), _PIECE):
+            pieces = features[start : start + _PIECE], wanted[start : start + _PIECE]
+            r, e = (t.to(self.r.device, torch.promote_types(t.dtype, torch.float32)) for t in pieces)
             self.count += len(r)
             self.ee += e.double().square().sum(0)
             # products of what is left without the mean: beside a large mean, fp32 would lose the rest
@@ -70,20 +71,22 @@ class Moments:
         mine, theirs = vars(self).values(), vars(other).values()
         return Moments(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
-    def error(self, change: Change, scale: Tensor | None = None) -> float:
+    def error(self, correction: Correction, scale: Tensor | None = None) -> float:
         """Σ ‖scale ⊙ (e − r ΔW − c)‖² over the rows, exactly, from the sums."""
-        squares = self.ee - 2.0 * change.bias * self.e + self.count * change.bias.square()
-        if change.weight is not None:
-            w = change.weight
-            squares = squares + (w * (self.rr @ w)).sum(0) - 2.0 * (w * self.re).sum(0) + 2.0 * change.bias * (self.r @ w)
+        squares = self.ee - 2.0 * correction.bias * self.e + self.count * correction.bias.square()
+        if correction.weight is not None:
+            w = correction.weight
+            squares = (
+                squares + (w * (self.rr @ w)).sum(0) - 2.0 * (w * self.re).sum(0) + 2.0 * correction.bias * (self.r @ w)
+            )
         if scale is not None:
             squares = squares * scale.to(squares).square()
         return max(float(squares.sum()), 0.0)  # in this order NaN stays NaN
 
 
 @dataclass(frozen=True)
-class Change:
-    """What is added to a linear map: ΔW (d, k), None for no change, and c (k,)."""
+class Correction:
+    """What a refit adds to a linear map: ΔW (d, k), None for no change, and c (k,)."""
 
     weight: Tensor | None
     bias: Tensor
@@ -91,25 +94,25 @@ class Change:
     ridge: float | None = None
 
 
-def solve(moments: Moments, method: Method, *, biased: bool = True, ridge: float = RIDGES[1]) -> Change:
-    """The change that minimises Σ ‖e − r ΔW − c‖² + ρ n ‖ΔW‖², ρ = `ridge` × the mean variance of the features.
+def solve(moments: Moments, method: Method, *, biased: bool = True, ridge: float = RIDGES[1]) -> Correction:
+    """The correction that minimises Σ ‖e − r ΔW − c‖² + ρ n ‖ΔW‖², ρ = `ridge` × the mean variance of the features.
 
     Args:
-        method: "none" (no change), "bias" (c alone) or "least_squares".
-        biased: whether c is there; without it the features are not centred, and "bias" is no change.
+        method: "none" (no correction), "bias" (c alone) or "least_squares".
+        biased: whether c is there; without it the features are not centred, and "bias" is no correction.
     """
     n, zero = max(1, moments.count), torch.zeros_like(moments.e)
     if method == "none" or (method == "bias" and not biased):
-        return Change(None, zero, "none")
+        return Correction(None, zero, "none")
     mean_r, mean_e = moments.r / n, moments.e / n
     if method == "bias":
-        return Change(None, mean_e, "bias")
+        return Correction(None, mean_e, "bias")
     gram, cross = moments.rr, moments.re
     if biased:
         gram = gram - n * torch.outer(mean_r, mean_r)
         cross = cross - n * torch.outer(mean_r, mean_e)
     weight = torch.cholesky_solve(cross, _factor(gram, ridge))
-    return Change(weight, mean_e - mean_r @ weight if biased else zero, "least_squares", ridge)
+    return Correction(weight, mean_e - mean_r @ weight if biased else zero, "least_squares", ridge)
 
 
 def effective_rank(moments: Moments, ridge: float, biased: bool = True) -> float:
@@ -121,26 +124,6 @@ def effective_rank(moments: Moments, ridge: float, biased: bool = True) -> float
     return len(gram) - penalty * float(torch.cholesky_inverse(_factor(gram, ridge)).diagonal().sum())
 
 
-def choose(
-    fit: Moments, held_out: Moments, method: Method, *, biased: bool = True, scale: Tensor | None = None
-) -> tuple[Change, float, float]:
-    """The best change up to `method` by its error on the held-out rows, then solved again from all rows.
-
-    Returns:
-        The change; the held-out error Σ‖…‖² without it, and with what the fitting rows alone gave. "none" is among the
-        candidates, so the second is never above the first.
-    """
-    candidates: list[tuple[Method, float]] = [("none", RIDGES[0])]
-    if method != "none":
-        candidates.append(("bias", RIDGES[0]))
-    if method == "least_squares":
-        candidates += [("least_squares", ridge) for ridge in RIDGES]
-    errors = [held_out.error(solve(fit, name, biased=biased, ridge=ridge), scale) for name, ridge in candidates]
-    best = min(range(len(candidates)), key=errors.__getitem__)
-    name, ridge = candidates[best]
-    return solve(fit + held_out, name, biased=biased, ridge=ridge), errors[0], errors[best]
-
-
 def _penalty(gram: Tensor, ridge: float) -> float:
     mean = float(gram.diagonal().mean())
     return ridge * mean if mean > 0.0 else 1.0  # features that never fire: any penalty gives ΔW = 0
@@ -148,4 +131,5 @@ def _penalty(gram: Tensor, ridge: float) -> float:
 
 def _factor(gram: Tensor, ridge: float) -> Tensor:
     regular = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * _penalty(gram, ridge)
-    return torch.linalg.cholesky(regular)
+    factor: Tensor = torch.linalg.cholesky(regular)
+    return factor

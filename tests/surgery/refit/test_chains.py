@@ -15,7 +15,8 @@ from transformers import BertConfig, BertModel, PreTrainedModel, SwinConfig, Swi
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.structure.tracing import trace
-from hf_lambda_gelu.surgery.refit.blocks import Chain, capture, plan, with_hidden, without_hidden
+from hf_lambda_gelu.surgery.refit.blocks import with_hidden, without_hidden
+from hf_lambda_gelu.surgery.refit.chains import Chain, capture, find_chains
 
 
 def test_forward_that_raises() -> None:
@@ -29,10 +30,10 @@ def test_forward_that_raises() -> None:
     with pytest.raises(KeyError):
         trace(model, forward)
     with pytest.raises(KeyError):
-        plan(model, forward, {})
+        find_chains(model, forward, {})
     result = found(model)
     with pytest.raises(KeyError):
-        plan(model, forward, result.maps)
+        find_chains(model, forward, result.maps)
     block = Chain(["bert.pooler", "bert.encoder.layer.1"], [[], []])
     with pytest.raises(KeyError):
         capture(model, block, forward)  # there is no pooler
@@ -46,7 +47,7 @@ def planned(model: PreTrainedModel, batch: dict[str, Tensor] | None = None) -> l
     result = found(model, batch)
     batch = tiny.inputs(model) if batch is None else batch
     with torch.no_grad():
-        return plan(model, lambda: model(**batch), {s: result.maps[s] for s in result.order if s in result.maps})
+        return find_chains(model, lambda: model(**batch), {s: result.maps[s] for s in result.order if s in result.maps})
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)

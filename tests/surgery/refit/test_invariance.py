@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.surgery.refit import two_networks
+from hf_lambda_gelu.surgery.refit import engine
 
 
 def xlnet() -> PreTrainedModel:
@@ -86,7 +86,7 @@ def test_split_chain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     states = []
     for split in (False, True):
         if split:
-            monkeypatch.setattr(two_networks.Twin, "independent", lambda self, chain: False)
+            monkeypatch.setattr(engine, "is_independent", lambda networks, chain: False)
         model = converted(name)
         hlg.relu_ize(model, calibration=calibration_set(model), compensate="least_squares")
         states.append(parameters(model))

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.surgery.refit.blocks import Chain, capture
+from hf_lambda_gelu.surgery.refit.chains import Chain, capture
 from hf_lambda_gelu.surgery.refit.meeting_point import find_meeting
 
 

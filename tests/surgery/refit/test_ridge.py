@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from hf_lambda_gelu.surgery.refit.ridge import RIDGES, Change, Moments, choose, effective_rank, solve
+from hf_lambda_gelu.surgery.refit.held_out import choose
+from hf_lambda_gelu.surgery.refit.ridge import RIDGES, Correction, Moments, effective_rank, solve
 
 Array = NDArray[np.float64]
 biased_or_not = pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
@@ -47,7 +48,7 @@ def augmented(r: Array, e: Array, alpha: float, biased: bool) -> tuple[Array, Ar
     return solution[:d], solution[d] if biased else np.zeros(e.shape[1])
 
 
-def squares(r: Tensor, e: Tensor, change: Change, scale: Tensor | None = None) -> float:
+def squares(r: Tensor, e: Tensor, change: Correction, scale: Tensor | None = None) -> float:
     """Σ‖scale ⊙ (e − r ΔW − c)‖², row by row."""
     left = e.double() - change.bias - (0.0 if change.weight is None else r.double() @ change.weight)
     return float((left if scale is None else left * scale.double()).square().sum())

@@ -14,7 +14,7 @@ from support.states import full_snapshot, largest_difference, parameters
 from transformers import LlamaForCausalLM
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.surgery.refit import engine
+from hf_lambda_gelu.surgery.refit import engine, two_networks
 
 
 def test_added_biases_reload(tmp_path: Path) -> None:
@@ -39,15 +39,15 @@ def test_no_biases() -> None:
     model = converted("llama")
     before, batches = full_snapshot(model), calibration_set(model)
     with tempfile.TemporaryDirectory() as folder:
-        work = engine.Compensation(model, Path(folder))
-        work.take(batches)
-        report = work.run("least_squares", biases=False)
+        networks = two_networks.TwoNetworks(model, Path(folder))
+        networks.keep(batches)
+        report = engine.Refit(networks).run("least_squares", biases=False)
         assert report.bias_attribute is None
         assert all("weights only: the map has no bias" in site.note for site in report.sites)
         assert all(site.method == "least_squares" for site in report.sites)
         assert {n: id(p) for n, p in model.named_parameters()} == {n: v[0] for n, v in before["parameters"].items()}
         assert model.config.to_dict() == before["config"]
-        work.undo()
+        networks.undo()
     assert full_snapshot(model) == before
 
 
@@ -58,9 +58,9 @@ def test_smooth_network_of_a_refit_model() -> None:
     model = converted("bert-classifier")
     before = full_snapshot(model)
     with tempfile.TemporaryDirectory() as folder:
-        work = engine.Compensation(model, Path(folder))
-        work.take(calibration_set(model, 6))
-        work.run("least_squares")
+        work = two_networks.TwoNetworks(model, Path(folder))
+        work.keep(calibration_set(model, 6))
+        engine.Refit(work).run("least_squares")
         assert len(work.originals) == 4
         refit = {p: p.data_ptr() for p in work.originals}
         changed = tiny.snapshot(model)["tensors"]

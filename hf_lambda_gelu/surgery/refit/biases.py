@@ -1,0 +1,48 @@
+"""Biases for linear maps that have none, where a config attribute can say so to a stock reload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...structure.config_probe import bias_attribute
+from ...structure.edits import add_bias, own_config, remove_bias, set_bias
+from ...structure.linear_maps import LinearMap
+
+
+class AddedBiases:
+    """The biases that a model did not have. `remove` takes all of them back, also where `add` was interrupted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._names: list[str] = []
+        self._path: str | None = None
+
+    def add(self, maps: Iterable[LinearMap]) -> str | None:
+        """Give the maps a bias of zeros if a config attribute can; its path, or None with nothing changed."""
+        lacking = {m.name.removesuffix("weight") + "bias": m for m in maps if m.bias is None and m.index is None}
+        if not lacking or not isinstance(self.model, PreTrainedModel):
+            return None
+        found = bias_attribute(self.model, set(lacking))
+        if found is None:
+            return None
+        path, lengths = found
+        own_config(self.model)
+        self._path = path
+        set_bias(self.model, path, True)
+        for name, length in lengths.items():
+            self._names.append(name)
+            bias = add_bias(self.model, name, length)
+            if name in lacking:
+                lacking[name].bias = bias
+        return path
+
+    def remove(self) -> None:
+        for name in self._names:
+            remove_bias(self.model, name)
+        self._names.clear()
+        if self._path is not None and isinstance(self.model, PreTrainedModel):
+            set_bias(self.model, self._path, False)
+        self._path = None

@@ -1,0 +1,168 @@
+"""Where in the network sites can be worked on without running all of it: chains of blocks.
+
+A chain is a run of blocks of which each one's hidden state is the output of the one before. Their inputs are kept on disk,
+so that going through a chain costs one pass over the calibration set whatever its length, and memory stays that of a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...structure.hooks import Hooks
+from ...structure.linear_maps import LinearMap
+from .blocks import Arguments, hidden_in, hidden_of
+
+
+@dataclass
+class Chain:
+    """Blocks in the order in which they run, and the sites in each.
+
+    Attributes:
+        pooled: one block that runs several times in a forward pass, with the same weights (ALBERT's layer).
+    """
+
+    blocks: list[str]
+    sites: list[list[str]]
+    pooled: bool = False
+
+    def split(self) -> list[Chain]:
+        """A chain for each block that has sites."""
+        return [Chain([b], [s]) for b, s in zip(self.blocks, self.sites, strict=True) if s]
+
+
+@dataclass
+class _Calls:
+    """What was seen of a module: how often it ran, when first, and its hidden state going in and coming out."""
+
+    count: int = 0
+    first: int = 0
+    entered: Tensor | None = None
+    left: Tensor | None = None
+
+    def continues(self, before: _Calls) -> bool:
+        """Whether the hidden state that went in is what the other module put out."""
+        if self.entered is None or before.left is None or self.entered.shape != before.left.shape:
+            return False
+        return torch.equal(before.left, self.entered)
+
+
+def find_chains(model: nn.Module, forward: Callable[[], Any], maps: Mapping[str, list[LinearMap]]) -> list[Chain]:
+    """Sort the sites into chains, by watching one forward pass. Chains are in network order."""
+    modules = dict(model.named_modules())
+    around = {site: _ancestors(site, [m.name for m in consumers]) for site, consumers in maps.items()}
+    lists = {parent for names in around.values() for name in names if _in_list(modules, parent := _parent(name), name)}
+    children = {parent: [_joined(parent, child) for child, _ in modules[parent].named_children()] for parent in lists}
+    watched = {name for names in (*around.values(), *children.values()) for name in names}
+    calls = _watch({name: modules[name] for name in watched}, forward)
+
+    runs: dict[str, list[str]] = {}  # block → the blocks of its run
+    for names in children.values():
+        for run in _runs(sorted((c for c in names if calls[c].count == 1), key=lambda c: calls[c].first), calls):
+            runs.update(dict.fromkeys(run, run))
+
+    pooled: dict[str, list[str]] = {}  # block that runs several times → its sites
+    home: dict[str, str] = {}  # site → its block
+    for site, names in around.items():
+        if calls[names[0]].count > 1:
+            pooled.setdefault(names[0], []).append(site)
+        else:
+            home[site] = _home(names, runs, around.values())
+    chains = [Chain([block], [sites], pooled=True) for block, sites in pooled.items()]
+    for blocks in {tuple(runs.get(block, [block])) for block in home.values()}:
+        chains.append(_trimmed(blocks, [[site for site in maps if home.get(site) == block] for block in blocks]))
+    order = {site: index for index, site in enumerate(maps)}
+    return sorted(chains, key=lambda chain: min(order[site] for sites in chain.sites for site in sites))
+
+
+def _home(names: Sequence[str], runs: Mapping[str, list[str]], around: Iterable[Sequence[str]]) -> str:
+    """Of the modules around a site, the one that is its block; "", the model, if none is part of a run."""
+    chained = [name for name in names if name in runs]
+    # the level whose run holds the most sites: few passes over the whole network; the innermost of equals
+    return max(chained, key=lambda name: sum(bool(set(runs[name]) & set(others)) for others in around), default="")
+
+
+def _trimmed(blocks: Sequence[str], sites: list[list[str]]) -> Chain:
+    """The chain from the first block with sites to the last."""
+    occupied = [index for index, found in enumerate(sites) if found]
+    span = slice(occupied[0], occupied[-1] + 1)
+    return Chain(list(blocks[span]), sites[span])
+
+
+def _ancestors(site: str, parameters: Sequence[str]) -> list[str]:
+    """The modules that hold both the site and the parameters, innermost first; the last one is the model, ""."""
+    parts = site.split(".")
+    names = [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)]
+    return [name for name in names if all(not name or p.startswith(name + ".") for p in parameters)]
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _joined(parent: str, child: str) -> str:
+    return f"{parent}.{child}" if parent else child
+
+
+def _in_list(modules: dict[str, nn.Module], parent: str, name: str) -> bool:
+    return bool(name) and isinstance(modules[parent], (nn.ModuleList, nn.Sequential))
+
+
+def _watch(modules: dict[str, nn.Module], forward: Callable[[], Any]) -> dict[str, _Calls]:
+    calls = {name: _Calls() for name in modules}
+    clock = 0
+
+    def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal clock
+        clock += 1
+        seen = calls[name]
+        seen.count += 1
+        if seen.count == 1:
+            seen.first, seen.entered = clock, hidden_in(args, kwargs)
+
+    def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls[name].left = hidden_of(output)
+
+    with Hooks() as hooks:
+        for name, module in modules.items():
+            hooks.before(module, partial(before, name))
+            hooks.after(module, partial(after, name))
+        forward()
+    return calls
+
+
+def _runs(children: list[str], calls: dict[str, _Calls]) -> list[list[str]]:
+    runs: list[list[str]] = []
+    for child in children:
+        if runs and calls[child].continues(calls[runs[-1][-1]]):
+            runs[-1].append(child)
+        else:
+            runs.append([child])
+    return runs
+
+
+class _Reached(Exception):
+    """Ends a forward pass early; never leaves this module."""
+
+
+def capture(model: nn.Module, chain: Chain, forward: Callable[[], Any]) -> list[Arguments]:
+    """The arguments of each call of the chain's blocks. The pass ends when they are known."""
+    seen: list[Arguments] = []
+    modules = dict(model.named_modules())
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, dict(kwargs)))
+        if len(seen) == len(chain.blocks) and not chain.pooled:
+            raise _Reached
+
+    with Hooks() as hooks, contextlib.suppress(_Reached):
+        for name in chain.blocks:
+            hooks.before(modules[name], keep)
+        forward()
+    return seen

@@ -1,0 +1,109 @@
+"""What held-out rows decide: which rows these are, and which correction of a linear map does best on them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ridge import RIDGES, Correction, Method, Moments, effective_rank, solve
+
+# one example in so many is held out to judge by
+_HELD_OUT = 5
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of one batch.
+
+    Attributes:
+        first: the number of the first of them in the calibration set.
+        size: how many there are.
+        mask: (size, positions), False where there is padding; None without any.
+        only: whether the calibration set has no other example.
+    """
+
+    first: int
+    size: int
+    mask: Tensor | None
+    only: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was decided for one map.
+
+    Attributes:
+        method: what did best on the held-out rows.
+        rows: all rows that the map got, held out or not.
+        before, after: Σ‖wanted − given‖² on the held-out rows, with the map as it is, and as the fitting rows alone say.
+        rank: the features' effective rank at the ridge that was chosen.
+        starved: whether there was nothing to fit, or nothing to judge by.
+    """
+
+    method: Method
+    rows: int
+    before: float
+    after: float
+    rank: float | None = None
+    starved: bool = False
+
+
+def split(rows: Tensor, total: int, examples: Examples) -> tuple[Tensor, Tensor]:
+    """Which rows are fitted on, and which are held out: (n,) and (n,), bool. Padding is neither.
+
+    Args:
+        rows: (n,), each row's place in the batch, counted example after example.
+        total: how many places the batch has.
+    """
+    keep = torch.ones_like(rows, dtype=torch.bool)
+    if examples.mask is not None and examples.mask.numel() == total:
+        keep = examples.mask.reshape(-1).to(rows.device)[rows]
+    per = total // examples.size if total % examples.size == 0 else 1  # rows an example
+    if examples.only:
+        per = -(-total // _HELD_OUT)  # a single example is judged by a part of itself
+    held = (examples.first + rows // per) % _HELD_OUT == 0
+    return keep & ~held, keep & held
+
+
+def choose(
+    fit: Moments, held_out: Moments, method: Method, *, biased: bool = True, scale: Tensor | None = None
+) -> tuple[Correction, float, float]:
+    """The best correction up to `method` by its error on the held-out rows, then solved again from all rows.
+
+    Returns:
+        The correction; the held-out error Σ‖…‖² without it, and with what the fitting rows alone gave. "none" is among the
+        candidates, so the second is never above the first.
+    """
+    candidates: list[tuple[Method, float]] = [("none", RIDGES[0])]
+    if method != "none":
+        candidates.append(("bias", RIDGES[0]))
+    if method == "least_squares":
+        candidates += [("least_squares", ridge) for ridge in RIDGES]
+    errors = [held_out.error(solve(fit, name, biased=biased, ridge=ridge), scale) for name, ridge in candidates]
+    best = min(range(len(candidates)), key=errors.__getitem__)
+    name, ridge = candidates[best]
+    return solve(fit + held_out, name, biased=biased, ridge=ridge), errors[0], errors[best]
+
+
+def decide(
+    fit: Moments, held_out: Moments, method: Method, *, biased: bool, scale: Tensor | None
+) -> tuple[Correction, Verdict]:
+    """The correction of one map, and what it is worth; none where rows are lacking."""
+    rows = fit.count + held_out.count
+    if not fit.count or not held_out.count:
+        none = solve(held_out, "none")
+        error = held_out.error(none)
+        return none, Verdict("none", rows, error, error, starved=True)
+    correction, before, after = choose(fit, held_out, method, biased=biased, scale=scale)
+    rank = None if correction.ridge is None else effective_rank(fit + held_out, correction.ridge, biased)
+    return correction, Verdict(correction.method, rows, before, after, rank)
+
+
+def summary(methods: Iterable[str]) -> str:
+    """The method, or of several maps (experts) how many got which."""
+    counts = Counter(methods)
+    return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{name} × {count}" for name, count in counts.items())
