@@ -1,0 +1,1 @@
+"""What users and maintainers run, from the repository's root: `python -m scripts.NAME`. No part of the installed package."""
