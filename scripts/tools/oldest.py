@@ -40,13 +40,17 @@ def bounds(pyproject: dict[str, Any]) -> dict[str, str]:
         if len(lower) != 1:
             raise ValueError(f"pyproject.toml: {str(requirement)!r} has no lower bound; write {requirement.name}>=VERSION")
         if found.setdefault(requirement.name, lower[0]) != lower[0]:
-            raise ValueError(f"pyproject.toml: {requirement.name} has two lower bounds, {found[requirement.name]}, {lower[0]}")
+            raise ValueError(
+                f"pyproject.toml: {requirement.name} has two lower bounds, {found[requirement.name]}, {lower[0]}"
+            )
     return found
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.tools.oldest", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--set", action="append", default=[], metavar="NAME==VERSION", help="another version for one package")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME==VERSION", help="another version for one package"
+    )
     arguments = parser.parse_args(argv)
     found = bounds(tomllib.loads(PYPROJECT.read_text(encoding="utf-8")))
     for text in arguments.set:

@@ -76,7 +76,9 @@ def pasted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pat
             "OMP_NUM_THREADS": "1",
         }
         for command in ([sys.executable, "-c", block("python\n")], ["bash", "-c", COMMAND + block("\nhf-lambda-gelu")]):
-            done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=300, check=False)
+            done = subprocess.run(
+                command, cwd=here, env=environment, capture_output=True, text=True, timeout=300, check=False
+            )
             assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
         yield source, here, hub
 
@@ -87,7 +89,9 @@ def test_relu_networks(pasted: tuple[Path, Path, HubServer], folder: str) -> Non
     source, here, _ = pasted
     texts = (here / "reviews.txt").read_text(encoding="utf-8").splitlines()[5::40]
     smooth = logits(source, texts)
-    change, swap = ((other - smooth).norm() for other in (logits(here / folder, texts), logits(source, texts, activation="relu")))
+    change, swap = (
+        (other - smooth).norm() for other in (logits(here / folder, texts), logits(source, texts, activation="relu"))
+    )
     assert '"activation": "relu"' in (here / folder / "config.json").read_text(encoding="utf-8")
     assert 0 < change < 0.5 * swap
 
