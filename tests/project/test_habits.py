@@ -1,4 +1,4 @@
-"""What keeps the project in order: workflows and hooks name commands that exist, the oldest versions are what is declared."""
+"""What keeps the project in order: workflows and hooks name commands that exist, oldest versions are the declared ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from scripts.tools.oldest import bounds
 
 ROOT = Path(__file__).resolve().parents[2]
