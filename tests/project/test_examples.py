@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 ROOT = Path(__file__).resolve().parents[2]
+Ran = tuple[str, Path, dict[str, torch.Tensor]]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 # runs the cells one after another in one namespace, as a kernel does; keeps the tensors that are named
 RUN = """
@@ -64,7 +65,7 @@ def nearest_neighbours(tensors: dict[str, torch.Tensor], vectors: str, count: in
     return (votes == tensors["test_labels"]).float().mean().item()
 
 
-def test_the_refit_network_takes_the_smooth_ones_place(ran: tuple[str, Path, dict[str, torch.Tensor]]) -> None:
+def test_the_refit_network_takes_the_smooth_ones_place(ran: Ran) -> None:
     """Judged by the vectors alone and by a classifier that the notebook does not have; ReLU swapped in is far off."""
     _, _, tensors = ran
     similarity = {name: float((tensors[name] * tensors["smooth"]).sum(-1).mean()) for name in ("swapped", "refit")}
@@ -75,7 +76,7 @@ def test_the_refit_network_takes_the_smooth_ones_place(ran: tuple[str, Path, dic
     assert judged["swapped"] < judged["smooth"] - 0.06, judged
 
 
-def test_the_folder_is_the_relu_network(ran: tuple[str, Path, dict[str, torch.Tensor]]) -> None:
+def test_the_folder_is_the_relu_network(ran: Ran) -> None:
     name, folder, _ = ran
     saved = folder / ("minilm-relu" if name == "text" else "dinov2-relu")
     model = AutoModel.from_pretrained(saved)
