@@ -1,17 +1,22 @@
-# Everything runs in .venv, which the first target that needs it makes. PYTHON, VENV and SIZE can be overridden.
+# Everything runs in .venv, which the first target that needs it makes. PYTHON, VENV, SIZE, CONSTRAINTS and TORCH can be
+# overridden: `make test VENV=.venv-newest CONSTRAINTS=/dev/null` takes the newest versions of everything.
 PYTHON ?= python3
 VENV ?= .venv
 SIZE ?= small
+CONSTRAINTS ?= constraints.txt
+TORCH ?=
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 DOCS = $(VENV)/.docs
+OLDEST = .venv-oldest
 
-.PHONY: help demo demo-vision cards test assets lint coverage coverage-latest bench docs clean
+.PHONY: help demo demo-vision cards test test-oldest assets lint coverage coverage-latest bench docs clean
 
 help:
 	@echo "make demo          MiniLM on movie reviews: fine-tune, harden, substitute, reload in stock transformers"
 	@echo "make demo-vision   DINOv2-small on Fashion-MNIST, likewise      (SIZE=full for more data and epochs)"
 	@echo "make test          set up, fetch the test models, run the test suite offline"
+	@echo "make test-oldest   the suite with the oldest versions that pyproject.toml allows, in $(OLDEST); TORCH=… for another torch"
 	@echo "make cards         the demos' model cards into model_cards/, after both demos"
 	@echo "make coverage      every architecture of transformers: converted, substituted, folded, reloaded; what is not done yet"
 	@echo "make coverage-latest   the same with the newest transformers, in .venv-latest; prints what changed"
@@ -20,10 +25,10 @@ help:
 	@echo "make docs          the documentation into site/, strictly: names, links and anchors must hold"
 
 # torch first and pinned: its CPU build is taken where one is offered, and nothing later pulls in another
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -40,6 +45,14 @@ assets: $(STAMP)
 
 test: $(STAMP) assets
 	$(BIN)/python -m pytest
+
+# the lower bounds of pyproject.toml, in an environment of their own; TORCH=2.13.0 where the oldest torch cannot be had
+test-oldest: $(STAMP) assets
+	$(PYTHON) -m venv $(OLDEST)
+	$(BIN)/python -m scripts.tools.oldest $(if $(TORCH),--set torch==$(TORCH)) > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt torch
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[test]'
+	$(OLDEST)/bin/python -m pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -64,7 +77,7 @@ bench: $(STAMP)
 	$(BIN)/python -m scripts.benchmarks.run
 
 $(DOCS): $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
 	touch $(DOCS)
 
 docs: $(DOCS)
@@ -72,4 +85,4 @@ docs: $(DOCS)
 	@echo "site/index.html"
 
 clean:
-	rm -rf $(VENV) .venv-latest runs site build dist *.egg-info
+	rm -rf $(VENV) .venv-latest $(OLDEST) runs site build dist *.egg-info
