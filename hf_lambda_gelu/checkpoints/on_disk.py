@@ -93,7 +93,8 @@ def convert_checkpoint(
             is no room for a copy.
         ConversionError: as `convert` raises it.
         ValueError: `dst` is in use or cannot be written, or a bad `init_hardness`.
-        In every case `src` is as it was and `dst` is not made.
+
+    In every case `src` is as it was and `dst` is not made.
 
     Example:
         >>> import hf_lambda_gelu as hlg
@@ -150,7 +151,8 @@ def relu_ize_checkpoint(
         CheckpointError: as for `convert_checkpoint`; λ of sites that the model does not have.
         SoftGateError: gates are soft, and no `force`.
         ValueError: no λ-GELU in the checkpoint, λ that is not finite, or `dst` is in use or cannot be written.
-        In every case `src` is as it was and `dst` is not made.
+
+    In every case `src` is as it was and `dst` is not made.
 
     Example:
         >>> import hf_lambda_gelu as hlg

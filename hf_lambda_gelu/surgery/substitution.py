@@ -134,7 +134,8 @@ def relu_ize(
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`.
         FoldError: a hard-coded site whose weights cannot take λ up.
-        In every case the model is as it was.
+
+    In every case the model is as it was.
 
     Example:
         >>> import hf_lambda_gelu as hlg, torch
