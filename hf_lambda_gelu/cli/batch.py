@@ -94,7 +94,7 @@ def pushed(batch: Batch, target: dict[str, Any], collection: str | None, dry_run
     if not dry_run:
         for repo_id in names.values():
             check_target(api, repo_id, None, target["tag"], target["create_pr"])
-    scratch: Path | None = Path(tempfile.mkdtemp(prefix="push-"))
+    scratch, keep = Path(tempfile.mkdtemp(prefix="push-")), False
     try:
         saved = {}
         for index, (folder, repo_id) in enumerate(names.items()):
@@ -119,10 +119,10 @@ def pushed(batch: Batch, target: dict[str, Any], collection: str | None, dry_run
         value["urls"] = urls = upload(saved, api, target)
         text += "".join(f"\n{url}" for url in urls.values())
     except hlg.PushError:
-        scratch = None  # its message names a folder in there
+        keep = True  # its message names a folder in there
         raise
     finally:
-        if scratch is not None:
+        if not keep:
             shutil.rmtree(scratch, ignore_errors=True)
     if collection:
         value["collection"] = collect(api, collection, list(names.values()), target["private"])
