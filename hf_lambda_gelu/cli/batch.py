@@ -94,12 +94,13 @@ def pushed(batch: Batch, target: dict[str, Any], collection: str | None, dry_run
     if not dry_run:
         for repo_id in names.values():
             check_target(api, repo_id, None, target["tag"], target["create_pr"])
-    scratch = Path(tempfile.mkdtemp(prefix="push-"))
+    scratch, keep = Path(tempfile.mkdtemp(prefix="push-")), False
     try:
         saved = {}
         for index, (folder, repo_id) in enumerate(names.items()):
-            (scratch / str(index)).mkdir()
-            path = batch.as_relu(folder, scratch / str(index), repo_id)
+            own = scratch / str(index)
+            own.mkdir()
+            path = batch.as_relu(folder, own, repo_id)
             if not batch.no_processor:
                 check_processor(path)
             if dry_run or kept or len(names) > 1:  # all before the first upload; a single one is proven by the push
@@ -118,11 +119,11 @@ def pushed(batch: Batch, target: dict[str, Any], collection: str | None, dry_run
         value["urls"] = urls = upload(saved, api, target)
         text += "".join(f"\n{url}" for url in urls.values())
     except hlg.PushError:
-        raise  # its message names a folder in `scratch`
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+        keep = True  # its message names a folder in there
         raise
-    shutil.rmtree(scratch, ignore_errors=True)
+    finally:
+        if not keep:
+            shutil.rmtree(scratch, ignore_errors=True)
     if collection:
         value["collection"] = collect(api, collection, list(names.values()), target["private"])
         text += f"\n{value['collection']}"

@@ -97,6 +97,8 @@ def test_several_as_a_collection(hub: HubServer, tmp_path: Path, monkeypatch: py
     """A dry run shows what would be uploaded; a collection and an item that are there already are no mistake."""
     folders = [relu_folder(tmp_path / f"seed{seed}" / "relu", seed, (0.81, 0.83)[seed]) for seed in (0, 1)]
     line = ("push", *folders, "--repo-id", "tester/bert-{run}", "--no-processor", "--collection", "Two BERTs")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     dry = invoke(*line, "--dry-run", "--save-to", tmp_path / "kept").stdout
     assert not hub.requests
     monkeypatch.setattr(hlg, "verify_relu_pretrained", lambda *_: 0.0)  # slow, and proven by the dry run
@@ -114,6 +116,7 @@ def test_several_as_a_collection(hub: HubServer, tmp_path: Path, monkeypatch: py
     assert (tmp_path / "kept" / "results.md").read_text().splitlines()[2:] == expected
     assert first["collection"].startswith(f"{hub.url}/collections/tester/two-berts")
     answer("push", folders[1], "--repo-id", "tester/bert-seed1", "--no-processor", "--collection", "Two BERTs")
+    assert files(tmp_path / "tmp") == []
     (collection,) = hub.collections.values()
     assert (collection.title, collection.items) == ("Two BERTs", ["tester/bert-seed0", "tester/bert-seed1"])
     weights = [hub.repos[name].files["model.safetensors"] for name in collection.items]
