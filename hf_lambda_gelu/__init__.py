@@ -30,7 +30,8 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .surgery.conversion import ConversionError, ConversionReport, convert
     from .surgery.folding import FoldError, FoldReport, fold
     from .surgery.gates import SoftGateError, gates_as_relu
-    from .surgery.substitution import SubstitutionReport, relu_ize
+    from .surgery.report import SubstitutionReport
+    from .surgery.substitution import relu_ize
     from .training.arguments import LambdaGELUTrainingArguments
     from .training.optimizer import attach_hardness_update
     from .training.schedule import HardeningSchedule
@@ -108,7 +109,7 @@ _MODULES = {
     "SiteSensitivity": ".measurement.sensitivity",
     "SiteStatistics": ".measurement.calibration",
     "SoftGateError": ".surgery.gates",
-    "SubstitutionReport": ".surgery.substitution",
+    "SubstitutionReport": ".surgery.report",
     "VerificationError": ".checkpoints.verify",
     "attach_hardness_update": ".training.optimizer",
     "audit": ".measurement.audit.audit",

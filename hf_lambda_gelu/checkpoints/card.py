@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..structure.smooth_activations import Unconverted
-from ..surgery.substitution import SubstitutionReport
+from ..surgery.report import SubstitutionReport
 
 PAPER = "2603.21991"
 REPORT_NAME = "lambda_gelu.json"

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..structure.loading import load_saved
-from ..surgery.substitution import SubstitutionReport
+from ..surgery.report import SubstitutionReport
 from .card import CardDetails
 from .save import check_relu, save_relu_pretrained
 from .verify import verify_relu_pretrained

@@ -22,7 +22,8 @@ from ..activation.hardness import DEFAULT_TOLERANCE
 from ..activation.module import hardness_sites
 from ..structure.loading import CheckpointError, save_parts
 from ..surgery.conversion import ConversionReport, convert
-from ..surgery.substitution import SubstitutionReport, relu_ize
+from ..surgery.report import SubstitutionReport
+from ..surgery.substitution import relu_ize
 from .card import PLOT_NAME, REPORT_NAME, CardDetails
 from .folders import whole_folder
 from .on_disk_files import Source, WrittenFiles

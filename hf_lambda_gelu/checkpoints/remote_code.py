@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from .._compat import auto_mapping
 from ..activation.module import hardness_sites
 from ..structure.config_probe import hard_coded_sites
 from ..structure.modules import has_adapters
@@ -69,9 +70,7 @@ def auto_classes(name: str) -> list[str]:
     """The Auto classes of transformers that make a model of the class called `name`."""
     found = []
     for auto, cls in vars(modeling_auto).items():
-        mapping = getattr(getattr(cls, "_model_mapping", None), "_model_mapping", None)
-        if auto.startswith("AutoModel") and mapping is not None:
-            names = [n for value in mapping.values() for n in (value if isinstance(value, (tuple, list)) else [value])]
-            if name in names:
-                found.append(auto)
+        values = auto_mapping(cls).values() if auto.startswith("AutoModel") else ()
+        if name in (n for value in values for n in ([value] if isinstance(value, str) else value)):
+            found.append(auto)
     return found

@@ -16,7 +16,7 @@ from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import governed_modules
 from ..structure.modules import has_adapters
 from ..structure.smooth_activations import smooth_activations, smooth_modules
-from ..surgery.substitution import SubstitutionReport
+from ..surgery.report import SubstitutionReport
 from .card import PLOT_NAME, CardDetails, card_record, package_versions, render_card, write_record
 from .folders import check_new, whole_folder
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .._compat import attention_implementation
 from ..measurement.audit.audit import audit
 from ..measurement.examples.choice import example_inputs
 from ..measurement.forward import evaluating, main_output, same_random_numbers
@@ -40,7 +41,7 @@ class VerificationError(RuntimeError):
 _RELOAD = """
 import sys
 sys.modules["hf_lambda_gelu"] = None  # any import of it fails
-import hashlib, json, torch, transformers
+import hashlib, json, random, numpy, torch, transformers
 from safetensors.torch import load_file, save_file
 folder, inputs, outputs, name, attention, threads = sys.argv[1:]
 transformers.utils.logging.disable_progress_bar()
@@ -52,7 +53,7 @@ if wrong:
     sys.exit("keys that do not fit: " + ", ".join(wrong[:5]))
 for parameter in model.parameters():  # mapped memory is aligned otherwise, which can change the last bit of a product
     parameter.data = parameter.data.clone()
-torch.manual_seed(0)  # as `same_random_numbers` does
+torch.manual_seed(0); random.seed(0); numpy.random.seed(0)  # as `same_random_numbers` does
 with torch.no_grad():
     output = model.eval()(**load_file(inputs))
 save_file({k: v.contiguous() for k, v in output.items() if isinstance(v, torch.Tensor)}, outputs)
@@ -126,7 +127,7 @@ def _reloaded(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor]
     with tempfile.TemporaryDirectory() as scratch:
         source, result = os.path.join(scratch, "inputs.safetensors"), os.path.join(scratch, "outputs.safetensors")
         save_file({k: v.contiguous() for k, v in inputs.items()}, source)
-        attention = getattr(model.config, "_attn_implementation", None) or ""
+        attention = attention_implementation(model.config)
         arguments = [str(folder), source, result, type(model).__name__, attention, str(torch.get_num_threads())]
         process = subprocess.run(
             [sys.executable, "-c", _RELOAD, *arguments],

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from .._compat import pytree
 
 # relative to the largest output; λ that is no power of two is rounded into every weight
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}

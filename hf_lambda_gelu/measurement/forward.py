@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from .._compat import pytree
+from ..structure import random_state
 from ..structure.config import config_of
 from .batches import FORWARD_ERRORS, CalibrationError, forward_failed
 
@@ -78,29 +77,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextlib.contextmanager
-def random_state_kept(model: nn.Module | None) -> Iterator[None]:
-    """Within the block, random numbers may be drawn; afterwards Python, NumPy and torch draw as if they had not been."""
-    state, numbers = random.getstate(), np.random.get_state()  # BigBird seeds NumPy in its forward
-    try:
-        with torch.random.fork_rng(devices=_cuda_devices(model)):
-            yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numbers)
+def random_state_kept(model: nn.Module | None) -> contextlib.AbstractContextManager[None]:
+    """Within the block, random numbers may be drawn; afterwards all draw as if they had not been (BigBird seeds NumPy)."""
+    devices = set() if model is None else {parameter.device for parameter in model.parameters()}
+    return random_state.random_state_kept(*devices)
 
 
-@contextlib.contextmanager
-def same_random_numbers(model: nn.Module) -> Iterator[None]:
+def same_random_numbers(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """`random_state_kept`, and the numbers drawn are the same each time: ViLT's forward draws which patches it takes."""
-    with random_state_kept(model):
-        random.seed(0)
-        np.random.seed(0)
-        for generator in [torch.default_generator, *(torch.cuda.default_generators[i] for i in _cuda_devices(model))]:
-            generator.manual_seed(0)
-        yield
-
-
-def _cuda_devices(model: nn.Module | None) -> list[int]:
-    parameters = () if model is None else model.parameters()
-    return sorted({index for p in parameters if p.is_cuda and (index := p.device.index) is not None})
+    devices = {parameter.device for parameter in model.parameters()}
+    accelerator = next((device for device in devices if device.type not in ("cpu", "meta")), torch.device("cpu"))
+    return random_state.random_numbers_from(0, accelerator)

@@ -35,5 +35,7 @@ def random_numbers_from(seed: int, device: torch.device) -> Iterator[None]:
     with random_state_kept(*(torch.device(device.type, index) for index in range(count))):
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds accelerators that nobody keeps
+        if count:
+            torch.get_device_module(device).manual_seed_all(seed)
         yield

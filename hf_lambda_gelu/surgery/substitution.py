@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, get_args
 
@@ -18,82 +17,20 @@ from ..activation.module import hardness_profile, hardness_sites
 from ..measurement.batches import model_batches
 from ..measurement.change import MeasuredChange, measure_change
 from ..measurement.forward import measuring
-from ..reports import length, span
+from ..reports import length
 from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import hard_coded_sites
 from ..structure.edits import replace_everywhere, set_activation
 from ..structure.modules import joined, quantised_weight, transformers_parts
-from ..structure.smooth_activations import Unconverted, smooth_activations
+from ..structure.smooth_activations import smooth_activations
 from .folding import fold
 from .gates import SoftGateError, gates_as_relu
 from .refit.engine import compensation
-from .refit.report import Compensate, CompensationReport
+from .refit.report import Compensate
+from .report import FOLDED_HARDNESS, SubstitutedSite, SubstitutionReport
 
-# of sites that stay GELU: a power of two, so that weights are scaled without rounding; 1e-5 from ReLU
-FOLDED_HARDNESS = 2.0**14
 # a ramp ends at its target to fp32's accuracy, not to the last bit
 _SLACK = 1e-3
-
-
-@dataclass(frozen=True)
-class SubstitutedSite:
-    """One site: its λ before substitution and sup |f − ReLU| = c / λ in units of the pre-activation."""
-
-    name: str
-    base: str
-    hardness: float
-    sup_error: float
-
-
-@dataclass
-class SubstitutionReport:
-    """What `relu_ize` did. Printing it gives the table; `to_dict` what a JSON file can hold."""
-
-    sites: list[SubstitutedSite]
-    tolerance: float
-    forced: bool = False
-    attributes: dict[str, str] = field(default_factory=dict)  # config path → λ key before
-    left: list[Unconverted] = field(default_factory=list)
-    folded: dict[str, float] = field(default_factory=dict)  # site that no config can make ReLU → sup |f − ReLU| left
-    compensation: CompensationReport | None = None
-    relative_change: float | None = None
-    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)  # name → (before, after)
-    zeros: dict[str, float] = field(default_factory=dict)  # site → fraction of what its ReLU puts out, padding left out
-
-    @property
-    def profile(self) -> dict[str, float]:
-        """{module name: λ before substitution}, in network order."""
-        return {site.name: site.hardness for site in self.sites}
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        width = max(len(site.name) for site in self.sites)
-        lines = [
-            f"{len(self.sites) - len(self.folded)} activations are ReLU now"
-            + (" (forced: gates were soft)" if self.forced else "")
-        ]
-        lines.append(f"  {'site':<{width}}  {'λ before':>10}  sup |f − ReLU|")
-        lines += [f"  {s.name:<{width}}  {s.hardness:>10.4g}  {s.sup_error:.2g}" for s in self.sites]
-        if self.compensation is not None:
-            lines.append(str(self.compensation))
-        if self.relative_change is not None:
-            lines.append(f"  outputs changed by {self.relative_change:.2e} (relative, root mean square)")
-        lines += [f"  {name}: {before:.4f} → {after:.4f}" for name, (before, after) in self.metrics.items()]
-        if self.zeros:
-            values = list(self.zeros.values())
-            mean = sum(values) / len(values)
-            lines.append(f"  zeros in what the ReLUs put out: {mean:.0%}, by site {min(values):.0%} to {max(values):.0%}")
-        if self.folded:
-            names = list(self.folded)
-            lines.append(
-                f"{len(names)} that the model's class hard-codes stay smooth, at λ = {FOLDED_HARDNESS:g} in the weights: "
-                f"within {max(self.folded.values()):.1g} of ReLU, in units of the pre-activation   {span(names)}"
-            )
-        if self.left:
-            lines += [f"{len(self.left)} smooth activations remain"] + [f"  {item}" for item in self.left]
-        return "\n".join(lines)
 
 
 def relu_ize(

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from .._compat import step_pre_hooks
 from ..activation.hardness import MIN_EXCESS, inverse_softplus
 from ..activation.module import LambdaGELU
 
@@ -65,7 +66,7 @@ def attach_hardness_update(optimizer: torch.optim.Optimizer, modules: Iterable[L
                 "put the hardness parameters into a group of their own with weight_decay=0.0"
             )
 
-    attached = {id(m) for hook in optimizer._optimizer_step_pre_hooks.values() for m in getattr(hook, "modules", ())}
+    attached = {id(m) for hook in step_pre_hooks(optimizer) for m in getattr(hook, "modules", ())}
     modules = [module for module in modules if id(module) not in attached]  # twice is once
     before, after = _IntoHardness(modules), _IntoRaw(modules)
     return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]

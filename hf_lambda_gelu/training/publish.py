@@ -14,7 +14,8 @@ from transformers import Trainer, TrainingArguments
 from ..activation.module import hardness_sites
 from ..checkpoints.card import CardDetails
 from ..checkpoints.hub import push_relu_to_hub
-from ..surgery.substitution import SubstitutionReport, relu_ize
+from ..surgery.report import SubstitutionReport
+from ..surgery.substitution import relu_ize
 
 if TYPE_CHECKING:
     from .trainer import LambdaGELUTrainer

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from .._compat import finish_current_push
 from ..activation.module import hardness_profile, hardness_sites
 from ..checkpoints.card import PAPER, CardDetails
 from ..checkpoints.folders import check_writable
@@ -210,7 +211,7 @@ class LambdaGELUTrainer(Trainer):
             self.init_hf_repo(token=token, private=private)
         if not self.is_world_process_zero():
             return None
-        self._finish_current_push()
+        finish_current_push(self)
         return push_trained(
             self,
             commit_message,

@@ -102,7 +102,7 @@ def test_several_as_a_collection(hub: HubServer, tmp_path: Path, monkeypatch: py
     dry = invoke(*line, "--dry-run", "--save-to", tmp_path / "kept").stdout
     assert not hub.requests
     monkeypatch.setattr(hlg, "verify_relu_pretrained", lambda *_: 0.0)  # slow, and proven by the dry run
-    monkeypatch.setattr("hf_lambda_gelu.hub.verify_relu_pretrained", lambda *_: 0.0)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *_: 0.0)
     first = answer(*line)
     expected = ["| tester/bert-seed0 | 0.8100 |", "| tester/bert-seed1 | 0.8300 |"]
     assert [row for row in dry.splitlines() if row.startswith("| tester")] == expected
@@ -151,7 +151,7 @@ def test_without_a_token(hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mon
     bert(tmp_path / "soft", hardness=3.0)
     assert "gates are soft" in invoke("push", tmp_path / "soft", "--repo-id", "tester/m", code=1).stderr
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr("hf_lambda_gelu.hub.get_token", lambda: None)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.get_token", lambda: None)
     error = invoke("push", tmp_path / "nowhere", "--repo-id", "tester/m", code=2).stderr
     assert "no token for the Hub: run `hf auth login`, or set HF_TOKEN" in error
     assert not hub.requests

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.activations import LinearActivation
 
+from ..._compat import is_compiled
 from ...reports import to_dict
 from ...structure.modelling_code import calls_in_class
 from ...structure.modules import is_activation, probed_base
@@ -193,7 +194,7 @@ def _load(folder: str) -> PreTrainedModel:
 def _check_runnable(model: nn.Module) -> None:
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         raise ValueError("the model is on the meta device, where nothing can be computed: load its weights first")
-    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
+    if any(is_compiled(m) for m in model.modules()):
         raise ValueError("the model is compiled, which hides its operations: pass the one before torch.compile (._orig_mod)")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from torch import Tensor
-from torch._ops import OpOverload
+
+from ..._compat import OpOverload, operator_schema
 
 Group = Literal["piecewise", "other", "smooth"]
 
@@ -66,7 +67,7 @@ def kind_of(operation: str, func: OpOverload[..., Any], args: tuple[Any, ...], k
     """The activation that this operation is, None if it is none by itself."""
     if operation not in _BY_ARGUMENTS:
         return _OPERATIONS.get(operation)
-    schema = func._schema.arguments
+    schema = operator_schema(func).arguments
     values = {a.name: a.default_value for a in schema} | dict(zip([a.name for a in schema], args, strict=False)) | kwargs
     if operation == "gelu":
         return "gelu_tanh" if values["approximate"] == "tanh" else "gelu"

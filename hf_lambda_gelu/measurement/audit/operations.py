@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..._compat import OpOverload, TorchDispatchMode, operator_schema, view_base
 from ...activation.module import LambdaGELU
 from .formulas import formula, sample
 from .kinds import BETWEEN, GATES, MAKES_ZEROS, kind_of
@@ -87,7 +86,9 @@ class OperationTrace(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._soft_site() is not None:
             return func(*args, **kwargs)
-        library, _, operation = func._schema.name.partition("::") if isinstance(func, OpOverload) else (str(func), "", "")
+        library, _, operation = (
+            operator_schema(func).name.partition("::") if isinstance(func, OpOverload) else (str(func), "", "")
+        )
         if func is torch.ops.hf_lambda_gelu.forward.default:  # `lambda_gelu` as a function
             _, hardness, base = args
             self.events.append(Event(self.stack[-1][0], "lambda_gelu", float(hardness.min()), base))  # of many, the softest
@@ -170,4 +171,6 @@ class OperationTrace(TorchDispatchMode):
 
 def _is_activation_input(x: object) -> bool:
     # a function of a parameter is a parametrisation
-    return isinstance(x, Tensor) and x.is_floating_point() and not any(isinstance(t, nn.Parameter) for t in (x, x._base))
+    return (
+        isinstance(x, Tensor) and x.is_floating_point() and not any(isinstance(t, nn.Parameter) for t in (x, view_base(x)))
+    )

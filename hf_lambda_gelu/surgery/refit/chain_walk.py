@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ..._compat import pytree
 from ...measurement.batches import CalibrationError
 from ...reports import progress
 from ...structure.linear_maps import LinearMap

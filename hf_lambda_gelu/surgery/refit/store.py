@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from ..._compat import pytree
 
 
 @dataclass
