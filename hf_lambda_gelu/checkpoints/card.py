@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..reports import markdown_table
 from ..structure.smooth_activations import Unconverted
 from ..surgery.report import SubstitutionReport
 
@@ -136,17 +137,17 @@ def _results_table(details: Mapping[str, Any]) -> str:
         [f"**{name}**" if name == details["final"] else name, *(f"{row[c]:.4f}" if c in row else "–" for c in columns)]
         for name, row in results.items()
     ]
-    return _table(["", *columns], rows) if rows else ""
+    return markdown_table(["", *columns], rows) if rows else ""
 
 
 def _sites_table(report: Mapping[str, Any]) -> str:
     sites, zeros = report["sites"], report["zeros"]
     rows = [[f"`{s['name']}`", s["base"], f"{s['hardness']:.4g}", f"{s['sup_error']:.2g}"] for s in sites]
     if not zeros:
-        return _table(["site", "gate", "λ", "bound"], rows)
+        return markdown_table(["site", "gate", "λ", "bound"], rows)
     for row, site in zip(rows, sites, strict=True):
         row.append(f"{zeros[site['name']]:.1%}" if site["name"] in zeros else "–")
-    return _table(["site", "gate", "λ", "bound", "zeros"], rows)
+    return markdown_table(["site", "gate", "λ", "bound", "zeros"], rows)
 
 
 def _compensation_table(compensation: Mapping[str, Any]) -> str:
@@ -154,11 +155,7 @@ def _compensation_table(compensation: Mapping[str, Any]) -> str:
         [f"`{s['weight']}`", s["method"].replace("_", " "), f"{s['before']:.3f}", f"{s['after']:.3f}"]
         for s in compensation["sites"]
     ]
-    return _table(["refit", "method", "ReLU as it is", "refit"], rows)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+    return markdown_table(["refit", "method", "ReLU as it is", "refit"], rows)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi
 
 import hf_lambda_gelu as hlg
 
+from ..reports import markdown_table
 from .inner import REPORT_NAME, check_processor, check_relu, check_target, whole_folder
 from .models import loaded, processors, resolved, writable
 from .work import UsageError
@@ -152,10 +153,8 @@ def metrics(saved: dict[str, Path]) -> dict[str, dict[str, float]]:
 def table(rows: dict[str, dict[str, float]]) -> str:
     """The metrics in Markdown."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = ["| " + " | ".join(["model", *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
-    for repo_id, row in rows.items():
-        lines.append("| " + " | ".join([repo_id, *(f"{row[c]:.4f}" if c in row else "–" for c in columns)]) + " |")
-    return "\n".join(lines)
+    cells = [[repo_id, *(f"{row[c]:.4f}" if c in row else "–" for c in columns)] for repo_id, row in rows.items()]
+    return markdown_table(["model", *columns], cells)
 
 
 def files(saved: dict[str, Path]) -> dict[str, dict[str, int]]:
