@@ -84,7 +84,7 @@ def progress(iterable: Iterable[T], description: str, total: int | None = None) 
     Args:
         total: how many items there are, if the iterable does not know it itself.
 
-    Example:
+    Examples:
         >>> for batch in progress(batches, "calibration"):
         ...     model(**batch)
     """

@@ -32,7 +32,7 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
         ValueError: unknown base, a number λ that is below 1 or not finite, or a tensor λ that does not broadcast to `x`.
         TypeError: `x` is not a floating point tensor.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import hf_lambda_gelu as hlg
         >>> x = torch.tensor([-1.0, 1.0])
@@ -76,7 +76,7 @@ def lambda_gelu_reference(x: Tensor, hardness: Tensor | float, base: str = "gelu
     Raises:
         ValueError: unknown base.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import hf_lambda_gelu as hlg
         >>> x = torch.linspace(-3.0, 3.0, 7)

@@ -54,7 +54,7 @@ def target_hardness(tolerance: float = DEFAULT_TOLERANCE, base: str = "gelu") ->
     Raises:
         ValueError: ε is not a finite number > 0, or the base is unknown.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> round(hlg.target_hardness(0.005), 2)
         159.58
@@ -85,7 +85,7 @@ def sup_error(hardness: float, base: str = "gelu") -> float:
     Raises:
         ValueError: unknown base.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> round(hlg.sup_error(160.0), 5)
         0.00106

@@ -38,7 +38,7 @@ class LambdaGELU(nn.Module):
         ValueError: `temperature` is no finite number > 0, `init_hardness` is below 1, above 1e30 or NaN, or the base is
             unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import hf_lambda_gelu as hlg
         >>> act = hlg.LambdaGELU(init_hardness=2.0)
@@ -137,7 +137,7 @@ def hardness_sites(model: nn.Module) -> dict[str, LambdaGELU]:
     Returns:
         {module name: LambdaGELU}, in network order, each module once under its first name; empty if there is none.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import hf_lambda_gelu as hlg
         >>> model = nn.Sequential(nn.Linear(4, 8), hlg.LambdaGELU(), nn.Linear(8, 2))
@@ -153,7 +153,7 @@ def hardness_profile(model: nn.Module) -> dict[str, float]:
     Returns:
         {module name: λ}, λ ≥ 1 as a Python number, in network order; empty if the model has no λ-GELU.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import hf_lambda_gelu as hlg
         >>> model = nn.Sequential(nn.Linear(4, 8), hlg.LambdaGELU(init_hardness=3.0), nn.Linear(8, 2))

@@ -20,7 +20,7 @@ def register() -> None:
     Raises:
         RuntimeError: another package holds one of the keys.
 
-    Example:
+    Examples:
         >>> from transformers.activations import ACT2FN
         >>> import hf_lambda_gelu as hlg
         >>> hlg.register()

@@ -40,7 +40,7 @@ class CardDetails:
     Raises:
         ValueError: `final` is not a row of `results`.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> rows = {"GELU": {"accuracy": 0.84}, "ReLU": {"accuracy": 0.83}}
         >>> details = hlg.CardDetails(base_model="google-bert/bert-base-uncased", results=rows, final="ReLU")

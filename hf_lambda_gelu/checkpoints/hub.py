@@ -29,7 +29,7 @@ from .verify import verify_relu_pretrained
 class PushError(RuntimeError):
     """The upload failed. The folder is kept; the message says where it lies and how to go on.
 
-    Example:
+    Examples:
         >>> try:  # doctest: +SKIP
         ...     hlg.push_relu_to_hub(model, "you/bert-relu", processor=tokenizer)
         ... except hlg.PushError as error:
@@ -76,7 +76,7 @@ def push_relu_to_hub(
         VerificationError: stock transformers computes something else. Nothing is uploaded.
         PushError: the upload failed; the folder is kept.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> hlg.push_relu_to_hub(model, "you/bert-relu", processor=tokenizer).commit_url  # doctest: +SKIP
     """

@@ -44,7 +44,7 @@ class CheckpointReport:
         linked, copied, rewritten: names of the weight files that are the source's own, a copy, or one without its λ.
         bytes_written: size of all files that were written; links need none.
 
-    Example:
+    Examples:
         >>> report = hlg.convert_checkpoint("models/bert", "models/bert-lambda")  # doctest: +SKIP
         >>> report.linked  # doctest: +SKIP
         ('model-00001-of-00002.safetensors',)
@@ -97,7 +97,7 @@ def convert_checkpoint(
 
     In every case `src` is as it was and `dst` is not made.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> from transformers import BertConfig, BertModel
         >>> BertModel(BertConfig(num_hidden_layers=1)).save_pretrained("models/bert")
@@ -155,7 +155,7 @@ def relu_ize_checkpoint(
 
     In every case `src` is as it was and `dst` is not made.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> from transformers import BertConfig, BertModel
         >>> model = BertModel(BertConfig(num_hidden_layers=1, hidden_act="lambda_gelu"))

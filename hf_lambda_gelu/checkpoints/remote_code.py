@@ -35,7 +35,7 @@ def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Pa
         ValueError: no λ-GELU in the model, sites that no config attribute governs, adapters that are not merged, or a class
             that no Auto class knows. Nothing is written.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> from transformers import AutoModel, BertConfig, BertModel
         >>> model = BertModel(BertConfig(num_hidden_layers=1))

@@ -53,7 +53,7 @@ def save_relu_pretrained(
         ValueError: smooth gates left in model or config, tensors that are not finite, an existing or unwritable folder.
             Nothing is written.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> model = BertForSequenceClassification(BertConfig(num_hidden_layers=1))

@@ -30,7 +30,7 @@ from .card import REPORT_NAME, write_record
 class VerificationError(RuntimeError):
     """The saved folder does not reproduce the model in stock transformers; the message says what differed.
 
-    Example:
+    Examples:
         >>> try:  # doctest: +SKIP
         ...     hlg.verify_relu_pretrained(model, folder)
         ... except hlg.VerificationError as error:
@@ -90,7 +90,7 @@ def verify_relu_pretrained(
         VerificationError: it does not load, keys do not fit, or outputs differ by more than 1e-6 of their scale.
         ValueError: no batch can be made for such a model: pass inputs.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> from transformers import BertConfig, BertModel
         >>> model = BertModel(BertConfig(num_hidden_layers=1))

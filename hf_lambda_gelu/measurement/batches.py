@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class CalibrationError(ValueError):
     """The calibration set cannot be used; the message says what was got and what to do. The model is as it was.
 
-    Example:
+    Examples:
         >>> try:
         ...     hlg.calibrate(model, [])  # import hf_lambda_gelu as hlg; a converted model
         ... except hlg.CalibrationError as error:

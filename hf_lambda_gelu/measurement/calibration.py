@@ -47,7 +47,7 @@ class SiteStatistics:
         relu_square: mean of ReLU(x)².
         histogram: counts of log2|x| in 64 bins an octave from 2⁻¹²⁶ to 2¹⁰, fp64, shape (8704,).
 
-    Example:
+    Examples:
         >>> site = hlg.calibrate(model, batches).sites[0]  # import hf_lambda_gelu as hlg; a converted model
         >>> site.relative_error(100.0), site.target_hardness(0.01)
     """
@@ -108,7 +108,7 @@ class SiteStatistics:
 class CalibrationReport:
     """What `calibrate` measured. Printing it gives the table; `to_dict` what a JSON file can hold.
 
-    Example:
+    Examples:
         >>> report = hlg.calibrate(model, batches)  # import hf_lambda_gelu as hlg; a converted model
         >>> report.targets(0.01)  # {module name: λ at which ReLU is within 1 %}
     """
@@ -163,7 +163,7 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
         CalibrationError: a loader that yields nothing usable (see `batches.model_batches`), a forward that raises, or
             pre-activations that are not finite; the message names the batch and the site.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> from transformers import AutoModelForSequenceClassification, AutoTokenizer
         >>> name = "textattack/bert-base-uncased-SST-2"

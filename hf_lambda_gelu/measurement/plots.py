@@ -29,7 +29,7 @@ def plot_hardness(
         ImportError: matplotlib is missing (`pip install hf_lambda_gelu[plots]`).
         ValueError: the profile is empty.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> from transformers import BertConfig, BertModel
         >>> model = BertModel(BertConfig(num_hidden_layers=2))
@@ -70,7 +70,7 @@ def plot_sensitivity(report: SensitivityReport, path: str | Path, title: str = "
         ImportError: matplotlib is missing (`pip install hf_lambda_gelu[plots]`).
         ValueError: the report is empty.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> report = hlg.sensitivity(model, batches)  # a converted model
         >>> path = hlg.plot_sensitivity(report, "sensitivity.png")

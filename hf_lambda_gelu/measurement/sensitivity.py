@@ -32,7 +32,7 @@ class SiteSensitivity:
         relative_change: ‖Δoutput‖ / ‖output‖ over all batches, root mean square, of the logits or the first output.
         loss_change: loss with the site as ReLU minus loss without, negative if ReLU is better; None without a loss.
 
-    Example:
+    Examples:
         >>> cheapest = min(report.sites, key=lambda site: site.rank)  # report = hlg.sensitivity(model, batches)
         >>> cheapest.name, cheapest.relative_change
     """
@@ -54,7 +54,7 @@ class SensitivityReport:
         loss: of the model as it is; None if a batch gave none, and then sites are ranked by their relative change.
         examples: how many were measured.
 
-    Example:
+    Examples:
         >>> report = hlg.sensitivity(model, batches)  # import hf_lambda_gelu as hlg; a model after hlg.convert
         >>> report.order[0]  # the site to begin with
     """
@@ -104,7 +104,7 @@ def sensitivity(model: nn.Module, dataloader: Iterable[Any]) -> SensitivityRepor
         CalibrationError: a loader that yields nothing usable (see `batches.model_batches`), a forward that raises, or a loss
             or outputs that are not finite; the message names the batch and the site.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> from transformers import AutoModelForSequenceClassification, AutoTokenizer
         >>> name = "textattack/bert-base-uncased-SST-2"

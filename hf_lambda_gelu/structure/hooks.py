@@ -13,7 +13,7 @@ from torch import nn
 class Hooks:
     """Within the block, hooks are on the modules; afterwards all of them are gone, whatever was raised.
 
-    Example:
+    Examples:
         >>> with Hooks() as hooks:
         ...     hooks.after(module, lambda module, args, output: seen.append(output))
         ...     model(**batch)

@@ -19,7 +19,7 @@ from .._compat import generation_config_in_config
 class CheckpointError(ValueError):
     """A folder is no checkpoint that can be worked on; the message says what was seen and what to do.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> try:
         ...     hlg.convert_checkpoint("no/such/folder", "out")

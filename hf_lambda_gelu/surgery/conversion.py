@@ -86,7 +86,7 @@ def convert(
         ConversionError: nothing to convert, already converted, config and modules disagree, or `only` takes no module, or
             some of those that one config attribute governs. The model is unchanged.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> from transformers import BertConfig, BertModel
         >>> model = BertModel(BertConfig(num_hidden_layers=2))

@@ -25,7 +25,7 @@ def gates_as_relu(model: nn.Module) -> Iterator[None]:
     Args:
         model: any module, on any device, in any dtype; without λ-GELU in it nothing happens.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg, torch
         >>> gate = hlg.LambdaGELU()
         >>> with torch.no_grad(), hlg.gates_as_relu(gate):

@@ -74,7 +74,7 @@ def relu_ize(
 
     In every case the model is as it was.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
         >>> _ = hlg.convert(model, init_hardness=200.0)

@@ -25,7 +25,7 @@ class LambdaGELUTrainingArguments(TrainingArguments):
     Raises:
         ValueError: a value out of its range; the message names it.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> arguments = hlg.LambdaGELUTrainingArguments("runs/bert", learning_rate=5e-5, hardness_switch_point=0.5)
         >>> arguments.hardness_compensate

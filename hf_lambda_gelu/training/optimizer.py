@@ -40,7 +40,7 @@ def attach_hardness_update(optimizer: torch.optim.Optimizer, modules: Iterable[L
     Raises:
         ValueError: a hardness parameter is in none of the optimizer's groups, or in one with weight decay.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg, torch
         >>> gate = hlg.LambdaGELU()
         >>> optimizer = torch.optim.SGD([gate.raw_hardness], lr=0.5)

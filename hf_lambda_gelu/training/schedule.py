@@ -55,7 +55,7 @@ class HardeningSchedule:
     Raises:
         ValueError: a fraction outside [0, 1], fractions that leave no room for the ramp, an unknown shape.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> schedule = hlg.HardeningSchedule(max_steps=100, switch_point=0.25, hold=0.15)
         >>> schedule.switch_step, schedule.hold_step, schedule.learning(24)

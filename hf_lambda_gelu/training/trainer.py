@@ -48,7 +48,7 @@ class LambdaGELUTrainer(Trainer):
             without length or index: each before training starts.
         CalibrationError: while training, at the switch, if the model cannot be measured or refit.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg, torch
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> model = BertForSequenceClassification(BertConfig(num_hidden_layers=1))

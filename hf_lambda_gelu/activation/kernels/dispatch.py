@@ -28,7 +28,7 @@ _choice: Choice = "auto"
 class KernelUnavailable(RuntimeError):
     """A fused kernel was asked for, by `set_kernels("fused")`, and cannot run; the message says what is missing.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import hf_lambda_gelu as hlg
         >>> before = hlg.set_kernels("fused")
@@ -51,7 +51,7 @@ def set_kernels(choice: Choice) -> Choice:
     Raises:
         ValueError: none of the three.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> hlg.set_kernels("torch")
         'auto'

@@ -68,7 +68,7 @@ class AuditReport:
         unreached: (module name, what) of activations that the pass did not come to, so that it says nothing about them.
         opaque: operations that are not torch's own: what they do inside is not seen.
 
-    Example:
+    Examples:
         >>> report = hlg.audit("runs/bert-relu")  # import hf_lambda_gelu as hlg
         >>> report.is_relu, report.counts
     """
@@ -141,7 +141,7 @@ def audit(model_or_path: nn.Module | str | os.PathLike[str], inputs: Any = None)
         ValueError: a folder without a model, a model on meta or compiled, no inputs and none to be guessed, or a
             forward that raises.
 
-    Example:
+    Examples:
         >>> import hf_lambda_gelu as hlg
         >>> from transformers import BertConfig, BertModel
         >>> print(hlg.audit(BertModel(BertConfig(num_hidden_layers=2))))
