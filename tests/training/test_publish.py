@@ -17,7 +17,8 @@ from support.publishing import TOKEN, run_stock
 # Trains for four steps and pushes; with what the command line says.
 PROGRAM = """
 import json, sys
-import torch, tiny
+import torch
+from support import tiny
 import hf_lambda_gelu as hlg
 from safetensors.torch import save_file
 torch.set_num_threads(1)
