@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import re
-import tempfile
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -199,16 +197,13 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     Secrets and absolute paths do not reach it, see `cleaned_record`.
     """
     text = json.dumps(cleaned_record(record), indent=2) + "\n"
-    place = folder / REPORT_NAME
-    handle, temporary = tempfile.mkstemp(prefix=f".{REPORT_NAME}-", dir=folder)
+    temporary = folder / f".{REPORT_NAME}-{secrets.token_hex(8)}"
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(temporary, place.stat().st_mode & 0o777 if place.is_file() else 0o644)
-        os.replace(temporary, place)
+        temporary.replace(folder / REPORT_NAME)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
