@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +17,25 @@ import numpy as np
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints.card import package_versions
+from hf_lambda_gelu.checkpoints.redaction import stated_command
 from hf_lambda_gelu.training.publish import stated_arguments, substitute_trained
 
 RESULTS_NAME = "results.json"
+# of TrainingArguments, the options that a card's command may state: what decides the result, and nothing of an account
+STATED = set(
+    """
+    output_dir seed data_seed num_train_epochs max_steps learning_rate weight_decay max_grad_norm label_smoothing_factor
+    lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon
+    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps gradient_checkpointing bf16 fp16 tf32
+    torch_compile use_cpu eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit logging_steps
+    logging_strategy load_best_model_at_end metric_for_best_model greater_is_better dataloader_num_workers
+    dataloader_drop_last group_by_length ddp_backend report_to disable_tqdm push_to_hub
+    """.split()  # noqa: SIM905 - a list would take forty lines
+)
 
 
 @dataclass
@@ -233,7 +244,7 @@ def _details(
         dataset=None if data.dataset_name is None or Path(data.dataset_name).exists() else data.dataset_name,
         results=rows,
         final=list(rows)[-1],
-        command=command_line(),
+        command=command_line(data),
         arguments=stated_arguments(trainer.args, hardness=learning),
     )
 
@@ -275,10 +286,12 @@ def _compensated(trainer: Trainer, arguments: ModelArguments) -> hlg.Substitutio
     return hlg.relu_ize(trainer.model, calibration=unlabelled, compensate=arguments.compensate)
 
 
-def command_line() -> str:
-    """The command that is running; absolute paths are cut to their last part: a card is no place for a machine's folders."""
-    parts = [Path(part).name if Path(part).is_absolute() else part for part in sys.argv]
-    return shlex.join(["python", "-m", f"scripts.{Path(parts[0]).stem}", *parts[1:]])
+def command_line(data: DataArguments) -> str:
+    """The command that is running, without what decides nothing: a card states the options of the model, the data and the
+    hardness, and those of `STATED`; absolute paths are cut to their last part."""
+    own = {each.name for kind in (ModelArguments, data) for each in fields(kind)}
+    hardness = {each.name for each in fields(hlg.LambdaGELUTrainingArguments)} - {n.name for n in fields(TrainingArguments)}
+    return stated_command(f"python -m scripts.{Path(sys.argv[0]).stem}", sys.argv[1:], own | hardness | STATED)
 
 
 def _evaluate(trainer: Trainer) -> dict[str, float]:

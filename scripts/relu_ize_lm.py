@@ -38,6 +38,7 @@ from transformers import (
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints.card import package_versions
 from hf_lambda_gelu.checkpoints.folders import check_writable
+from hf_lambda_gelu.checkpoints.redaction import cleaned_arguments
 from scripts.tools.assets import asset
 
 TEXTS = ("editorials", "movie_reviews", "amazon_reviews")  # assets
@@ -92,7 +93,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(name).eval()
     test = windows(options, tokenizer, "test", options.evaluation_tokens)
     train = windows(options, tokenizer, "train", options.calibration_tokens)
-    results: dict[str, Any] = {"arguments": vars(options), "perplexity": {"smooth": perplexity(model, test, options)}}
+    results: dict[str, Any] = {
+        "arguments": cleaned_arguments(vars(options)),
+        "perplexity": {"smooth": perplexity(model, test, options)},
+    }
     scores = results["perplexity"]
     print(scores, flush=True)
     written = list(replies(model, tokenizer, options))

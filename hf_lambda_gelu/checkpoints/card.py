@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -16,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..reports import markdown_table
 from ..structure.smooth_activations import Unconverted
 from ..surgery.report import SubstitutionReport
+from .redaction import cleaned_record
 
 PAPER = "2603.21991"
 REPORT_NAME = "lambda_gelu.json"
@@ -37,8 +40,11 @@ class CardDetails:
         arguments: training arguments worth stating.
         notes: a paragraph in Markdown, such as limits.
 
+    Options and arguments that are named like a secret (token, key, secret, password) and tokens of the Hub are left out of
+    the card and of `lambda_gelu.json`; absolute paths are cut to their last name.
+
     Raises:
-        ValueError: `final` is not a row of `results`.
+        ValueError: `final` is not a row of `results`, or a result is not a finite number.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -59,6 +65,21 @@ class CardDetails:
     def __post_init__(self) -> None:
         if self.final is not None and self.final not in self.results:
             raise ValueError(f"final = {self.final!r} is not a row of results: {', '.join(self.results) or 'none given'}")
+        self.results = {
+            row: {metric: _finite(value, row, metric) for metric, value in metrics.items()}
+            for row, metrics in self.results.items()
+        }
+
+
+def _finite(value: Any, row: str, metric: str) -> float:
+    """The result as JSON can hold it: numpy's and torch's numbers are taken too."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"results[{row!r}][{metric!r}] = {value!r}: expected a finite number; leave out what has none")
+    return number
 
 
 def card_record(
@@ -84,12 +105,24 @@ def card_record(
         "plot": plot,
         "versions": versions,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(record, default=_plain))
     return plain
 
 
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's, everything else as text."""
+    try:
+        return value.item()
+    except (AttributeError, ValueError, RuntimeError):
+        return str(value)
+
+
 def render_card(record: Mapping[str, Any]) -> ModelCard:
-    """Makes the card of a `card_record`, with metadata for the Hub; raises what huggingface_hub raises on bad values."""
+    """Makes the card of a `card_record`, with metadata for the Hub; raises what huggingface_hub raises on bad values.
+
+    Secrets and absolute paths do not reach it, see `cleaned_record`.
+    """
+    record = cleaned_record(record)
     details, report, task = record["details"], record["substitution"], record["pipeline_tag"]
     metrics = details["results"].get(details["final"], {})
     data = ModelCardData(
@@ -159,8 +192,19 @@ def _compensation_table(compensation: Mapping[str, Any]) -> str:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes the record beside the card that is made of it, as JSON."""
-    (folder / REPORT_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    """Writes the record beside the card that is made of it, as JSON, whole or not at all; a link there is replaced.
+
+    Secrets and absolute paths do not reach it, see `cleaned_record`.
+    """
+    text = json.dumps(cleaned_record(record), indent=2) + "\n"
+    temporary = folder / f".{REPORT_NAME}-{secrets.token_hex(8)}"
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+        temporary.replace(folder / REPORT_NAME)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def package_versions() -> dict[str, str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,12 +20,16 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but imported there lazily
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..structure.loading import load_saved
 from ..surgery.report import SubstitutionReport
 from .card import CardDetails
+from .published_files import published_files
 from .save import check_relu, save_relu_pretrained
 from .verify import verify_relu_pretrained
+
+logger = logging.get_logger(__name__)
 
 
 class PushError(RuntimeError):
@@ -59,8 +65,11 @@ def push_relu_to_hub(
     """Publishes a ReLU-ized model: saves it, proves by `verify_relu_pretrained` that stock transformers computes the same
     without this package, and only then uploads, in one commit, whose `CommitInfo` it returns.
 
+    Uploaded are the files that the model's own save wrote, those of its processor, and the card, `lambda_gelu.json` and the
+    plot: whatever else lies in a folder stays, links too, and is named in a warning.
+
     Args:
-        model: a model after `relu_ize`, or the folder of one that `save_relu_pretrained` wrote, which is uploaded as it is.
+        model: a model after `relu_ize`, or the folder of one that `save_relu_pretrained` wrote, uploaded as it is.
         repo_id: "name" or "owner/name".
         processor: tokenizer, image processor or feature extractor, a list for several; `()` to publish without one.
         details, learned, history, report: as for `save_relu_pretrained`; not for a folder, which has them. Where the details
@@ -72,7 +81,8 @@ def push_relu_to_hub(
         token, api: by default what `hf auth login` saved, and the Hub. A token is never stored or shown.
 
     Raises:
-        ValueError: bad repo id, no token, offline mode, no processor, or a model that is not a finite ReLU network.
+        ValueError: bad repo id, no token, offline mode, no processor, a model that is not a finite ReLU network, or a folder
+            without safetensors, or with a token of the Hub in its card.
         VerificationError: stock transformers computes something else. Nothing is uploaded.
         PushError: the upload failed; the folder is kept.
 
@@ -111,12 +121,16 @@ class _Upload:
     create_pr: bool
 
     def send(self, folder: Path) -> CommitInfo:
-        """Uploads the folder in one commit; PushError if that fails, whatever the reason is."""
+        """Uploads the folder's `published_files` in one commit; PushError if that fails, whatever the reason is."""
+        files = published_files(folder)
+        if files.left_out:
+            logger.warning(f"Not uploaded of {str(folder)!r}: {files}")
         try:
             self.api.create_repo(self.repo_id, private=self.private, exist_ok=True, token=self.token)
             commit = self.api.upload_folder(
                 repo_id=self.repo_id,
                 folder_path=folder,
+                allow_patterns=[glob.escape(name) for name in files.names],
                 commit_message=self.commit_message,
                 revision=self.revision,
                 create_pr=self.create_pr,
@@ -127,9 +141,16 @@ class _Upload:
         except Exception as error:  # refused, cut off, out of quota …: whatever it is, the work is in the folder
             raise PushError(
                 f"the upload to {self.repo_id} failed: {error}. The model is saved and verified in {str(folder)!r}; to go "
-                f"on: hf upload {self.repo_id} {folder} ."
+                f"on: {shlex.join(self.command(folder))}" + (f". Not for upload: {files}" if files.left_out else "")
             ) from error
         return commit
+
+    def command(self, folder: Path) -> list[str]:
+        """What uploads the folder another time: the same files, to the same place."""
+        options = [*(["--private"] if self.private else []), *(["--create-pr"] if self.create_pr else [])]
+        options += [f"--{name}={value}" for name, value in (("revision", self.revision), ("tag", self.tag)) if value]
+        options += [] if has_processor(folder) else ["--no-processor"]
+        return ["hf-lambda-gelu", "push", str(folder), "--repo-id", self.repo_id, *options]
 
 
 def _proven(folder: Path, inputs: dict[str, Tensor] | None) -> Path:
@@ -185,11 +206,16 @@ def _licensed(api: HfApi, details: CardDetails, token: str | None) -> CardDetail
     return dataclasses.replace(details, license=card.get("license") if card else None)
 
 
+def has_processor(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer, an image processor or a feature extractor."""
+    names = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+    return any((folder / name).is_file() for name in names)
+
+
 def check_processor(model: PreTrainedModel | str | os.PathLike[str]) -> None:
     """Raises ValueError unless `model` is a folder with a tokenizer, an image processor or a feature extractor."""
-    names = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
     folder = Path(model) if isinstance(model, (str, os.PathLike)) else None
-    if folder is None or not any((folder / name).is_file() for name in names):
+    if folder is None or not has_processor(folder):
         what = "pass processor=…, its" if folder is None else f"{str(model)!r} holds no"
         raise ValueError(
             f"{what} tokenizer, image processor or feature extractor: without one nobody can run the model by its name. "

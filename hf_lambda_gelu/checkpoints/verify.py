@@ -25,6 +25,7 @@ from ..measurement.examples.choice import example_inputs
 from ..measurement.forward import evaluating, main_output, same_random_numbers
 from ..structure.smooth_activations import smooth_activations
 from .card import REPORT_NAME, write_record
+from .redaction import is_secret_name
 
 
 class VerificationError(RuntimeError):
@@ -39,15 +40,18 @@ class VerificationError(RuntimeError):
 
 
 _RELOAD = """
-import sys
+import os, sys
+sys.path += [place for place in sys.argv[1].split(os.pathsep) if place and place not in sys.path]
 sys.modules["hf_lambda_gelu"] = None  # any import of it fails
 import hashlib, json, random, numpy, torch, transformers
 from safetensors.torch import load_file, save_file
-folder, inputs, outputs, name, attention, threads = sys.argv[1:]
+folder, inputs, outputs, name, attention, threads = sys.argv[2:]
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(int(threads))
 extra = {"attn_implementation": attention} if attention else {}
-model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, **extra)
+model, info = getattr(transformers, name).from_pretrained(
+    folder, output_loading_info=True, trust_remote_code=False, **extra
+)
 wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(map(str, info["mismatched_keys"]))
 if wrong:
     sys.exit("keys that do not fit: " + ", ".join(wrong[:5]))
@@ -123,17 +127,24 @@ def verify_relu_pretrained(
 
 
 def _reloaded(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor]) -> _Stock:
-    """Runs the folder's model in another process, as the class and with the attention of `model`, on as many threads."""
+    """Runs the folder's model in another process, as the class and with the attention of `model`, on as many threads.
+
+    The process imports nothing from the current folder, the checkpoint's or PYTHONPATH: -I leaves them off the path, and it
+    starts in an empty folder. Its environment holds no secret.
+    """
     with tempfile.TemporaryDirectory() as scratch:
+        empty = os.path.join(scratch, "empty")
+        os.mkdir(empty)
         source, result = os.path.join(scratch, "inputs.safetensors"), os.path.join(scratch, "outputs.safetensors")
         save_file({k: v.contiguous() for k, v in inputs.items()}, source)
         attention = attention_implementation(model.config)
-        arguments = [str(folder), source, result, type(model).__name__, attention, str(torch.get_num_threads())]
+        arguments = [os.path.abspath(folder), source, result, type(model).__name__, attention, str(torch.get_num_threads())]
         process = subprocess.run(
-            [sys.executable, "-c", _RELOAD, *arguments],
+            [sys.executable, "-I", "-c", _RELOAD, _homes_of_packages(folder), *arguments],
             capture_output=True,
             text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+            cwd=empty,
+            env=_isolated_environment(empty),
         )
         if process.returncode:
             lines = process.stderr.strip().splitlines() or ["no message"]
@@ -141,10 +152,38 @@ def _reloaded(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor]
         return _Stock(main_output(load_file(result)), json.loads(process.stdout.splitlines()[-1]))
 
 
+def _homes_of_packages(folder: Path) -> str:
+    """Where this process has what the other one imports, for installations outside of Python's own folders.
+
+    The current folder and the checkpoint's are never among them.
+    """
+    homes = dict.fromkeys(
+        os.path.dirname(os.path.dirname(os.path.abspath(str(sys.modules[name].__file__))))
+        for name in ("torch", "transformers", "safetensors", "numpy", "huggingface_hub")
+        if getattr(sys.modules.get(name), "__file__", None)
+    )
+    barred = {os.path.realpath(os.getcwd()), os.path.realpath(folder)}
+    return os.pathsep.join(home for home in homes if os.path.realpath(home) not in barred)
+
+
+def _isolated_environment(empty: str) -> dict[str, str]:
+    """This process's environment without secrets and without what tells Python where to look for modules."""
+    kept = {k: v for k, v in os.environ.items() if not is_secret_name(k) and not k.startswith("PYTHON")}
+    return kept | {
+        "PYTHONSAFEPATH": "1",  # for what the process may start itself
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "HF_TOKEN_PATH": os.path.join(empty, "none"),
+        "HF_MODULES_CACHE": os.path.join(empty, "none"),
+        "USE_HUB_KERNELS": "NO",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+
+
 def _record_checks(folder: Path, model: PreTrainedModel, inputs: dict[str, Tensor], compared: dict[str, float]) -> None:
     """Adds what was compared, and which activations ran, to the folder's record, if it has one."""
     path = folder / REPORT_NAME
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():  # what a link points to is not the folder's
         return
     checks = {
         "reloaded_by": f"transformers {version('transformers')}, in a process without hf_lambda_gelu",

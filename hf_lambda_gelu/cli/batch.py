@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 import hf_lambda_gelu as hlg
 
 from ..reports import markdown_table
-from .inner import REPORT_NAME, check_processor, check_relu, check_target, whole_folder
+from .inner import REPORT_NAME, check_processor, check_relu, check_target, published_files, whole_folder
 from .models import loaded, processors, resolved, writable
 from .work import UsageError
 
@@ -97,7 +97,7 @@ def pushed(batch: Batch, target: dict[str, Any], collection: str | None, dry_run
             check_target(api, repo_id, None, target["tag"], target["create_pr"])
     scratch, keep = Path(tempfile.mkdtemp(prefix="push-")), False
     try:
-        saved = {}
+        saved: dict[str, Path] = {}
         for index, (folder, repo_id) in enumerate(names.items()):
             own = scratch / str(index)
             own.mkdir()
@@ -107,18 +107,26 @@ def pushed(batch: Batch, target: dict[str, Any], collection: str | None, dry_run
             if dry_run or kept or len(names) > 1:  # all before the first upload; a single one is proven by the push
                 hlg.verify_relu_pretrained(loaded(path), path)
             saved[repo_id] = path
-        value: dict[str, Any] = {"dry_run": dry_run, "metrics": metrics(saved), "files": files(saved)}
+        found = {repo_id: published_files(path) for repo_id, path in saved.items()}
+        value: dict[str, Any] = {
+            "dry_run": dry_run,
+            "metrics": metrics(saved),
+            "files": {repo_id: sizes(saved[repo_id], each.names) for repo_id, each in found.items()},
+            "left_out": {repo_id: each.left_out for repo_id, each in found.items()},
+        }
         text = table(value["metrics"])
         for repo_id, path in kept.items():
             with whole_folder(path) as temporary:
-                shutil.copytree(saved[repo_id], temporary, dirs_exist_ok=True)
+                for name in found[repo_id].names:
+                    (temporary / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(saved[repo_id] / name, temporary / name)
             saved[repo_id] = path
         if batch.save_to is not None:
             (batch.save_to / "results.md").write_text(text + "\n", encoding="utf-8")
         if dry_run:
-            return value, f"{text}\n{contents(value['files'])}"
+            return value, f"{text}\n{contents(value['files'])}{stays(value['left_out'])}"
         value["urls"] = urls = upload(saved, api, target)
-        text += "".join(f"\n{url}" for url in urls.values())
+        text += "".join(f"\n{url}" for url in urls.values()) + stays(value["left_out"])
     except hlg.PushError:
         keep = True  # its message names a folder in there
         raise
@@ -157,12 +165,9 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return markdown_table(["model", *columns], cells)
 
 
-def files(saved: dict[str, Path]) -> dict[str, dict[str, int]]:
-    """Repository → file → bytes."""
-    return {
-        repo_id: {str(p.relative_to(path)): p.stat().st_size for p in sorted(path.rglob("*")) if p.is_file()}
-        for repo_id, path in saved.items()
-    }
+def sizes(folder: Path, names: list[str]) -> dict[str, int]:
+    """File → bytes."""
+    return {name: (folder / name).stat().st_size for name in names}
 
 
 def contents(found: dict[str, dict[str, int]]) -> str:
@@ -172,6 +177,15 @@ def contents(found: dict[str, dict[str, int]]) -> str:
         lines.append(f"{repo_id}, proven and not uploaded (--dry-run):")
         lines += [f"  {name}  {size:,} bytes" for name, size in sizes.items()]
     return "\n".join(lines)
+
+
+def stays(left_out: dict[str, dict[str, str]]) -> str:
+    """What is in the folders and is not uploaded, a line each; empty where there is nothing."""
+    return "".join(
+        f"\nnot uploaded to {repo_id}: {name} ({reason})"
+        for repo_id, left in left_out.items()
+        for name, reason in left.items()
+    )
 
 
 def collect(api: HfApi, title: str, repo_ids: list[str], private: bool) -> str:

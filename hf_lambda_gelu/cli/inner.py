@@ -8,6 +8,7 @@ from __future__ import annotations
 from ..checkpoints.card import REPORT_NAME
 from ..checkpoints.folders import check_new, whole_folder
 from ..checkpoints.hub import check_processor, check_target
+from ..checkpoints.published_files import published_files
 from ..checkpoints.save import check_relu
 from ..measurement.batches import model_batches, rows, token_mask
 from ..measurement.forward import main_output
@@ -22,6 +23,7 @@ __all__ = [
     "load_saved",
     "main_output",
     "model_batches",
+    "published_files",
     "rows",
     "token_mask",
     "whole_folder",

@@ -192,7 +192,7 @@ def test_failed_upload_keeps_the_folder(
     monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *args: 0.0)
     api = HfApi(endpoint=hub.url, token=TOKEN)
     hub.fail_next(method, route, status, times=9 if status == 429 else 1, applied=False)
-    with pytest.raises(hlg.PushError, match="hf upload tester/m") as caught:
+    with pytest.raises(hlg.PushError, match=r"hf-lambda-gelu push .*--repo-id tester/m") as caught:
         hlg.push_relu_to_hub(relu_model(), "tester/m", processor=(), folder=tmp_path / "kept", api=api)
     assert TOKEN not in str(caught.value)
     assert (tmp_path / "kept" / "model.safetensors").is_file()

@@ -1,0 +1,146 @@
+"""Which files of a saved folder go to the Hub: an allow-list, which no link leads out of."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from huggingface_hub import constants
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .card import PLOT_NAME, REPORT_NAME
+from .redaction import holds_hub_token
+
+_CARD = "README.md"
+_MODEL = ("config.json", "generation_config.json")
+_PACKAGE = (_CARD, REPORT_NAME, PLOT_NAME)
+_PROCESSOR_CONFIGS = (
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# vocabularies of transformers' tokenizers; what others of its classes name is looked up
+_VOCABULARIES = (
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+)
+_PROCESSOR_FOLDERS = ("tokenizer", "image_processor", "feature_extractor")  # ends of names, such as qformer_tokenizer
+_TEMPLATES = "additional_chat_templates"
+
+
+@dataclass(frozen=True)
+class PublishedFiles:
+    """What is uploaded of a folder, and what is not.
+
+    Attributes:
+        names: paths within the folder, with /, in order.
+        left_out: path within the folder → why it stays; all that is in a folder that stays counts as the folder.
+    """
+
+    names: list[str]
+    left_out: dict[str, str]
+
+    def __str__(self) -> str:
+        """What stays, for a person."""
+        return ", ".join(f"{name} ({reason})" for name, reason in self.left_out.items())
+
+
+def published_files(folder: Path) -> PublishedFiles:
+    """The files of `folder` that a model's own save, its processor's and this package write; links are not followed.
+
+    Links into the Hub's own cache, which its snapshots are made of, count as files.
+
+    Raises:
+        ValueError: the config or weights are missing or lie behind a link, or the card holds a token of the Hub.
+    """
+    allowed = {*_MODEL, *_PACKAGE, *_weights(folder), *_processor_files(folder)}
+    names: list[str] = []
+    left_out: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink() and (path.name == _TEMPLATES or path.name.endswith(_PROCESSOR_FOLDERS)):
+            of_processor = _processor_files(path)
+            for inner in sorted(path.iterdir()):
+                is_known = inner.suffix == ".jinja" if path.name == _TEMPLATES else inner.name in of_processor
+                _sort(f"{path.name}/{inner.name}", inner, is_known, names, left_out)
+        else:
+            name = path.name + ("/" if path.is_dir() and not path.is_symlink() else "")
+            _sort(name, path, name in allowed, names, left_out)
+    _check_complete(folder, names, left_out)
+    return PublishedFiles(names, left_out)
+
+
+def _sort(name: str, path: Path, is_known: bool, names: list[str], left_out: dict[str, str]) -> None:
+    if path.is_symlink() and not _of_the_cache(path):
+        left_out[name] = "a link"
+    elif not is_known:
+        left_out[name] = "not a file of the model, its processor or this package"
+    elif not path.is_file():
+        left_out[name] = "no regular file"
+    else:
+        names.append(name)
+
+
+def _of_the_cache(link: Path) -> bool:
+    """Whether a link leads to a file that the Hub's client downloaded."""
+    target = Path(os.path.realpath(link))
+    return target.parent.name == "blobs" and target.is_relative_to(os.path.realpath(constants.HF_HUB_CACHE))
+
+
+def _weights(folder: Path) -> set[str]:
+    """The safetensors that transformers would load: one file, or an index and the files of the folder that it names."""
+    if os.path.lexists(folder / SAFE_WEIGHTS_NAME):
+        return {SAFE_WEIGHTS_NAME}
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_symlink() and not _of_the_cache(index):
+        return set()
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    plain = {s for s in shards if isinstance(s, str) and s == os.path.basename(s) and s.endswith(".safetensors")}
+    return {SAFE_WEIGHTS_INDEX_NAME, *plain} if plain == shards else set()
+
+
+def _processor_files(folder: Path) -> set[str]:
+    """Names that tokenizers and processors write, those of this folder's tokenizer class among them."""
+    names = {*_PROCESSOR_CONFIGS, *_VOCABULARIES}
+    config = folder / "tokenizer_config.json"
+    if config.is_symlink() and not _of_the_cache(config):
+        return names
+    try:
+        name = json.loads(config.read_text(encoding="utf-8"))["tokenizer_class"]
+        own = getattr(transformers, name).vocab_files_names.values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        return names
+    return names | {file for file in own if isinstance(file, str)}
+
+
+def _check_complete(folder: Path, names: list[str], left_out: dict[str, str]) -> None:
+    for needed in ("config.json", SAFE_WEIGHTS_NAME):
+        found = needed in names or (needed == SAFE_WEIGHTS_NAME and SAFE_WEIGHTS_INDEX_NAME in names)
+        if not found:
+            why = f"{needed} is {left_out[needed]}" if needed in left_out else f"it holds no {needed}"
+            raise ValueError(
+                f"{str(folder)!r} cannot be published: {why}. Save the model anew by save_relu_pretrained(model, folder)"
+            )
+    if SAFE_WEIGHTS_INDEX_NAME in names and (missing := sorted(_weights(folder) - set(names))):
+        why = left_out.get(missing[0], "missing")
+        raise ValueError(f"{str(folder)!r} cannot be published: {missing[0]}, which its index names, is {why}")
+    for name in {_CARD, REPORT_NAME} & set(names):
+        if holds_hub_token((folder / name).read_text(encoding="utf-8", errors="replace")):
+            raise ValueError(f"{str(folder / name)!r} holds a token of the Hub: take it out, and revoke it on the Hub")
