@@ -65,8 +65,7 @@ def push_relu_to_hub(
     """Publishes a ReLU-ized model: saves it, proves by `verify_relu_pretrained` that stock transformers computes the same
     without this package, and only then uploads, in one commit, whose `CommitInfo` it returns.
 
-    Uploaded are the files that the model's own save wrote, those of its processor, and the card, `lambda_gelu.json` and the
-    plot: whatever else lies in a folder stays, links too, and is named in a warning.
+    Only what the model's and its processor's own saves and this package wrote goes up; the rest is named in a warning.
 
     Args:
         model: a model after `relu_ize`, or the folder of one that `save_relu_pretrained` wrote, uploaded as it is.
@@ -81,8 +80,7 @@ def push_relu_to_hub(
         token, api: by default what `hf auth login` saved, and the Hub. A token is never stored or shown.
 
     Raises:
-        ValueError: bad repo id, no token, offline mode, no processor, a model that is not a finite ReLU network, or a folder
-            without safetensors, or with a token of the Hub in its card.
+        ValueError: bad repo id, no token, offline, no processor, no finite ReLU network, a token of the Hub in a card.
         VerificationError: stock transformers computes something else. Nothing is uploaded.
         PushError: the upload failed; the folder is kept.
 

@@ -116,10 +116,7 @@ def pushed(batch: Batch, target: dict[str, Any], collection: str | None, dry_run
         }
         text = table(value["metrics"])
         for repo_id, path in kept.items():
-            with whole_folder(path) as temporary:
-                for name in found[repo_id].names:
-                    (temporary / name).parent.mkdir(exist_ok=True)
-                    shutil.copyfile(saved[repo_id] / name, temporary / name)
+            keep_files(saved[repo_id], found[repo_id].names, path)
             saved[repo_id] = path
         if batch.save_to is not None:
             (batch.save_to / "results.md").write_text(text + "\n", encoding="utf-8")
@@ -137,6 +134,14 @@ def pushed(batch: Batch, target: dict[str, Any], collection: str | None, dry_run
         value["collection"] = collect(api, collection, list(names.values()), target["private"])
         text += f"\n{value['collection']}"
     return value, text
+
+
+def keep_files(folder: Path, names: list[str], target: Path) -> None:
+    """Copy the named files to a folder that appears when it is complete."""
+    with whole_folder(target) as temporary:
+        for name in names:
+            (temporary / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, temporary / name)
 
 
 def upload(saved: dict[str, Path], api: HfApi, target: dict[str, Any]) -> dict[str, str]:
