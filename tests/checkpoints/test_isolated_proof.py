@@ -54,6 +54,8 @@ def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Xq7secretvalue" not in str(seen)
     assert seen["env"]["SOMETHING_ELSE"] == "kept"
     assert (seen["env"]["HF_HUB_OFFLINE"], seen["env"]["HF_HUB_DISABLE_IMPLICIT_TOKEN"]) == ("1", "1")
+    assert "-I" in seen["command"]
+    assert not [name for name in seen["env"] if name.startswith("PYTHON") and name != "PYTHONSAFEPATH"]
     assert seen["inside"] == []
     assert Path(seen["cwd"]) != Path.cwd()
     assert str(tmp_path / "m") in seen["command"]

@@ -128,7 +128,18 @@ def test_record_of_somebody_else(tmp_path: Path) -> None:
 
 
 def test_only_listed_options_are_stated() -> None:
-    words = ["/srv/private/run.json", "--mystery", SECRET, "--seed=4", "--run-key=1", "--no_bf16", "--lr", "-1"]
+    words = [
+        "/srv/private/run.json",
+        "--mystery",
+        SECRET,
+        "--seed=4",
+        "--run-key",
+        SECRET,
+        SECRET,
+        "--no_bf16",
+        "--lr",
+        "-1",
+    ]
     command = stated_command("python -m x", words, {"seed", "bf16", "lr", "run_key"})
     assert command == "python -m x run.json --seed=4 --no_bf16 --lr -1"
 
