@@ -51,7 +51,7 @@ def cleaned_text(text: str) -> str:
     """The text without tokens of the Hub and users of addresses; absolute paths are cut to their last name.
 
     Examples:
-        >>> cleaned_text("made of /home/me/data/train.json, see https://me:secret@example.org/a")
+        >>> cleaned_text("made of /data/of/mine/train.json, see https://me:secret@example.org/a")
         'made of train.json, see https://example.org/a'
     """
     text = _HUB_TOKEN.sub("hf_…", _USER_OF_ADDRESS.sub("", text))
@@ -62,7 +62,7 @@ def cleaned_command(command: str) -> str:
     """`cleaned_text` of a command, without options and variables that are named like secrets; its layout stays.
 
     Examples:
-        >>> cleaned_command("HF_TOKEN=abc python train.py --hub_token abc --file=/home/me/a.json --seed 0")
+        >>> cleaned_command("HF_TOKEN=abc python train.py --hub_token abc --file=/data/a.json --seed 0")
         'python train.py --file=a.json --seed 0'
     """
     for pattern in _SECRETS:
@@ -79,7 +79,7 @@ def stated_command(program: str, arguments: Sequence[str], options: Collection[s
         options: names that may be stated, without dashes and with underscores; those of secrets never are.
 
     Examples:
-        >>> words = ["--seed", "0", "--hub-token", "abc", "--file=/home/me/a.json"]
+        >>> words = ["--seed", "0", "--hub-token", "abc", "--file=/data/a.json"]
         >>> stated_command("python train.py", words, {"seed", "file"})
         'python train.py --seed 0 --file=a.json'
     """
