@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .towers import decoder_mask
+
 
 class CalibrationError(ValueError):
     """The calibration set cannot be used; the message says what was got and what to do. The model is as it was.
@@ -103,16 +105,11 @@ def token_mask(batch: Mapping[str, Any], decoder: bool = False) -> Tensor | None
     """(batch, length), True at tokens that are not padding; None if the batch does not say.
 
     Args:
-        decoder: of the decoder's input of an encoder-decoder model. Without a mask for it, positions before a label of −100
-            count as padding, as a decoder input made from labels is the labels shifted by one.
+        decoder: of the decoder's input of an encoder-decoder model; see `towers.decoder_mask`.
     """
-    if not decoder:
-        mask = batch.get("attention_mask")
-    else:
-        mask = batch.get("decoder_attention_mask")
-        labels = batch.get("labels")
-        if mask is None and "decoder_input_ids" not in batch and isinstance(labels, Tensor) and labels.dim() == 2:
-            mask = labels != -100
+    if decoder:
+        return decoder_mask(None, batch)
+    mask = batch.get("attention_mask")
     return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from ..activation.bases import get_base
 from ..activation.hardness import DEFAULT_RELATIVE_TOLERANCE, check_hardness, check_relative_tolerance, target_hardness
 from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
 from ..reports import finite_or_none, progress, table, to_dict
-from ..structure.hooks import Hooks
-from .batches import CalibrationError, model_batches, rows, token_mask
-from .forward import decoder_modules, measuring, run_batch
+from .batches import CalibrationError, model_batches
+from .forward import measuring, run_batch
+from .site_rows import Count, SiteRows
 
 # A histogram of log2|x|. Its lowest bin is for 0 and what fp32 has as subnormal, taken as 0; in its highest, |x| ≥ 2¹⁰,
 # every gate is 0 or 1 at any λ ≥ 1. A bin's width displaces |x| by a factor of at most 2^(1/128).
@@ -46,6 +45,8 @@ class SiteStatistics:
         negative: fraction of x < 0, in [0, 1].
         relu_square: mean of ReLU(x)².
         histogram: counts of log2|x| in 64 bins an octave from 2⁻¹²⁶ to 2¹⁰, fp64, shape (8704,).
+        tokens, padding: rows of x (tokens, patches) that count, and rows that do not, as they are padding; None for the
+            second where the batches' mask fits nothing that the site works on, and all rows count.
 
     Examples:
         >>> site = hlg.calibrate(model, batches).sites[0]  # import hf_lambda_gelu as hlg; a converted model
@@ -61,6 +62,8 @@ class SiteStatistics:
     negative: float
     relu_square: float
     histogram: Tensor = field(repr=False, compare=False)
+    tokens: int = 0
+    padding: int | None = 0
 
     def relative_error(self, hardness: float) -> float:
         """√(E[(f(x; λ) − ReLU(x))²] / E[ReLU(x)²]) at λ = `hardness`, dimensionless. [derived]
@@ -174,12 +177,9 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
     """
     sites, profile = calibration_sites(model), hardness_profile(model)
     running = {name: _RunningStatistics() for name in sites}
-    decoder = decoder_modules(model)
     index = 0
-    masks: dict[bool, Tensor | None] = {}
 
-    def watch(name: str, in_decoder: bool, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        x = rows(args[0], masks[in_decoder])
+    def take(name: str, x: Tensor) -> None:
         if not bool(torch.isfinite(x).all()):
             raise CalibrationError(
                 f"calibration batch {index}: the pre-activations of {name} are not finite. Look for an overflow of half "
@@ -188,13 +188,12 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
         for piece in pieces(x):
             running[name].add(piece)
 
-    with measuring(model), Hooks() as hooks:
-        for name, site in sites.items():
-            hooks.before(site, partial(watch, name, site in decoder))
+    rows = SiteRows(model, sites, take)
+    with measuring(model):
         for index, batch in enumerate(model_batches(model, progress(dataloader, "calibration"))):
-            masks = {in_decoder: token_mask(batch, decoder=in_decoder) for in_decoder in (False, True)}
-            run_batch(model, batch, index)
-    return CalibrationReport([statistics.of(n, sites[n].base, profile[n]) for n, statistics in running.items()])
+            with rows.counting(batch):
+                run_batch(model, batch, index)
+    return CalibrationReport([s.of(n, sites[n].base, profile[n], rows.counts[n]) for n, s in running.items()])
 
 
 def calibration_sites(model: nn.Module) -> dict[str, LambdaGELU]:
@@ -235,7 +234,8 @@ class _RunningStatistics:
         bins = ((x.abs().log2() - _LOWEST_OCTAVE) * _BINS_PER_OCTAVE).floor().clamp(0, _BINS - 1).long()
         self.histogram += bins.bincount(minlength=_BINS).cpu()
 
-    def of(self, name: str, base: str, hardness: float) -> SiteStatistics:
+    def of(self, name: str, base: str, hardness: float, seen: Count) -> SiteStatistics:
         n = self.count or math.nan
         values = self.mean * n / n, math.sqrt(self.squares / n), self.negative / n, self.relu_squares / n
-        return SiteStatistics(name, base, hardness, self.count, *values, self.histogram)
+        padding = seen.padding if seen.told else None
+        return SiteStatistics(name, base, hardness, self.count, *values, self.histogram, seen.tokens, padding)

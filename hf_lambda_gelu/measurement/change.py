@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 
 from ..activation.module import hardness_sites
 from ..reports import progress
-from ..structure.hooks import Hooks
-from .batches import CalibrationError, rows, token_mask
-from .forward import decoder_modules, main_output, run_batch
+from .batches import CalibrationError
+from .forward import main_output, run_batch
+from .site_rows import SiteRows
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -123,23 +122,17 @@ class _Zeros:
     """Counts, by site, what a ReLU makes 0."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.sites = hardness_sites(model)
-        self.decoder = decoder_modules(model)
-        self.counts = {name: [0, 0] for name in self.sites}  # zeros, elements
+        self.rows = SiteRows(model, hardness_sites(model), self._take)
+        self.counts = {name: [0, 0] for name in self.rows.sites}  # zeros, elements
 
     @contextlib.contextmanager
     def counting(self, batch: Mapping[str, Any]) -> Iterator[None]:
-        masks = {in_decoder: token_mask(batch, in_decoder) for in_decoder in (False, True)}
-
-        def watch(name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            x = rows(args[0], masks[module in self.decoder])
-            self.counts[name][0] += int((x <= 0).sum())
-            self.counts[name][1] += x.numel()
-
-        with Hooks() as hooks:
-            for name, site in self.sites.items():
-                hooks.before(site, partial(watch, name))
+        with self.rows.counting(batch):
             yield
+
+    def _take(self, name: str, x: Tensor) -> None:
+        self.counts[name][0] += int((x <= 0).sum())
+        self.counts[name][1] += x.numel()
 
     def fractions(self) -> dict[str, float]:
         """Without the sites that no batch reached."""

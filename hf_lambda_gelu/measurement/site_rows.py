@@ -1,0 +1,135 @@
+"""The pre-activations of every λ-GELU over a forward pass, call by call, without those of padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..activation.module import LambdaGELU
+from ..structure.hooks import Hooks
+from .batches import FORWARD_ERRORS, CalibrationError, batch_size
+from .forward import call
+from .places import Places, chunks, places
+from .towers import Note, Towers
+
+
+@dataclass
+class Count:
+    """What was seen of one site.
+
+    Attributes:
+        tokens, padding: rows (tokens, patches) that counted, and rows of padding that did not.
+        told: whether padding could be told from tokens throughout.
+    """
+
+    tokens: int = 0
+    padding: int = 0
+    told: bool = True
+
+    def add(self, seen: Places) -> None:
+        tokens = seen.count if seen.token is None else int(seen.token.sum())
+        self.tokens += tokens
+        self.padding += seen.count - tokens
+        self.told = self.told and seen.told
+
+
+@dataclass
+class SiteRows:
+    """Hands on what enters each site, (tokens, features) or more pieces of it, and counts tokens and padding.
+
+    A call on part of a sequence waits until the forward pass is over, since only then is known which part it was.
+
+    Attributes:
+        take: called with a site's name and rows.
+        counts: by site.
+    """
+
+    model: nn.Module
+    sites: Mapping[str, LambdaGELU]
+    take: Callable[[str, Tensor], None]
+    counts: dict[str, Count] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.towers = Towers(self.model, self.sites.values())
+        self.counts = {name: Count() for name in self.sites}
+        self._turned: dict[str, bool] = {}  # site → whether positions come before examples, where sizes do not say it
+        self._waiting: dict[str, list[tuple[Tensor, Note]]] = {}
+
+    @contextmanager
+    def counting(self, batch: Mapping[str, Any]) -> Iterator[None]:
+        """Within the block, the model runs once, on the batch."""
+        size = batch_size(self.model, batch)
+        self._waiting = {}
+        with Hooks() as hooks, self.towers.following(size, batch):
+            for name, site in self.sites.items():
+                hooks.before(site, partial(self._on_site, name))
+            yield
+        doubtful = [n for n, seen in self._waiting.items() if n not in self._turned and any(_square(s[1]) for s in seen)]
+        if doubtful:
+            first = positions_first(self.model, {name: self.sites[name] for name in doubtful}, batch, size)
+            self._turned.update({name: name in first for name in doubtful})
+        for name, seen in self._waiting.items():
+            for (x, note), chunk in zip(seen, chunks([note for _, note in seen]), strict=True):
+                self._hand_on(name, x, places(note, chunk, self._turned.get(name, False)))
+        self._waiting = {}
+
+    def _on_site(self, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0]
+        note = self.towers.note(x)
+        if not note.tower.padded:
+            self._hand_on(name, x, places(note))
+            return
+        found = places(note)
+        if not found.told and x.dim() == 3:  # a convolution's channels
+            turned = self.towers.note(moved := x.movedim(1, -1))
+            if places(turned).told:
+                x, note, found = moved, turned, places(turned)
+        if found.told and not _square(note):
+            self._hand_on(name, x, found)
+        else:
+            self._waiting.setdefault(name, []).append((x, note))
+
+    def _hand_on(self, name: str, x: Tensor, seen: Places) -> None:
+        self.counts[name].add(seen)
+        flat = x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+        self.take(name, flat if seen.token is None else flat[seen.token.to(flat.device)])
+
+
+def _square(note: Note) -> bool:
+    """Whether the sizes alone do not say which dimension is the examples."""
+    return len(note.leading) > 1 and note.leading[0] == note.leading[1] == note.tower.size > 1
+
+
+@torch.no_grad()
+def positions_first(
+    model: nn.Module, modules: Mapping[str, nn.Module], batch: Mapping[str, Any], size: int
+) -> Collection[str]:
+    """Which of the modules work on (positions, examples, …), found by a run on one example less.
+
+    Raises:
+        CalibrationError: the batch cannot be cut to one example less, so that it cannot be told.
+    """
+    less = {k: v[: size - 1] if isinstance(v, Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}
+    found: set[str] = set()
+
+    def watch(name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        if args[0].dim() > 2 and args[0].shape[1] == size - 1 and args[0].shape[0] != size - 1:
+            found.add(name)
+
+    with Hooks() as hooks:
+        for name, module in modules.items():
+            hooks.before(module, partial(watch, name))
+        try:
+            call(model, less)
+        except FORWARD_ERRORS as error:
+            raise CalibrationError(
+                f"a calibration batch has as many positions as examples ({size}), and {type(model).__name__} does not run on "
+                f"one example less ({type(error).__name__}: {error}), so that padding cannot be told. Use another batch size"
+            ) from error
+    return found
