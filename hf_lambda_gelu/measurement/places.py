@@ -21,12 +21,20 @@ class Places:
         example: (rows,), the example of the batch that each belongs to; None where that cannot be told.
         token: (rows,), True at tokens; None where all are.
         told: whether padding can be told from tokens; where it cannot, all rows count as tokens.
+        row, of: (rows,), where each is among so many, for rows that are a choice of them; None where all are here.
     """
 
     count: int
     example: Tensor | None
     token: Tensor | None = None
     told: bool = True
+    row: Tensor | None = None
+    of: int | None = None
+
+    @property
+    def total(self) -> int:
+        """How many rows there are with those that are not here."""
+        return self.count if self.of is None else self.of
 
 
 @dataclass(frozen=True)
@@ -83,11 +91,22 @@ def places(note: Note, chunk: Chunk | None = None, positions_first: bool = False
         token = _laid_out(mask, note.leading, positions_first)
         if token is not None:
             return Places(count, example, token)
-    mask = note.tower.mask
-    assert mask is not None
-    if count == int(mask.sum()):  # the model unpadded its input itself
-        return Places(count, mask.nonzero()[:, 0] // (len(mask) // note.tower.size))
+    whole = _masks(note.tower, ())[0]
+    if count == int(whole.sum()):  # the model unpadded its input itself
+        return Places(count, whole.nonzero()[:, 0] // (len(whole) // note.tower.size))
     return Places(count, example, told=False)
+
+
+def routed(chosen: Tensor, seen: Places) -> Places:
+    """The places of the rows that one expert gets.
+
+    Args:
+        chosen: (tokens, choices), True where a token's choice is this expert; rows come in the order of the choices.
+        seen: the places of all tokens.
+    """
+    tokens = torch.where(chosen.T)[1].cpu()
+    example, token = (None if t is None else t.cpu()[tokens] for t in (seen.example, seen.token))
+    return Places(len(tokens), example, token, seen.told, tokens, seen.count)
 
 
 def _masks(tower: Tower, leading: Leading) -> list[Tensor]:

@@ -113,6 +113,21 @@ def lambda_keys_as(model: nn.Module, key: str) -> Iterator[None]:
             put_attribute(config, path, lambda_key)
 
 
+@contextlib.contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Within the block, no config in `model` asks for a key-value cache: it would carry state from run to run."""
+    configs = {id(c): c for module in model.modules() if isinstance(c := getattr(module, "config", None), PreTrainedConfig)}
+    parts = [sub for c in configs.values() for sub in vars(c).values() if isinstance(sub, PreTrainedConfig)]
+    asking = [c for c in {id(c): c for c in (*configs.values(), *parts)}.values() if vars(c).get("use_cache") is True]
+    try:
+        for config in asking:
+            config.use_cache = False
+        yield
+    finally:
+        for config in asking:
+            config.use_cache = True
+
+
 def _owner(model: PreTrainedModel, path: str) -> PreTrainedConfig:
     """The config that holds the attribute at a dotted path."""
     parent = path.rpartition(".")[0]

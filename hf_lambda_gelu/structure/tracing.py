@@ -21,21 +21,59 @@ class Trace:
     Attributes:
         maps: site name → the linear maps that consume its output (several for experts); absent if it cannot be refit.
         obstacles: site name → why its output cannot be made up for.
-        order: site names in the order in which they were first called.
+        order: site names in the order in which they are called.
+        batches: the batches that were run, by their place, until every site was reached or none was left.
+        leading: site name → the leading shape (all but the features) of its output in the first call.
     """
 
     maps: dict[str, list[LinearMap]] = field(default_factory=dict)
     obstacles: dict[str, str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
+    leading: dict[str, torch.Size] = field(default_factory=dict)
 
 
-def trace(model: nn.Module, forward: Callable[[], Any]) -> Trace:
+def trace(model: nn.Module, forward: Callable[[], Any], *others: Callable[[], Any]) -> Trace:
     """Runs `forward` and finds, for every λ-GELU of `model`, the linear maps that consume its output.
+
+    What the first batch does not reach (an expert to which it routes nothing, a tower without inputs) others may: they are
+    run until every site was reached.
+
+    Args:
+        forward, others: the model's forward on one batch after the other.
 
     The outputs of sites and of linear maps are cut off from what made them, so that following the graph back from a map's
     input ends at the sites and maps that it came from.
     """
     sites: dict[nn.Module, str] = {site: name for name, site in hardness_sites(model).items()}
+    result = Trace()
+    reached: dict[str, list[LinearCall]] = {}
+    for index, run in enumerate((forward, *others)):
+        seen = _reached(sites, run, result.leading)
+        if index and seen.keys() <= reached.keys():
+            continue
+        result.batches.append(index)
+        result.order = _merged(result.order, list(seen))
+        for site, calls in seen.items():
+            reached.setdefault(site, []).extend(calls)
+        if len(reached) == len(sites):
+            break
+    return _read(model, sites.values(), reached, result)
+
+
+def _merged(order: list[str], more: list[str]) -> list[str]:
+    """The order with the sites of another pass, each after the one that came before it there."""
+    merged = list(order)
+    for before, site in zip([None, *more], more, strict=False):
+        if site not in merged:
+            merged.insert(0 if before is None else merged.index(before) + 1, site)
+    return merged
+
+
+def _reached(
+    sites: Mapping[nn.Module, str], forward: Callable[[], Any], leading: dict[str, torch.Size]
+) -> dict[str, list[LinearCall]]:
+    """The sites that one forward pass reaches, in order, with the linear maps that take their output up."""
     leaves: dict[int, str | None] = {}  # id of a leaf → the site that put it out, None for a linear map
     kept: list[Tensor] = []
     reached: dict[str, list[LinearCall]] = {}
@@ -50,6 +88,7 @@ def trace(model: nn.Module, forward: Callable[[], Any]) -> Trace:
 
     def on_site(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         reached.setdefault(sites[module], [])
+        leading.setdefault(sites[module], output.shape[:-1])
         return leaf(output, sites[module])
 
     def on_linear(call: LinearCall) -> Tensor | None:
@@ -62,7 +101,7 @@ def trace(model: nn.Module, forward: Callable[[], Any]) -> Trace:
             hooks.after(site, on_site)
         with torch.enable_grad(), watch_linears(on_linear):
             forward()
-    return _read(model, sites.values(), reached)
+    return reached
 
 
 def ancestors(tensor: Tensor) -> Iterator[Any]:
@@ -84,8 +123,7 @@ def _sources(tensor: Tensor, leaves: dict[int, str | None]) -> set[str]:
     return {site for site in sites if site is not None}
 
 
-def _read(model: nn.Module, names: Iterable[str], reached: Mapping[str, list[LinearCall]]) -> Trace:
-    result = Trace(order=list(reached))
+def _read(model: nn.Module, names: Iterable[str], reached: Mapping[str, list[LinearCall]], result: Trace) -> Trace:
     parameters = Parameters(model)
     consumed: dict[str, set[str]] = {}  # parameter → the sites whose output it consumes
     for site, calls in reached.items():

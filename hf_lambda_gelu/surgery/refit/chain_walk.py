@@ -1,86 +1,164 @@
-"""A walk along a chain of blocks: both networks' hidden states before the block that it has come to, on every batch."""
+"""A walk along a chain of blocks: both networks' hidden states before the block that it has come to, on every batch.
+
+A block is run apart from the model's forward only where that gives what the forward gave: what it put out there is sampled on
+every batch, and each run of the smooth network's block is compared with it (`ReplayError`). What fails is run whole.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._compat import pytree
-from ...measurement.batches import CalibrationError
 from ...reports import progress
 from ...structure.linear_maps import LinearMap
-from .blocks import Arguments, with_hidden, without_hidden
-from .chains import Chain, capture
-from .meeting_point import Meeting, Observed, find_meeting, main_tensor, observe
+from .capture import Call, Sample, capture
+from .chains import Chain
+from .meeting_point import Meeting, find_meeting
+from .runs import Run
 from .two_networks import Network, TwoNetworks
 
 
-def is_independent(networks: TwoNetworks, chain: Chain) -> bool:
-    """Whether the blocks' other arguments are what they are whatever the hidden state: only it is carried along."""
-    if len(chain.blocks) == 1:
-        return True
-    with networks.substituted():
-        smooth = capture(networks.model, chain, networks.forward(0))
-    with networks.substituted(*(site for sites in chain.sites for site in sites)):
-        hard = capture(networks.model, chain, networks.forward(0))
-    return all(
-        _equal(without_hidden(first)[0], without_hidden(second)[0]) for first, second in zip(smooth, hard, strict=True)
-    )
+class DependentError(Exception):
+    """More than the hidden state is carried from block to block, or not all run on every batch. Never leaves the package."""
 
 
 class ChainWalk:
-    """Goes from block to block. The states lie in the networks' store, so that memory holds one batch at a time."""
+    """Goes from block to block. The states lie in the networks' store, so that memory holds one batch at a time.
+
+    Attributes:
+        pooled: whether the block runs several times in a forward pass: it is seen on the smooth network's states alone.
+        aligned: whether both networks call the blocks as often, and on all rows, so that rows can be compared.
+    """
 
     def __init__(self, networks: TwoNetworks, chain: Chain) -> None:
-        """Run both networks over the calibration set, and keep the arguments with which they call the chain's blocks."""
-        self.networks, self.chain = networks, chain
-        self._step = 0
-        for index in progress(range(networks.count), "Running both networks"):
-            networks.store.discard(_key(Network.SMOOTH, "next", index))  # of the last block of another chain
-            with networks.smooth():
-                self._keep_calls(Network.SMOOTH, index)
-            if not chain.pooled:
-                with networks.substituted():
-                    self._keep_calls(Network.SUBSTITUTED, index)
+        """Run both networks over the calibration set, and keep the calls of the chain's blocks.
 
-    def _keep_calls(self, network: Network, index: int) -> None:
-        blocks, store = self.chain.blocks, self.networks.store
-        calls = capture(self.networks.model, self.chain, self.networks.forward(index))
-        if len(calls) != len(blocks) and not self.chain.pooled:
-            raise CalibrationError(
-                f"calibration batch {index}: {len(calls)} of {blocks[0]} … {blocks[-1]} ran, on batch 0 all "
-                f"{len(blocks)} did. Let every batch hold the same inputs"
-            )
-        if len(blocks) > 1:
-            stripped = [without_hidden(call) for call in calls]
-            store.put(_key(network, "hidden", index), stripped[0][1])
-            calls = [arguments for arguments, _ in stripped]
-        store.put(_key(network, "calls", index), calls)
+        Raises:
+            DependentError: a chain of several blocks that has to be split.
+        """
+        self.networks, self.chain = networks, chain
+        self.pooled, self.aligned = chain.pooled, True
+        self._step = 0
+        self._samples: dict[tuple[int, int], list[Sample | None]] = {}  # (batch, step) → of each call, smooth
+        if not self.whole:
+            self._capture()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model itself is the only block."""
+        return self.chain.blocks == [""]
 
     @property
     def block(self) -> torch.nn.Module:
         """The block that the walk has come to."""
         return self.networks.model.get_submodule(self.chain.blocks[self._step])
 
-    def calls(self, network: Network, index: int) -> list[Arguments]:
-        """The arguments with which a network calls the block on a batch: once, unless the block is pooled."""
-        calls: list[Arguments] = self.networks.store.get(_key(network, "calls", index))
-        if len(self.chain.blocks) > 1:
-            return [with_hidden(calls[self._step], self.networks.store.get(_key(network, "hidden", index)))]
-        return calls
+    # ------------------------------------------------------------------------------------------------- what is kept
 
-    def observe(self, arguments: Arguments, maps: Sequence[LinearMap], meeting: Meeting | None = None) -> Observed:
-        """Run the block, as the network that the model is now, and keep what concerns `maps`."""
-        self.networks.check()
-        return observe(self.block, arguments, maps, meeting)
+    def _capture(self) -> None:
+        networks = self.networks
+        for index in progress(range(networks.count), "Running both networks"):
+            networks.store.discard(_key(Network.SMOOTH, "next", index))  # of the last block of another chain
+            with networks.smooth():
+                count = self._keep_calls(Network.SMOOTH, index)
+            self.pooled = self.pooled or count > len(self.chain.blocks)
+        if not self.pooled:
+            for index in range(networks.count):
+                self._keep_substituted(index)
+                self.aligned = self.aligned and self._is_aligned(index)
+
+    def _keep_substituted(self, index: int) -> None:
+        """What its first block gets does not depend on the chain's own sites; nor may whatever else the others get."""
+        networks, sites = self.networks, [site for several in self.chain.sites for site in several]
+        if len(self.chain.blocks) > 1:
+            with networks.substituted(*sites):
+                self._keep_calls(Network.SUBSTITUTED, index)
+            hard = networks.store.get(_key(Network.SUBSTITUTED, "calls", index))
+            if _equal(hard, networks.store.get(_key(Network.SMOOTH, "calls", index))):
+                return
+        with networks.substituted():
+            self._keep_calls(Network.SUBSTITUTED, index)
+        if len(self.chain.blocks) > 1 and not _equal(hard, networks.store.get(_key(Network.SUBSTITUTED, "calls", index))):
+            raise DependentError
+
+    def _keep_calls(self, network: Network, index: int) -> int:
+        """Keep the calls of the blocks by a network, and samples of what the smooth one's put out; how many there were."""
+        networks, store, smooth = self.networks, self.networks.store, network is Network.SMOOTH
+        names, calls, samples = capture(networks.model, self.chain, networks.forward(index), networks.towers, smooth)
+        if len(self.chain.blocks) > 1 and names != self.chain.blocks:
+            raise DependentError
+        if len(self.chain.blocks) > 1:
+            store.put(_key(network, "hidden", index), calls[0].hidden)
+            calls = [call.without_hidden() for call in calls]
+        store.put(_key(network, "calls", index), [call.parts for call in calls])
+        if smooth and len(self.chain.blocks) > 1:
+            self._samples.update({(index, step): [sample] for step, sample in enumerate(samples)})
+        elif smooth:
+            self._samples[index, 0] = samples
+        return len(calls)
+
+    def _is_aligned(self, index: int) -> bool:
+        smooth, hard = (self._calls(network, index) for network in (Network.SMOOTH, Network.SUBSTITUTED))
+        size = self.networks.sizes[index]
+        return len(smooth) == len(hard) and all(
+            a.hidden is not None and b.hidden is not None and a.hidden.shape == b.hidden.shape and a.has_all_rows(size)
+            for a, b in zip(smooth, hard, strict=True)
+        )
+
+    def _calls(self, network: Network, index: int) -> list[Call]:
+        """The calls of the block by a network on a batch: one, unless the block is pooled or not always run."""
+        store = self.networks.store
+        calls = [Call(*parts) for parts in store.get(_key(network, "calls", index))]
+        if len(self.chain.blocks) == 1:
+            return calls
+        return [calls[self._step].with_hidden(store.get(_key(network, "hidden", index)))]
+
+    # -------------------------------------------------------------------------------------------------- what is run
+
+    def runs(self, network: Network, index: int) -> list[Run]:
+        """The runs of the block by a network on a batch; of the whole model, where that is the block."""
+        networks, block = self.networks, self.block
+        if self.whole:
+            return [Run(block, networks.forward(index), networks.towers)]
+        samples = self._samples[index, self._step] if network is Network.SMOOTH else []
+        size = networks.sizes[index]
+        return [
+            Run(
+                block,
+                partial(call.run, block),
+                networks.towers,
+                partial(networks.towers.following, size, base=call.tower(size), root=block),
+                samples[place] if samples else None,
+            )
+            for place, call in enumerate(self._calls(network, index))
+        ]
 
     def find_meeting(self, linear: LinearMap) -> Meeting | None:
-        """Where the output of the map has become part of the smooth network's residual stream."""
+        """Where the output of the map has become part of the smooth network's residual stream.
+
+        Raises:
+            ReplayError: the block gives something else than in the model's forward.
+        """
         with self.networks.smooth():
-            return find_meeting(self.block, self.calls(Network.SMOOTH, 0)[0], linear)
+            for index in range(self.networks.count):
+                runs = self.runs(Network.SMOOTH, index)
+                if len(runs) == 1:
+                    return find_meeting(runs[0], linear)
+        return None
+
+    def prove(self) -> None:
+        """Run the smooth network's block on the first batch that reaches it; ReplayError if that gives something else."""
+        with self.networks.smooth():
+            for index in range(0 if self.whole else self.networks.count):
+                runs = self.runs(Network.SMOOTH, index)
+                for run in runs:
+                    run()
+                if runs:
+                    return
 
     def keep_next(self, network: Network, index: int, hidden: Tensor | None) -> None:
         """Keep what the block put out, for `advance`, which then need not run it again."""
@@ -94,9 +172,9 @@ class ChainWalk:
         for index in range(self.networks.count):
             for network, context in contexts.items():
                 if _key(network, "next", index) not in store:
-                    (arguments,) = self.calls(network, index)
-                    with context(), torch.no_grad():
-                        self.keep_next(network, index, main_tensor(self.block(*arguments[0], **arguments[1])))
+                    with context():
+                        (run,) = self.runs(network, index)
+                        self.keep_next(network, index, run())
                 store.rename(_key(network, "next", index), _key(network, "hidden", index))
         self._step += 1
 
@@ -106,5 +184,8 @@ def _key(network: Network, what: str, index: int) -> str:
 
 
 def _equal(first: Any, second: Any) -> bool:
-    pairs = zip(pytree.tree_leaves(first), pytree.tree_leaves(second), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
+    ones, others = (pytree.tree_leaves(value) for value in (first, second))
+    if len(ones) != len(others):
+        return False
+    pairs = [(a, b) for a, b in zip(ones, others, strict=True) if isinstance(a, Tensor)]
+    return all(isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)

@@ -6,7 +6,6 @@ so that going through a chain costs one pass over the calibration set whatever i
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ...structure.hooks import Hooks
 from ...structure.linear_maps import LinearMap
-from .blocks import Arguments, hidden_in, hidden_of
+from .blocks import hidden_in, hidden_of
 
 
 @dataclass
@@ -53,14 +52,19 @@ class _Calls:
         return torch.equal(before.left, self.entered)
 
 
-def find_chains(model: nn.Module, forward: Callable[[], Any], maps: Mapping[str, list[LinearMap]]) -> list[Chain]:
-    """Sort the sites into chains, by watching one forward pass. Chains are in network order."""
+def find_chains(
+    model: nn.Module, forward: Callable[[], Any], maps: Mapping[str, list[LinearMap]], *others: Callable[[], Any]
+) -> list[Chain]:
+    """Sort the sites into chains, by watching a forward pass, or several that together reach all sites.
+
+    Chains are in network order. Whether blocks may be run apart from the model is not known yet: see `ChainWalk`.
+    """
     modules = dict(model.named_modules())
     around = {site: _ancestors(site, [m.name for m in consumers]) for site, consumers in maps.items()}
     lists = {parent for names in around.values() for name in names if _in_list(modules, parent := _parent(name), name)}
     children = {parent: [_joined(parent, child) for child, _ in modules[parent].named_children()] for parent in lists}
     watched = {name for names in (*around.values(), *children.values()) for name in names}
-    calls = _watch({name: modules[name] for name in watched}, forward)
+    calls = _watch({name: modules[name] for name in watched}, (forward, *others))
 
     runs: dict[str, list[str]] = {}  # block → the blocks of its run
     for names in children.values():
@@ -70,10 +74,11 @@ def find_chains(model: nn.Module, forward: Callable[[], Any], maps: Mapping[str,
     pooled: dict[str, list[str]] = {}  # block that runs several times → its sites
     home: dict[str, str] = {}  # site → its block
     for site, names in around.items():
-        if calls[names[0]].count > 1:
+        block = _home(names, runs, around.values())
+        if not block and calls[names[0]].count > 1:
             pooled.setdefault(names[0], []).append(site)
         else:
-            home[site] = _home(names, runs, around.values())
+            home[site] = block
     chains = [Chain([block], [sites], pooled=True) for block, sites in pooled.items()]
     for blocks in {tuple(runs.get(block, [block])) for block in home.values()}:
         chains.append(_trimmed(blocks, [[site for site in maps if home.get(site) == block] for block in blocks]))
@@ -114,26 +119,36 @@ def _in_list(modules: dict[str, nn.Module], parent: str, name: str) -> bool:
     return bool(name) and isinstance(modules[parent], (nn.ModuleList, nn.Sequential))
 
 
-def _watch(modules: dict[str, nn.Module], forward: Callable[[], Any]) -> dict[str, _Calls]:
+def _watch(modules: dict[str, nn.Module], forwards: Iterable[Callable[[], Any]]) -> dict[str, _Calls]:
+    """What is seen of the modules, each in the first pass that reaches it; counts are the largest of a pass."""
     calls = {name: _Calls() for name in modules}
     clock = 0
+    now: dict[str, int] = {}  # calls in this pass
+    first_pass: dict[str, int] = {}
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal clock
         clock += 1
+        now[name] = now.get(name, 0) + 1
         seen = calls[name]
-        seen.count += 1
-        if seen.count == 1:
-            seen.first, seen.entered = clock, hidden_in(args, kwargs)
+        seen.count = max(seen.count, now[name])
+        if name not in first_pass:
+            first_pass[name] = index
+            hidden = hidden_in(args, kwargs)
+            seen.first, seen.entered = clock, None if hidden is None else hidden.clone()  # the block may write into it
 
     def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        calls[name].left = hidden_of(output)
+        if first_pass[name] == index:
+            left = hidden_of(output)
+            calls[name].left = None if left is None else left.clone()
 
     with Hooks() as hooks:
         for name, module in modules.items():
             hooks.before(module, partial(before, name))
             hooks.after(module, partial(after, name))
-        forward()
+        for index, forward in enumerate(forwards):
+            now.clear()
+            forward()
     return calls
 
 
@@ -145,24 +160,3 @@ def _runs(children: list[str], calls: dict[str, _Calls]) -> list[list[str]]:
         else:
             runs.append([child])
     return runs
-
-
-class _Reached(Exception):
-    """Ends a forward pass early; never leaves this module."""
-
-
-def capture(model: nn.Module, chain: Chain, forward: Callable[[], Any]) -> list[Arguments]:
-    """The arguments of each call of the chain's blocks. The pass ends when they are known."""
-    seen: list[Arguments] = []
-    modules = dict(model.named_modules())
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, dict(kwargs)))
-        if len(seen) == len(chain.blocks) and not chain.pooled:
-            raise _Reached
-
-    with Hooks() as hooks, contextlib.suppress(_Reached):
-        for name in chain.blocks:
-            hooks.before(modules[name], keep)
-        forward()
-    return seen

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,21 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ...measurement.batches import batch_size, model_batches, token_mask
-from ...measurement.forward import decoder_modules
+from ...measurement.batches import CalibrationError, model_batches
+from ...measurement.forward import main_output
+from ...measurement.site_rows import positions_first
 from ...reports import length, progress
+from ...structure.edits import without_caches
 from ...structure.linear_maps import LinearMap, eager_experts
 from ...structure.tracing import Trace, trace
-from .chain_walk import ChainWalk, is_independent
+from .capture import Sample
+from .chain_walk import ChainWalk, DependentError
 from .chains import Chain, find_chains
-from .evidence import Evidence
+from .evidence import Evidence, MeetingError
 from .held_out import Examples, decide
+from .meeting_point import Meeting, observe
 from .report import FEW_ROWS, Compensate, CompensatedSite, CompensationReport, describe
+from .runs import ReplayError
 from .two_networks import Network, TwoNetworks
 
 logger = logging.get_logger(__name__)
@@ -40,6 +47,7 @@ class Refit:
 
     def __init__(self, networks: TwoNetworks) -> None:
         self.networks = networks
+        self._positions_first: Collection[str] = ()
 
     @property
     def originals(self) -> dict[nn.Parameter, Tensor]:
@@ -54,16 +62,11 @@ class Refit:
         """
         start = time.perf_counter()
         networks = self.networks
-        with eager_experts(networks.model):
-            with networks.smooth():
-                traced = trace(networks.model, networks.forward(0))
-            report = CompensationReport(uncompensated=dict(traced.obstacles))
-            if biases:
-                report.bias_attribute = networks.biases.add(m for maps in traced.maps.values() for m in maps)
+        with eager_experts(networks.model), without_caches(networks.model), networks.autocast.off.entered():
+            traced, chains = self._look(biases, report := CompensationReport())
+            report.uncompensated.update(traced.obstacles)
             with torch.no_grad():
-                chains = self._chains(traced)
-                total = sum(len(sites) for chain in chains for sites in chain.sites)
-                for site in progress(self._refit_all(chains, traced, method), "Refitting", total):
+                for site in progress(self._refit_all(chains, traced, method), "Refitting", len(traced.maps)):
                     report.sites.append(site)
         networks.hard = set(networks.sites)
         order = {name: index for index, name in enumerate(networks.sites)}
@@ -77,26 +80,60 @@ class Refit:
             )
         return report
 
-    def _chains(self, traced: Trace) -> list[Chain]:
-        """The chains that the sites are refit along; block by block where more than the hidden state is carried along."""
-        chains: list[Chain] = []
-        with self.networks.smooth():
-            forward = self.networks.forward(0)
-            found = find_chains(self.networks.model, forward, {s: traced.maps[s] for s in traced.order if s in traced.maps})
-        for chain in found:
-            chains += [chain] if is_independent(self.networks, chain) else chain.split()
-        return chains
+    def _look(self, biases: bool, report: CompensationReport) -> tuple[Trace, list[Chain]]:
+        """Where the maps are and the chains that the sites are refit along; maps are given biases."""
+        networks = self.networks
+        with networks.smooth():
+            traced = trace(networks.model, *map(networks.forward, range(networks.count)))
+        if biases:
+            report.bias_attribute = networks.biases.add(m for maps in traced.maps.values() for m in maps)
+        with networks.smooth(), torch.no_grad():
+            self._check_repeats()
+            forwards = [networks.forward(index) for index in traced.batches]
+            maps = {site: traced.maps[site] for site in traced.order if site in traced.maps}
+            chains = find_chains(networks.model, forwards[0], maps, *forwards[1:])
+            self._positions_first = self._turned(traced)
+        return traced, chains
+
+    def _check_repeats(self) -> None:
+        """CalibrationError if the smooth network puts out something else each time: then there is nothing to compare."""
+        first, second = (Sample.of(main_output(self.networks.forward(0)())) for _ in range(2))
+        if first is not None and not first.matches(second):
+            raise CalibrationError(
+                f"{type(self.networks.model).__name__}.forward puts out something else each time it runs on calibration batch "
+                "0. Switch off what keeps state from run to run, or draws random numbers of its own"
+            )
+
+    def _turned(self, traced: Trace) -> Collection[str]:
+        """The sites that work on (positions, examples, …); a run on one example less shows them."""
+        networks, batch = self.networks, self.networks.batch(0)
+        size = networks.sizes[0]
+        second = {site for site, leading in traced.leading.items() if len(leading) > 1 and leading[1] == size > 1}
+        doubtful = {site: networks.sites[site] for site in second if site in traced.maps}
+        with networks.autocast.entered():
+            return positions_first(networks.model, doubtful, batch, size) if doubtful else ()
 
     def _refit_all(self, chains: list[Chain], traced: Trace, method: Compensate) -> Iterator[CompensatedSite]:
-        for chain in chains:
+        queue = deque(chains)
+        while queue:
+            chain = queue.popleft()
             self.networks.hard |= _uncompensated_before(traced, chain)
-            walk = ChainWalk(self.networks, chain)
-            for step, sites in enumerate(chain.sites):
-                for site in sites:
-                    yield self._refit(walk, site, traced.maps[site], method)
-                    self.networks.hard.add(site)
-                if step + 1 < len(chain.sites):
-                    walk.advance()
+            left = [site for sites in chain.sites for site in sites]
+            try:
+                walk = ChainWalk(self.networks, chain)
+                for step, sites in enumerate(chain.sites):
+                    for site in sites:
+                        made = self._refit(walk, site, traced.maps[site], method)
+                        self.networks.hard.add(site)
+                        left.remove(site)
+                        yield made
+                    if step + 1 < len(chain.sites):
+                        walk.advance()
+            except DependentError:
+                queue.extendleft(reversed(chain.split()))
+            except ReplayError as error:
+                logger.info(f"{chain.blocks[0]} … {chain.blocks[-1]} cannot be run apart from the model ({error})")
+                queue.extendleft([Chain([""], [left])] if left else [])
 
     def _refit(self, walk: ChainWalk, site: str, maps: list[LinearMap], method: Compensate) -> CompensatedSite:
         """Refit the maps after one site."""
@@ -110,33 +147,45 @@ class Refit:
             verdicts.append(verdict)
         target = "local" if evidence.meeting is None else "stream"
         biased = all(linear.bias is not None for linear in maps)
-        return describe(site, maps[0].name, target, verdicts, evidence.norm, biased)
+        return describe(site, maps[0].name, target, verdicts, evidence, biased)
 
     def _evidence(self, walk: ChainWalk, site: str, maps: list[LinearMap]) -> Evidence:
+        """What a refit of the maps needs; on the smooth gate's own output where the stream is not there on every batch."""
+        single = walk.aligned and not walk.pooled and len(maps) == 1 and maps[0].index is None
+        meeting = walk.find_meeting(maps[0]) if single else None
+        if not single:
+            walk.prove()
+        try:
+            return self._gather(walk, site, maps, meeting)
+        except MeetingError:
+            if meeting is None:
+                raise CalibrationError(
+                    f"{site}: the map after it is called on other rows when this gate is ReLU, so that nothing can be compared"
+                ) from None
+            return self._gather(walk, site, maps, None)
+
+    def _gather(self, walk: ChainWalk, site: str, maps: list[LinearMap], meeting: Meeting | None) -> Evidence:
         """Run the block as both networks over the calibration set, and gather what a refit of the maps needs."""
-        networks, pooled = self.networks, walk.chain.pooled
-        single = not pooled and len(maps) == 1 and maps[0].index is None
-        evidence = Evidence(site, maps, walk.find_meeting(maps[0]) if single else None)
-        meeting = evidence.meeting
-        decoder = walk.block in decoder_modules(networks.model)
+        networks = self.networks
+        evidence = Evidence(site, maps, meeting, site in self._positions_first)
         first = 0
         for index in range(networks.count):
-            batch = networks.batch(index)
-            examples = Examples(first, batch_size(networks.model, batch), token_mask(batch, decoder), networks.examples <= 1)
-            smooth_calls = walk.calls(Network.SMOOTH, index)
-            hard_calls = smooth_calls if pooled else walk.calls(Network.SUBSTITUTED, index)
-            for smooth_call, hard_call in zip(smooth_calls, hard_calls, strict=True):
+            examples = Examples(first, networks.examples <= 1)
+            first += networks.sizes[index]
+            smooth_runs = walk.runs(Network.SMOOTH, index) if walk.pooled or meeting is not None else []
+            hard_runs = smooth_runs if walk.pooled else walk.runs(Network.SUBSTITUTED, index)
+            for place, run in enumerate(hard_runs):
+                changed = replace(run, sample=None)
                 with networks.substituted(site):
-                    given = walk.observe(hard_call, maps, meeting)
+                    given = observe(changed, maps, meeting)
                 if meeting is None:  # the same state, with this gate smooth
                     with networks.substituted():
-                        wanted = walk.observe(hard_call, maps)
+                        wanted = observe(changed, maps)
                 else:
                     with networks.smooth():
-                        wanted = walk.observe(smooth_call, maps, meeting)
+                        wanted = observe(smooth_runs[place], maps, meeting)
                     walk.keep_next(Network.SMOOTH, index, wanted.hidden)
                 evidence.add(given, wanted, examples)
-            first += examples.size
         return evidence
 
 

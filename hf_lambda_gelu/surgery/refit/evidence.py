@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ...measurement.batches import CalibrationError
+from ...measurement.places import chunks, places, routed
+from ...measurement.site_rows import Count
 from ...structure.linear_maps import LinearMap
 from .held_out import Examples, split
-from .meeting_point import Meeting, Observed
+from .meeting_point import MapCall, Meeting, Observed
 from .ridge import Moments
+
+
+class MeetingError(Exception):
+    """What is at the meeting point are not the rows of the map on every batch. Never leaves the package."""
 
 
 @dataclass
@@ -23,15 +29,19 @@ class Evidence:
         maps: the linear maps that take up its output, several for experts.
         meeting: where the map's output has become part of the residual stream; None if the target is the smooth gate's
             output.
+        positions_first: whether the site works on (positions, examples, …), as in XLNet.
         sums: label of the map → moments of the rows to fit on, and of those to judge by.
         norm: Σ‖smooth output‖² over the rows to judge by, of all maps.
+        seen: tokens and padding among the rows, of all maps.
     """
 
     site: str
     maps: list[LinearMap]
     meeting: Meeting | None
+    positions_first: bool = False
     sums: dict[str, tuple[Moments, Moments]] = field(init=False)
     norm: float = 0.0
+    seen: Count = field(default_factory=Count)
 
     def __post_init__(self) -> None:
         self.sums = {linear.label: (_empty(linear), _empty(linear)) for linear in self.maps}
@@ -42,30 +52,48 @@ class Evidence:
         return None if self.meeting is None else self.meeting.scale
 
     def add(self, substituted: Observed, wanted: Observed, examples: Examples) -> None:
-        """Add the rows of one call: what the substituted network computed, and what is wanted in its place."""
+        """Add the rows of one run: what the substituted network computed, and what is wanted in its place.
+
+        Raises:
+            MeetingError: what is at the meeting point are not the rows of the map.
+        """
         for linear in self.maps:
-            if linear.label in substituted.inputs:  # else an expert to which nothing was routed
-                self._add(linear, substituted, wanted, examples)
+            given, aim = (observed.calls.get(linear.label, []) for observed in (substituted, wanted))
+            if [call.note.leading for call in given] != [call.note.leading for call in aim]:
+                raise MeetingError
+            if given:  # else an expert to which nothing was routed
+                change = self._change(given, aim, substituted.stream, wanted.stream)
+                self._add(linear, given, aim, change, examples)
 
-    def _add(self, linear: LinearMap, substituted: Observed, wanted: Observed, examples: Examples) -> None:
-        features, output, scale = substituted.inputs[linear.label], wanted.outputs[linear.label], self.scale
-        if scale is None:
-            change = output - substituted.outputs[linear.label]
-        else:
-            change = torch.where(scale.abs() > 1e-12, (self._stream(wanted) - self._stream(substituted)) / scale, 0.0)
-        fit, held_out = split(*_places(linear, substituted, examples.size), examples)
-        for part, moments in zip((fit, held_out), self.sums[linear.label], strict=True):
-            moments.add(features[part], change[part])
-        judged = output[held_out].double()
-        self.norm += float((judged if scale is None else judged * scale).square().sum())
+    def _change(self, given: list[MapCall], aim: list[MapCall], now: Tensor | None, wanted: Tensor | None) -> Tensor:
+        """What the map's output should change by, in the order of its calls."""
+        if self.meeting is None or self.scale is None:
+            return torch.cat([a.output - g.output for a, g in zip(aim, given, strict=True)])
+        notes = [call.note for call in given]
+        streams = [None if stream is None else self.meeting.rows(stream, notes) for stream in (now, wanted)]
+        if streams[0] is None or streams[1] is None or len(streams[0]) != sum(len(call.input) for call in given):
+            raise MeetingError
+        return torch.where(self.scale.abs() > 1e-12, (streams[1] - streams[0]) / self.scale, 0.0)
 
-    def _stream(self, observed: Observed) -> Tensor:
-        if observed.stream is None:
-            raise CalibrationError(
-                f"{self.site}: a calibration batch does not reach the point where the first one's output joined the "
-                "residual stream. Let every batch hold the same inputs"
-            )
-        return observed.stream
+    def _add(
+        self, linear: LinearMap, given: list[MapCall], aim: list[MapCall], change: Tensor, examples: Examples
+    ) -> None:
+        start = 0
+        for call, output, chunk in zip(given, aim, chunks([call.note for call in given]), strict=True):
+            if linear.index is not None and call.routing is not None:
+                tokens = replace(call.note, leading=(len(call.routing),))
+                seen = routed(call.routing == linear.index, places(tokens))
+            else:
+                seen = places(call.note, chunk, self.positions_first)
+            fit, held_out = split(seen, examples)
+            wanted = change[start : start + len(call.input)]
+            start += len(call.input)
+            for part, moments in zip((fit, held_out), self.sums[linear.label], strict=True):
+                rows = part.to(call.input.device)
+                moments.add(call.input[rows], wanted[rows])
+            judged = output.output[held_out.to(call.input.device)].double()
+            self.norm += float((judged if self.scale is None else judged * self.scale).square().sum())
+            self.seen.add(seen)
 
     def check_finite(self) -> None:
         """CalibrationError unless all sums are finite."""
@@ -74,17 +102,6 @@ class Evidence:
                 f"{self.site}: what it puts out on the calibration batches, or the stream that it is added to, is not "
                 "finite. Does the model overflow in half precision?"
             )
-
-
-def _places(linear: LinearMap, observed: Observed, size: int) -> tuple[Tensor, int]:
-    """Each row's place in a batch of `size` examples, counted example after example, and how many places there are."""
-    features, leading = observed.inputs[linear.label], observed.leading[linear.label]
-    if linear.index is not None and observed.routing is not None:
-        return torch.where((observed.routing == linear.index).T)[1], len(observed.routing)
-    rows = torch.arange(len(features), device=features.device)
-    if len(leading) > 1 and leading[0] != size == leading[1]:  # positions first, as XLNet has them
-        rows = rows.view(size, leading[0], -1).transpose(0, 1).reshape(-1)
-    return rows, len(features)
 
 
 def _empty(linear: LinearMap) -> Moments:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...measurement.places import Places
 from .ridge import RIDGES, Correction, Method, Moments, effective_rank, solve
 
 # one example in so many is held out to judge by
@@ -21,14 +22,10 @@ class Examples:
 
     Attributes:
         first: the number of the first of them in the calibration set.
-        size: how many there are.
-        mask: (size, positions), False where there is padding; None without any.
         only: whether the calibration set has no other example.
     """
 
     first: int
-    size: int
-    mask: Tensor | None
     only: bool
 
 
@@ -52,20 +49,18 @@ class Verdict:
     starved: bool = False
 
 
-def split(rows: Tensor, total: int, examples: Examples) -> tuple[Tensor, Tensor]:
+def split(seen: Places, examples: Examples) -> tuple[Tensor, Tensor]:
     """Which rows are fitted on, and which are held out: (n,) and (n,), bool. Padding is neither.
 
-    Args:
-        rows: (n,), each row's place in the batch, counted example after example.
-        total: how many places the batch has.
+    Where it cannot be told which example a row belongs to, each row counts as an example.
     """
-    keep = torch.ones_like(rows, dtype=torch.bool)
-    if examples.mask is not None and examples.mask.numel() == total:
-        keep = examples.mask.reshape(-1).to(rows.device)[rows]
-    per = total // examples.size if total % examples.size == 0 else 1  # rows an example
+    rows = torch.arange(seen.count) if seen.row is None else seen.row
+    keep = torch.ones_like(rows, dtype=torch.bool) if seen.token is None else seen.token.to(rows.device)
     if examples.only:
-        per = -(-total // _HELD_OUT)  # a single example is judged by a part of itself
-    held = (examples.first + rows // per) % _HELD_OUT == 0
+        part = rows // -(-seen.total // _HELD_OUT)  # a single example is judged by a part of itself
+    else:
+        part = rows if seen.example is None else seen.example
+    held = (examples.first + part) % _HELD_OUT == 0
     return keep & ~held, keep & held
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...measurement.forward import main_output
+from ...measurement.places import chunks
+from ...measurement.towers import Note
 from ...structure.hooks import Hooks
 from ...structure.linear_maps import LinearCall, LinearMap, watch_linears
-from .blocks import Arguments, hidden_in, hidden_of
+from .blocks import hidden_in
+from .runs import Run
 
 
 @dataclass(frozen=True)
@@ -30,29 +32,40 @@ class Meeting:
     moved: bool
     scale: Tensor
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """What is at the point, as (rows, k)."""
-        return flat(tensor.movedim(1, -1) if self.moved else tensor)
+    def rows(self, tensor: Tensor, notes: Sequence[Note]) -> Tensor | None:
+        """What is at the point, as (rows, k), in the order of the map's calls; None if it is not their sum."""
+        return rows_of_calls(tensor.movedim(1, -1) if self.moved else tensor, notes)
+
+
+@dataclass(frozen=True)
+class MapCall:
+    """One call of a linear map. Tensors are channels last and flattened to rows.
+
+    Attributes:
+        input, output: (rows, d), (rows, k).
+        note: where it was seen.
+        routing: (tokens, choices), the experts that each token went to; None outside of stacked experts.
+    """
+
+    input: Tensor
+    output: Tensor
+    note: Note
+    routing: Tensor | None = None
 
 
 @dataclass
 class Observed:
-    """One run of a block. Tensors are channels last and flattened to rows.
+    """One run of a block.
 
     Attributes:
-        inputs, outputs: label of the map → (rows, d), (rows, k).
-        leading: label of the map → the shape that the rows were flattened from.
-        stream: the residual stream T at the meeting point, (rows, k).
+        calls: label of the map → its calls.
+        stream: what is at the meeting point, as it is there.
         hidden: the block's output.
-        routing: (tokens, choices), the experts that each token went to.
     """
 
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    leading: dict[str, torch.Size] = field(default_factory=dict)
+    calls: dict[str, list[MapCall]] = field(default_factory=dict)
     stream: Tensor | None = None
     hidden: Tensor | None = None
-    routing: Tensor | None = None
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -60,63 +73,77 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def rows_of_calls(tensor: Tensor, notes: Sequence[Note]) -> Tensor | None:
+    """The rows of a tensor that is there once, (examples, positions, …, k), in the order of the calls that made it.
+
+    None if the calls are more than one and no pieces of it.
+    """
+    if len(notes) == 1:
+        return flat(tensor)
+    pieces = chunks(notes)
+    if any(piece is None for piece in pieces) or tensor.dim() < 3 or {p.total for p in pieces if p} != {tensor.shape[1]}:
+        return None
+    lengths = [note.leading[1] for note in notes]
+    return torch.cat([flat(tensor[:, p.start : p.start + n]) for p, n in zip(pieces, lengths, strict=True) if p])
+
+
 @torch.no_grad()
-def observe(block: nn.Module, arguments: Arguments, maps: Sequence[LinearMap], meeting: Meeting | None = None) -> Observed:
-    """Run `block` and keep what concerns `maps`."""
-    seen = Observed()
+def observe(run: Run, maps: Sequence[LinearMap], meeting: Meeting | None = None) -> Observed:
+    """Run a block and keep what concerns `maps`."""
+    seen, block = Observed(), run.block
+    routing: Tensor | None = None
     labels = {linear.key: linear.label for linear in maps}
 
     def on_linear(call: LinearCall) -> None:
         label = labels.get(call.key)
         if label is not None:
-            seen.inputs[label], seen.outputs[label] = flat(call.input), flat(call.output)
-            seen.leading[label] = call.input.shape[:-1]
+            made = MapCall(flat(call.input), flat(call.output), run.towers.note(call.input), routing)
+            seen.calls.setdefault(label, []).append(made)
 
-    def on_meeting(meeting: Meeting, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def on_meeting(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = hidden_in(args, kwargs)
-        seen.stream = None if value is None else meeting.rows(value).clone()
+        seen.stream = None if value is None else value.clone()
 
     def on_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal routing
         tables = [
             v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() == 2 and not v.is_floating_point()
         ]
-        seen.routing = tables[0] if len(tables) == 1 else None
+        routing = tables[0] if len(tables) == 1 else None
 
     with Hooks() as hooks, watch_linears(on_linear):
         if meeting is not None and meeting.module is not None:
-            hooks.before(block.get_submodule(meeting.module), partial(on_meeting, meeting))
+            hooks.before(block.get_submodule(meeting.module), on_meeting)
         if maps and maps[0].index is not None:
             for owner in block.modules():
                 if any(p is maps[0].parameter for p in owner.parameters(recurse=False)):
                     hooks.before(owner, on_experts)
-        seen.hidden = main_tensor(block(*arguments[0], **arguments[1]))
-    if meeting is not None and meeting.module is None and seen.hidden is not None:
-        seen.stream = meeting.rows(seen.hidden)
+        seen.hidden = run()
+    if meeting is not None and meeting.module is None:
+        seen.stream = seen.hidden
     return seen
 
 
-def main_tensor(output: Any) -> Tensor | None:
-    """A block's output, the first of several, or a whole model's main output."""
-    return main_output(output) if isinstance(output, dict) else hidden_of(output)
-
-
 @torch.no_grad()
-def find_meeting(block: nn.Module, arguments: Arguments, linear: LinearMap) -> Meeting | None:
+def find_meeting(run: Run, linear: LinearMap) -> Meeting | None:
     """The last point in `block` that moves by exactly scale ⊙ δ when the linear map's output moves by δ, if there is one.
 
     In a block with the norm first this is the block's output, in one with the norm last that norm's input.
+
+    Raises:
+        ReplayError: the block does not give what it gave in the model's forward.
     """
-    base = _points(block, arguments, linear, None)
-    output = base.pop("", None)
-    if output is None:
+    base, outputs, notes = _points(run, linear, ())
+    if not outputs or not base:
         return None
     # large beside the stream, so that rounding of the sum is small beside it and a norm cannot pass for linear
     size = 10.0 * max(float(t.float().square().mean().sqrt()) for t in base.values())
     generator = torch.Generator().manual_seed(0)
     # twice, as whatever happens to a single row is a scale for each channel
-    deltas = [(torch.randn(output.shape, generator=generator) * max(size, 1e-3)).to(output) for _ in range(2)]
-    afters = [_points(block, arguments, linear, delta) for delta in deltas]
-    wanted = torch.cat([flat(delta).float() for delta in deltas])
+    both = [[(torch.randn(o.shape, generator=generator) * max(size, 1e-3)).to(o) for o in outputs] for _ in range(2)]
+    moved_run = replace(run, sample=None)
+    afters = [_points(moved_run, linear, deltas)[0] for deltas in both]
+    wanted = torch.cat([flat(delta).float() for deltas in both for delta in deltas])
     # the block's output first, then inputs of modules from the last call backwards
     for name in [None, *reversed([n for n in base if n is not None])]:
         before = base.get(name)
@@ -129,9 +156,10 @@ def find_meeting(block: nn.Module, arguments: Arguments, linear: LinearMap) -> M
             if moved and before.dim() < 3:
                 continue
             changes = [n.float() - before.float() for n in now]
-            change = torch.cat([flat(c.movedim(1, -1) if moved else c) for c in changes])
-            if change.shape == wanted.shape:
-                scale = _scale(change, wanted, torch.finfo(before.dtype).eps)
+            rows = [rows_of_calls(c.movedim(1, -1) if moved else c, notes) for c in changes]
+            if all(r is not None for r in rows):
+                change = torch.cat([r for r in rows if r is not None])
+                scale = _scale(change, wanted, torch.finfo(before.dtype).eps) if change.shape == wanted.shape else None
                 if scale is not None:
                     return Meeting(name, moved, scale)
     return None
@@ -145,28 +173,34 @@ def _scale(change: Tensor, delta: Tensor, eps: float) -> Tensor | None:
     return scale
 
 
-def _points(block: nn.Module, arguments: Arguments, linear: LinearMap, delta: Tensor | None) -> dict[str | None, Tensor]:
-    """Module name → its input, of modules called after the map; None → the block's output; "" → the map's output."""
+def _points(
+    run: Run, linear: LinearMap, deltas: Sequence[Tensor]
+) -> tuple[dict[str | None, Tensor], list[Tensor], list[Note]]:
+    """What goes into modules once the map was called, by name, and under None what the block puts out, with `deltas` added
+    to what the map puts out, call by call; what the map put out in each call, and where."""
     points: dict[str | None, Tensor] = {}
+    outputs: list[Tensor] = []
+    notes: list[Note] = []
     key = linear.key
 
     def on_linear(call: LinearCall) -> Tensor | None:
         if call.key != key:
             return None
-        points[""] = call.output
-        return None if delta is None else call.output + delta
+        outputs.append(call.output)
+        notes.append(run.towers.note(call.input))
+        return call.output + deltas[len(outputs) - 1] if len(outputs) <= len(deltas) else None
 
     def on_input(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = hidden_in(args, kwargs)
-        if "" in points and value is not None:
+        if outputs and value is not None:
             points.pop(name, None)  # the last call counts
             points[name] = value.clone()
 
     with Hooks() as hooks, watch_linears(on_linear):
-        for name, module in block.named_modules():
+        for name, module in run.block.named_modules():
             if name:
                 hooks.before(module, partial(on_input, name))
-        output = main_tensor(block(*arguments[0], **arguments[1]))
+        output = run()
     if output is not None:
         points[None] = output
-    return points
+    return points, outputs, notes

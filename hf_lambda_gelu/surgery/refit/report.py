@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from .evidence import Evidence
 from .held_out import Verdict, summary
 
 Compensate = Literal["least_squares", "bias"]
@@ -27,6 +28,7 @@ class CompensatedSite:
         before, after: the relative error with ReLU as it is, and refit.
         effective_rank: of the features, at the ridge that was chosen.
         note: what a reader should know.
+        padding: rows of padding, which the refit did not see.
     """
 
     name: str
@@ -38,6 +40,7 @@ class CompensatedSite:
     after: float
     effective_rank: float | None = None
     note: str = ""
+    padding: int = 0
 
 
 @dataclass
@@ -58,11 +61,11 @@ class CompensationReport:
             f"{len(self.sites)} sites compensated in {self.seconds:.0f} s: error relative to the smooth output, held out"
         ]
         if self.sites:
-            lines.append(f"  {'site':<{width}}  {'method':<13}  {'target':<6}  {'rows':>7}  {'before':>7}  {'after':>7}")
+            lines.append(f"  {'site':<{width}}  {'method':<13}  {'target':<6}  {'rows':>7}  {'padding':>7}  {'before':>7}  {'after':>7}")
         for s in self.sites:
             note = f"  ({s.note})" if s.note else ""
             lines.append(
-                f"  {s.name:<{width}}  {s.method:<13}  {s.target:<6}  {s.rows:>7}  {s.before:>7.3f}  {s.after:>7.3f}{note}"
+                f"  {s.name:<{width}}  {s.method:<13}  {s.target:<6}  {s.rows:>7}  {s.padding:>7}  {s.before:>7.3f}  {s.after:>7.3f}{note}"
             )
         if self.bias_attribute:
             lines.append(f"  config.{self.bias_attribute} is True now: the maps had no bias, and it gives them one")
@@ -70,11 +73,12 @@ class CompensationReport:
         return "\n".join(lines)
 
 
-def describe(site: str, weight: str, target: str, verdicts: Sequence[Verdict], norm: float, biased: bool) -> CompensatedSite:
-    """What a reader is told of one site, from the verdicts on the maps after it.
+def describe(
+    site: str, weight: str, target: str, verdicts: Sequence[Verdict], evidence: Evidence, biased: bool
+) -> CompensatedSite:
+    """What a reader is told of one site, from the evidence and the verdicts on the maps after it.
 
     Args:
-        norm: Σ‖smooth output‖² on the held-out rows, of all maps.
         biased: whether all maps have a bias.
     """
     rank: float | None = None
@@ -91,9 +95,12 @@ def describe(site: str, weight: str, target: str, verdicts: Sequence[Verdict], n
         notes.append("no rows to fit and to judge by: at least two examples that are not padding are needed")
     elif starved:
         notes.append(f"{starved} of {len(verdicts)} experts got too few tokens")
+    if not evidence.seen.told:
+        notes.append("the mask fits none of its rows: padding counted too")
     if not biased:
         notes.append("weights only: the map has no bias")
-    norm = max(norm, 1e-30)
+    norm = max(evidence.norm, 1e-30)
     before, after = (before / norm) ** 0.5, (after / norm) ** 0.5
     note = "; ".join(dict.fromkeys(notes))
-    return CompensatedSite(site, weight, summary(v.method for v in verdicts), target, rows, before, after, rank, note)
+    method, padding = summary(v.method for v in verdicts), evidence.seen.padding
+    return CompensatedSite(site, weight, method, target, rows, before, after, rank, note, padding)

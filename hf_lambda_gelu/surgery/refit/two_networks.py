@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from ...activation.module import hardness_sites
 from ...measurement.batches import FORWARD_ERRORS, batch_size, forward_failed
 from ...measurement.forward import call
+from ...measurement.towers import Towers
+from ...structure.autocast import Autocast
 from ...structure.linear_maps import LinearMap
 from .biases import AddedBiases
 from .ridge import Correction
@@ -49,14 +51,18 @@ class TwoNetworks:
         hard: the sites that are ReLU in the substituted network by now.
         originals: the parameters that were refit, with what they were.
         biases: those that the maps were given.
-        count, examples: batches in the store, and examples in them.
+        sizes: how many examples each batch in the store has.
+        autocast: the state of autocast at the start.
+        towers: knows which mask belongs to what runs.
     """
 
     def __init__(self, model: nn.Module, folder: Path) -> None:
         self.model = model
         self.sites = hardness_sites(model)
         self.store = Store(folder, next((p.device for p in model.parameters()), torch.device("cpu")))
-        self.count = self.examples = 0
+        self.sizes: list[int] = []
+        self.autocast = Autocast.now(model)
+        self.towers = Towers(model, self.sites.values())
         self.state: Network | None = None
         self.hard: set[str] = set()
         self.originals: dict[nn.Parameter, Tensor] = {}
@@ -95,10 +101,12 @@ class TwoNetworks:
                 f"the model is the {before.value} network: leave that block before it becomes the {network.value}"
             )
         self.state = network
+        torch.clear_autocast_cache()  # it holds casts of the other network's weights
         try:
             yield
         finally:
             self.state = before
+            torch.clear_autocast_cache()
 
     def check(self) -> None:
         """RuntimeError where the model is neither network: what it computes there is of no use."""
@@ -134,30 +142,41 @@ class TwoNetworks:
 
     # -------------------------------------------------------------------------------------------------- the batches
 
+    @property
+    def count(self) -> int:
+        """How many batches there are."""
+        return len(self.sizes)
+
+    @property
+    def examples(self) -> int:
+        """How many examples there are, in all batches."""
+        return sum(self.sizes)
+
     def keep(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Keep the calibration set on disk: it is iterated once."""
         for batch in batches:
             self.store.put(f"batch-{self.count}", dict(batch))
-            self.count += 1
-            self.examples += batch_size(self.model, batch)
+            self.sizes.append(batch_size(self.model, batch))
 
     def batch(self, index: int) -> dict[str, Any]:
         batch: dict[str, Any] = self.store.get(f"batch-{index}")
         return batch
 
     def forward(self, index: int) -> Callable[[], Any]:
-        """The model's forward on a batch, the same each time even if the model draws random numbers."""
+        """The model's forward on a batch, the same each time even if the model draws random numbers.
+
+        It runs in the autocast in which the refit was asked for, and `towers` follows it.
+        """
         batch = self.batch(index)
-        extra: dict[str, Any] = {}
-        if "use_cache" in inspect.signature(self.model.forward).parameters and "use_cache" not in batch:
-            extra["use_cache"] = False  # a cache would carry state from call to call
+        extra = {"use_cache": False} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
 
         def run() -> Any:
             self.check()
-            with torch.random.fork_rng(), warnings.catch_warnings():
+            with torch.random.fork_rng(), warnings.catch_warnings(), self.autocast.entered():
                 torch.manual_seed(0)
                 try:
-                    return call(self.model, {**batch, **extra})
+                    with self.towers.following(self.sizes[index], batch):
+                        return call(self.model, {**batch, **extra})
                 except FORWARD_ERRORS as error:
                     raise forward_failed(self.model, index, error) from error
 
