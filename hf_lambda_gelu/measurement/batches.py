@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from .towers import decoder_mask
 
@@ -73,6 +74,9 @@ def model_batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[dict[str,
                     f"{where}: {name} is {value.dtype} on {value.device}, in an earlier batch it was {dtype} on {place}. "
                     "Let the loader yield one dtype on one device"
                 )
+        for name, value in kept.items():
+            if isinstance(value, Cache):
+                raise CalibrationError(f"{where}: {name} is a cache, which grows from run to run. Leave it out of the batch")
         seen = seen or any_token(kept)
         yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kept.items()}
     if not count:

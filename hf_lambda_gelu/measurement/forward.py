@@ -67,11 +67,15 @@ def main_output(output: Mapping[str, Any]) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block, `model` is in eval mode; afterwards every module is in the mode that it was in."""
+    """Within the block, `model` is in eval mode; afterwards every module is in the mode that it was in.
+
+    What torch.compile made of it is not run within the block, but what it was made from: compiled code does not know hooks.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -72,8 +72,9 @@ class SiteRows:
             yield
         doubtful = [n for n, seen in self._waiting.items() if n not in self._turned and any(_square(s[1]) for s in seen)]
         if doubtful:
-            first = positions_first(self.model, {name: self.sites[name] for name in doubtful}, batch, size)
-            self._turned.update({name: name in first for name in doubtful})
+            square = {self.sites[name]: (size, size) for name in doubtful}
+            first = positions_first(self.model, square, batch, size)
+            self._turned.update({name: self.sites[name] in first for name in doubtful})
         for name, seen in self._waiting.items():
             for (x, note), chunk in zip(seen, chunks([note for _, note in seen]), strict=True):
                 self._hand_on(name, x, places(note, chunk, self._turned.get(name, False)))
@@ -108,23 +109,26 @@ def _square(note: Note) -> bool:
 
 @torch.no_grad()
 def positions_first(
-    model: nn.Module, modules: Mapping[str, nn.Module], batch: Mapping[str, Any], size: int
-) -> Collection[str]:
+    model: nn.Module, modules: Mapping[nn.Module, Sequence[int]], batch: Mapping[str, Any], size: int
+) -> Collection[nn.Module]:
     """Which of the modules work on (positions, examples, …), found by a run on one example less.
+
+    Args:
+        modules: with the leading shape of what enters each on the batch, whose second number is the number of examples.
 
     Raises:
         CalibrationError: the batch cannot be cut to one example less, so that it cannot be told.
     """
     less = {k: v[: size - 1] if isinstance(v, Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}
-    found: set[str] = set()
+    found: set[nn.Module] = set()
 
-    def watch(name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        if args[0].dim() > 2 and args[0].shape[1] == size - 1 and args[0].shape[0] != size - 1:
-            found.add(name)
+    def watch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        if args[0].dim() > 2 and tuple(args[0].shape[:2]) == (modules[module][0], size - 1):
+            found.add(module)
 
     with Hooks() as hooks:
-        for name, module in modules.items():
-            hooks.before(module, partial(watch, name))
+        for module in modules:
+            hooks.before(module, watch)
         try:
             call(model, less)
         except FORWARD_ERRORS as error:

@@ -23,7 +23,16 @@ from .audio_masks import frame_mask
 
 # what a tower is called with; a call with one of these and no mask has no padding
 _PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
-_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "query_embeds", "flattened_patches", "decoder_input_ids", *_PIXELS)
+_INPUTS = (
+    "input_ids",
+    "inputs_embeds",
+    "input_features",
+    "input_values",
+    "query_embeds",
+    "flattened_patches",
+    "decoder_input_ids",
+    *_PIXELS,
+)
 _MASKS = ("attention_mask", "padding_mask")
 _INVERTED_MASKS = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")  # torch's: True at padding
 _MASKED_OUT = -1e3  # additive masks hold 0, and for padding −1e4 or less

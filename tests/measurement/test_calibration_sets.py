@@ -52,14 +52,31 @@ def test_padding_of_an_encoder_and_a_decoder() -> None:
     assert_same(hlg.calibrate(model, [short]), hlg.calibrate(model, [longer]))
 
 
-@pytest.mark.parametrize("name", ["wav2vec2", "convnext", "vit"])
+def test_padding_of_audio() -> None:
+    """Of 400 samples the convolutions make 79 and 39 frames; 59 and 29 of them are of 300 samples and no padding."""
+    model = converted("wav2vec2")
+    batch = tiny.inputs(model)
+    batch["attention_mask"] = torch.ones(2, 400, dtype=torch.long)
+    batch["attention_mask"][0, 300:] = 0
+    seen: dict[str, np.ndarray] = {}
+    for name, site in hlg.hardness_sites(model).items():
+        site.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].detach().double().numpy()}))
+    report = hlg.calibrate(model, [batch])
+    assert len(report.sites) == 5
+    for statistics in report.sites:
+        x = seen[statistics.name]
+        frames, kept = (79, 59) if statistics.name.endswith("conv_layers.0.activation") else (39, 29)
+        first = x[0][:, :kept] if x.shape[2] == frames else x[0, :kept]  # channels first, or last
+        wanted = np.concatenate([first.reshape(-1), x[1].reshape(-1)])
+        assert (statistics.count, statistics.tokens, statistics.padding) == (wanted.size, frames + kept, frames - kept)
+        assert (statistics.mean, statistics.std) == pytest.approx((wanted.mean(), wanted.std()), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["convnext", "vit"])
 def test_every_element_counts_where_there_are_no_tokens(name: str) -> None:
-    """Channels first or last, patches or frames: a mask over samples fits none of them."""
+    """Channels first or last, patches: there is no padding."""
     model = converted(name)
     batch = tiny.inputs(model)
-    if name == "wav2vec2":
-        batch["attention_mask"] = torch.ones(2, 400, dtype=torch.long)
-        batch["attention_mask"][0, 300:] = 0
     expected = captured(tiny.build(name), hlg.hardness_sites(model), [batch])
     for site in hlg.calibrate(model, [batch]).sites:
         x = expected[site.name]

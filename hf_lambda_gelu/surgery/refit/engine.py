@@ -26,7 +26,6 @@ from ...measurement.batches import CalibrationError, model_batches
 from ...measurement.forward import main_output
 from ...measurement.site_rows import positions_first
 from ...reports import length, progress
-from ...structure.edits import without_caches
 from ...structure.linear_maps import LinearMap, eager_experts
 from ...structure.tracing import Trace, trace
 from .capture import Sample
@@ -62,7 +61,7 @@ class Refit:
         """
         start = time.perf_counter()
         networks = self.networks
-        with eager_experts(networks.model), without_caches(networks.model), networks.autocast.off.entered():
+        with eager_experts(networks.model), networks.autocast.off.entered():
             traced, chains = self._look(biases, report := CompensationReport())
             report.uncompensated.update(traced.obstacles)
             with torch.no_grad():
@@ -106,12 +105,12 @@ class Refit:
 
     def _turned(self, traced: Trace) -> Collection[str]:
         """The sites that work on (positions, examples, …); a run on one example less shows them."""
-        networks, batch = self.networks, self.networks.batch(0)
-        size = networks.sizes[0]
-        second = {site for site, leading in traced.leading.items() if len(leading) > 1 and leading[1] == size > 1}
-        doubtful = {site: networks.sites[site] for site in second if site in traced.maps}
+        networks, size = self.networks, self.networks.sizes[0]
+        second = {s: leading for s, leading in traced.leading.items() if len(leading) > 1 and leading[1] == size > 1}
+        doubtful = {networks.sites[site]: leading for site, leading in second.items() if site in traced.maps}
         with networks.autocast.entered():
-            return positions_first(networks.model, doubtful, batch, size) if doubtful else ()
+            turned = positions_first(networks.model, doubtful, networks.batch(0), size) if doubtful else ()
+        return {site for site in second if networks.sites[site] in turned}
 
     def _refit_all(self, chains: list[Chain], traced: Trace, method: Compensate) -> Iterator[CompensatedSite]:
         queue = deque(chains)

@@ -75,9 +75,7 @@ class Evidence:
             raise MeetingError
         return torch.where(self.scale.abs() > 1e-12, (streams[1] - streams[0]) / self.scale, 0.0)
 
-    def _add(
-        self, linear: LinearMap, given: list[MapCall], aim: list[MapCall], change: Tensor, examples: Examples
-    ) -> None:
+    def _add(self, linear: LinearMap, given: list[MapCall], aim: list[MapCall], change: Tensor, examples: Examples) -> None:
         start = 0
         for call, output, chunk in zip(given, aim, chunks([call.note for call in given]), strict=True):
             if linear.index is not None and call.routing is not None:

@@ -61,7 +61,9 @@ class CompensationReport:
             f"{len(self.sites)} sites compensated in {self.seconds:.0f} s: error relative to the smooth output, held out"
         ]
         if self.sites:
-            lines.append(f"  {'site':<{width}}  {'method':<13}  {'target':<6}  {'rows':>7}  {'padding':>7}  {'before':>7}  {'after':>7}")
+            lines.append(
+                f"  {'site':<{width}}  {'method':<13}  {'target':<6}  {'rows':>7}  {'padding':>7}  {'before':>7}  {'after':>7}"
+            )
         for s in self.sites:
             note = f"  ({s.note})" if s.note else ""
             lines.append(

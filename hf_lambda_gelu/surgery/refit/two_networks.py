@@ -30,6 +30,7 @@ from ...measurement.batches import FORWARD_ERRORS, batch_size, forward_failed
 from ...measurement.forward import call
 from ...measurement.towers import Towers
 from ...structure.autocast import Autocast
+from ...structure.edits import without_caches
 from ...structure.linear_maps import LinearMap
 from .biases import AddedBiases
 from .ridge import Correction
@@ -172,7 +173,7 @@ class TwoNetworks:
 
         def run() -> Any:
             self.check()
-            with torch.random.fork_rng(), warnings.catch_warnings(), self.autocast.entered():
+            with torch.random.fork_rng(), warnings.catch_warnings(), self.autocast.entered(), without_caches(self.model):
                 torch.manual_seed(0)
                 try:
                     with self.towers.following(self.sizes[index], batch):

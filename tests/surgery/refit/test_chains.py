@@ -16,7 +16,8 @@ from transformers import BertConfig, BertModel, PreTrainedModel, SwinConfig, Swi
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.structure.tracing import trace
 from hf_lambda_gelu.surgery.refit.blocks import with_hidden, without_hidden
-from hf_lambda_gelu.surgery.refit.chains import Chain, capture, find_chains
+from hf_lambda_gelu.surgery.refit.capture import capture
+from hf_lambda_gelu.surgery.refit.chains import Chain, find_chains
 
 
 def test_forward_that_raises() -> None:
@@ -106,20 +107,22 @@ def test_capture() -> None:
         for name in ("bert.encoder.layer.0", "bert.encoder.layer.1", "cls")
     ]
     with torch.no_grad():
-        calls = capture(model, Chain(both("bert.encoder.layer.{}"), [[], []]), lambda: model(**batch))
+        chain = Chain(both("bert.encoder.layer.{}"), [[], []])
+        names, calls, samples = capture(model, chain, lambda: model(**batch))
+    assert (names, samples) == (chain.blocks, [None, None])
     assert ran == ["bert.encoder.layer.0"]
     for handle in watched:
         handle.remove()
     for call, wanted in zip(calls, hidden, strict=False):
-        rest, taken = without_hidden(call)
+        rest, taken = without_hidden(call.arguments)
         torch.testing.assert_close(taken, wanted, rtol=1e-5, atol=1e-5)
         args, kwargs = with_hidden(rest, taken + 1)
         assert torch.equal(args[0], taken + 1)
         assert {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}.keys() == {
-            k for k, v in call[1].items() if isinstance(v, Tensor)
+            k for k, v in call.arguments[1].items() if isinstance(v, Tensor)
         }
     albert = converted("albert")
     with torch.no_grad():
-        pooled = capture(albert, Chain([ALBERT], [[]], pooled=True), lambda: albert(**batch))
+        pooled = capture(albert, Chain([ALBERT], [[]], pooled=True), lambda: albert(**batch))[1]
     assert len(pooled) == 3
     assert hooks(model) == hooks(albert) == []

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.surgery.refit import chain_walk
+from hf_lambda_gelu.surgery.refit import engine
 
 Batches = list[dict[str, Tensor]]
 
@@ -49,7 +49,7 @@ def test_cost_is_linear_in_depth() -> None:
 
 def test_batches_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loader's tensors are released as it goes on; and no more hidden states live at a time with more batches."""
-    original = chain_walk.observe
+    original = engine.observe
 
     def peak(count: int) -> int:
         model, alive, live = converted("bert-classifier"), list[weakref.ref[Tensor]](), list[int]()
@@ -69,7 +69,7 @@ def test_batches_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             live.append(len(hidden))
             return original(*args)
 
-        monkeypatch.setattr(chain_walk, "observe", observe)
+        monkeypatch.setattr(engine, "observe", observe)
         hlg.relu_ize(model, calibration=loader(), compensate="least_squares")
         assert len(live) == 2 * 2 * count
         return max(live)

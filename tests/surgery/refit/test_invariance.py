@@ -14,6 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.surgery.refit import engine
+from hf_lambda_gelu.surgery.refit.chain_walk import ChainWalk, DependentError
+from hf_lambda_gelu.surgery.refit.chains import Chain
+from hf_lambda_gelu.surgery.refit.runs import ReplayError
+from hf_lambda_gelu.surgery.refit.two_networks import TwoNetworks
 
 
 def xlnet() -> PreTrainedModel:
@@ -83,22 +87,52 @@ def test_batch_size(name: str) -> None:
 @pytest.mark.parametrize("name", ["bert-classifier", "gpt2", "t5"])
 def test_split_chain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains block by block, which run the whole network for each, give the same weights as chains that carry states."""
+
+    def walk(networks: TwoNetworks, chain: Chain) -> ChainWalk:
+        if len(chain.blocks) > 1:
+            raise DependentError
+        return ChainWalk(networks, chain)
+
     states = []
     for split in (False, True):
         if split:
-            monkeypatch.setattr(engine, "is_independent", lambda networks, chain: False)
+            monkeypatch.setattr(engine, "ChainWalk", walk)
         model = converted(name)
         hlg.relu_ize(model, calibration=calibration_set(model), compensate="least_squares")
         states.append(parameters(model))
     assert largest_difference(*states) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["bert-classifier", "gpt2", "t5", "swin", "electra"])
+def test_whole_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no block can be run apart, the whole model is run, and the weights are the same."""
+
+    def walk(networks: TwoNetworks, chain: Chain) -> ChainWalk:
+        if chain.blocks != [""]:
+            raise ReplayError
+        return ChainWalk(networks, chain)
+
+    states, reports = [], []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(engine, "ChainWalk", walk)
+        model = converted(name)
+        report = hlg.relu_ize(model, calibration=calibration_set(model, 24), compensate="least_squares").compensation
+        assert report is not None
+        states.append(parameters(model))
+        reports.append([(site.name, site.rows, site.method, site.target) for site in report.sites])
+    assert reports[0] == reports[1]
+    assert largest_difference(*states) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("name", "mask", "rows"),
-    [("clip", (2, 11), {"text": 5 * 19, "vision": 5 * 2 * 17}), ("wav2vec2", (2, 400), {"wav2vec2": 5 * 2 * 39})],
+    [("clip", (2, 11), {"text": 5 * 19, "vision": 5 * 2 * 17}), ("wav2vec2", (2, 400), {"wav2vec2": 5 * (39 + 38)})],
 )
 def test_mask_of_something_else(name: str, mask: tuple[int, int], rows: dict[str, int]) -> None:
-    """Where the mask says nothing of the rows, patches beside text or frames of an audio signal, every row counts."""
+    """A mask of text says nothing of patches beside it, which all count; one of samples says which frames are padding:
+    of 400 samples kernels of 10 and 3 at strides of 5 and 2 make 39 frames, of 397 they make 38.
+    """
     model = converted(name)
     batches = [tiny.inputs(model, seed) for seed in range(5)]
     for batch in batches:

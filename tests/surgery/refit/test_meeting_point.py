@@ -17,8 +17,11 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.surgery.refit.chains import Chain, capture
+from hf_lambda_gelu.measurement.towers import Towers
+from hf_lambda_gelu.surgery.refit.capture import capture
+from hf_lambda_gelu.surgery.refit.chains import Chain
 from hf_lambda_gelu.surgery.refit.meeting_point import find_meeting
+from hf_lambda_gelu.surgery.refit.runs import Run
 
 
 @torch.no_grad()
@@ -52,8 +55,9 @@ def meeting_of(model: PreTrainedModel, block: str, site: str, batch: dict[str, T
     (linear,) = found(model, batch).maps[site]
     if "use_cache" in inspect.signature(model.forward).parameters:
         batch = {**batch, "use_cache": False}  # a cache would grow from run to run
-    arguments = capture(model, Chain([block], [[site]]), lambda: model(**batch))[0]
-    return find_meeting(model.get_submodule(block), arguments, linear)
+    call = capture(model, Chain([block], [[site]]), lambda: model(**batch))[1][0]
+    module = model.get_submodule(block)
+    return find_meeting(Run(module, lambda: call.run(module), Towers(model, hlg.hardness_sites(model).values())), linear)
 
 
 CASES = [

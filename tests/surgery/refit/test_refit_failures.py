@@ -107,16 +107,6 @@ def test_values_that_are_not_finite() -> None:
         assert full_snapshot(model) == before
 
 
-def test_blocks_that_do_not_always_run() -> None:
-    """A batch on which a block of a chain is skipped is said."""
-    model = randomized(Stack(StackConfig(["pre"], ["pre", "pre", "pre"])))
-    before = full_snapshot(model)
-    batches = [{"inputs_embeds": torch.randn(2, 6, 8) * (1000.0 if n == 2 else 1.0)} for n in range(4)]
-    with pytest.raises(hlg.CalibrationError, match=r"batch 2: 2 of back\.0 … back\.2 ran, on batch 0 all 3 did"):
-        hlg.relu_ize(model, calibration=batches, compensate="least_squares")
-    assert full_snapshot(model) == before
-
-
 def test_arguments() -> None:
     """An unknown method, and a method without data, are refused before anything is done."""
     model = converted("bert-classifier")

@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 
 def converted() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(6, 6), nn.GELU())), nn.Linear(6, 6)).eval()
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)) for _ in range(3))).eval()
     hlg.convert(model)
     return model
 

@@ -15,10 +15,10 @@ def test_report() -> None:
     assert report is not None
     lines = str(report).splitlines()
     assert lines[0].startswith("2 sites compensated in ")
-    assert lines[1].split() == ["site", "method", "target", "rows", "before", "after"]
+    assert lines[1].split() == ["site", "method", "target", "rows", "padding", "before", "after"]
     for site, line in zip(report.sites, lines[2:], strict=False):
         numbers = [f"{site.before:.3f}", f"{site.after:.3f}"]
-        assert line.split() == [site.name, site.method, "stream", str(site.rows), *numbers]
+        assert line.split() == [site.name, site.method, "stream", str(site.rows), "0", *numbers]
     assert lines[4:] == [
         "  config.mlp_bias is True now: the maps had no bias, and it gives them one",
         "  head.act not compensated: the weight that it feeds is shared with decoder.weight",
