@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,9 +80,14 @@ def places(note: Note, chunk: Chunk | None = None, positions_first: bool = False
         positions_first: whether its first dimension is the positions and its second the examples, as in XLNet.
     """
     count = math.prod(note.leading)
+    if note.chosen is not None:
+        rows, total = note.chosen
+        return _choice(rows, places(replace(note, leading=(total,), chosen=None)))
     example = _examples(note.leading, note.tower.size, positions_first)
     if not note.tower.padded:
         return Places(count, example)
+    if note.tower.mixed:
+        return Places(count, example, told=False)
     for mask in _masks(note.tower, note.leading):
         if chunk is not None and mask.shape[1] == chunk.total:
             mask = mask[:, chunk.start : chunk.start + note.leading[1]]
@@ -104,9 +109,12 @@ def routed(chosen: Tensor, seen: Places) -> Places:
         chosen: (tokens, choices), True where a token's choice is this expert; rows come in the order of the choices.
         seen: the places of all tokens.
     """
-    tokens = torch.where(chosen.T)[1].cpu()
-    example, token = (None if t is None else t.cpu()[tokens] for t in (seen.example, seen.token))
-    return Places(len(tokens), example, token, seen.told, tokens, seen.count)
+    return _choice(torch.where(chosen.T)[1].cpu(), seen)
+
+
+def _choice(rows: Tensor, seen: Places) -> Places:
+    example, token = (None if t is None else t.cpu()[rows] for t in (seen.example, seen.token))
+    return Places(len(rows), example, token, seen.told, rows, seen.count)
 
 
 def _masks(tower: Tower, leading: Leading) -> list[Tensor]:

@@ -72,7 +72,7 @@ class SiteRows:
             yield
         doubtful = [n for n, seen in self._waiting.items() if n not in self._turned and any(_square(s[1]) for s in seen)]
         if doubtful:
-            square = {self.sites[name]: (size, size) for name in doubtful}
+            square: dict[nn.Module, Sequence[int]] = {self.sites[name]: (size, size) for name in doubtful}
             first = positions_first(self.model, square, batch, size)
             self._turned.update({name: self.sites[name] in first for name in doubtful})
         for name, seen in self._waiting.items():
@@ -133,7 +133,7 @@ def positions_first(
             call(model, less)
         except FORWARD_ERRORS as error:
             raise CalibrationError(
-                f"a calibration batch has as many positions as examples ({size}), and {type(model).__name__} does not run on "
-                f"one example less ({type(error).__name__}: {error}), so that padding cannot be told. Use another batch size"
+                f"a calibration batch has as many positions as examples ({size}), and {type(model).__name__} does not run "
+                f"on one less ({type(error).__name__}: {error}), so that padding cannot be told. Use another batch size"
             ) from error
     return found

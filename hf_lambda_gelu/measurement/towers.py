@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..structure.config import config_of
 from ..structure.hooks import Hooks
 from .audio_masks import frame_mask
+from .chosen_rows import chosen_rows
 
 # what a tower is called with; a call with one of these and no mask has no padding
 _PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
@@ -47,11 +47,13 @@ class Tower:
     Attributes:
         size: examples in the model's batch.
         mask: (size · k, positions), True at tokens; None where nothing is padding.
+        mixed: whether text and something else come together here, so that the mask may or may not be of what runs.
         frames: (positions) → the mask of so many frames that audio was resampled to, None if it is no such number.
     """
 
     size: int
     mask: Tensor | None = None
+    mixed: bool = False
     frames: Callable[[int], Tensor | None] | None = field(default=None, compare=False)
 
     @property
@@ -71,11 +73,19 @@ class Scope:
 
 @dataclass(frozen=True)
 class Note:
-    """Where a tensor was seen: its leading shape (all but the features), its tower, and the calls around it, inner first."""
+    """Where a tensor was seen.
+
+    Attributes:
+        leading: its shape but for the features.
+        tower: the tower that it is in.
+        scopes: the calls of modules around it, inner ones first.
+        chosen: of rows that are a choice of all tokens (an expert's), which those are, and how many tokens there are.
+    """
 
     leading: Leading
     tower: Tower
     scopes: tuple[Scope, ...]
+    chosen: tuple[Tensor, int] | None = None
 
 
 class Towers:
@@ -92,6 +102,7 @@ class Towers:
         self._names = {module: _argument_names(module) for module in self._around}
         self._decoder = _decoder_modules(model)
         self._scopes: list[Scope] = []
+        self._hidden: list[Tensor | None] = []  # what the modules in the scopes were called with
         self._base = Tower(1)
         self._decoder_mask: Tensor | None = None
         self._count = 0
@@ -110,7 +121,7 @@ class Towers:
         """
         self._base = Tower(size) if base is None else base
         self._decoder_mask = None if batch is None else decoder_mask(self.model, batch)
-        self._scopes = []
+        self._scopes, self._hidden = [], []
         inside = None if root is None else set(root.modules())
         with Hooks() as hooks:
             for module in self._around:
@@ -126,7 +137,21 @@ class Towers:
 
     def note(self, tensor: Tensor) -> Note:
         """Where this tensor, channels last, is seen."""
-        return Note(tuple(tensor.shape[:-1]), self.current, tuple(reversed(self._scopes)))
+        leading = tuple(tensor.shape[:-1])
+        return Note(leading, self.current, tuple(reversed(self._scopes)), self._chosen(leading))
+
+    def _chosen(self, leading: Leading) -> tuple[Tensor, int] | None:
+        """Where rows come from that are fewer than the tokens around them: what the module around them was called with is
+        compared with what the modules around that were called with."""
+        if len(leading) != 1 or not self._hidden:
+            return None
+        tensors = [flat for hidden in reversed(self._hidden) if hidden is not None for flat in (_flat(hidden),)]
+        inner = next((t for t in tensors if len(t) == leading[0]), None)
+        outer = [t for t in tensors if len(t) > leading[0] and len(t) % self._base.size == 0]
+        if inner is None or not outer or leading[0] in (self._base.size, _tokens(self.current)):
+            return None
+        rows = next((r for t in outer if t.shape[-1] == inner.shape[-1] and (r := chosen_rows(inner, t)) is not None), None)
+        return None if rows is None else (rows.cpu(), len(outer[0]))
 
     def _enter(self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -134,10 +159,12 @@ class Towers:
         leading = None if hidden is None else tuple(hidden.shape[:-1])
         self._count += 1
         self._scopes.append(Scope(self._count, self._tower(module, given), leading))
+        self._hidden.append(hidden)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._scopes:
             self._scopes.pop()
+            self._hidden.pop()
 
     def _tower(self, module: nn.Module, given: Mapping[str, Any]) -> Tower:
         size = self._base.size
@@ -145,11 +172,36 @@ class Towers:
             return Tower(size, self._decoder_mask)
         mask = next((m for m in map(partial(_key_mask, given, size), (*_MASKS, *_INVERTED_MASKS)) if m is not None), None)
         if mask is not None:
-            return Tower(size, mask, partial(frame_mask, self.model, mask))
+            mask = _without_past(mask, given)
+            return Tower(size, mask, _is_mixed(given), partial(frame_mask, self.model, mask))
         starts = any(given.get(name) is not None for name in (_INPUTS if isinstance(module, PreTrainedModel) else _PIXELS))
         if starts and not any(given.get(name) is not None for name in _MASKS):
             return Tower(size, self._decoder_mask if module in self._decoder else None)
         return self.current
+
+
+def _flat(hidden: Tensor) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def _tokens(tower: Tower) -> int | None:
+    return None if tower.mask is None else tower.mask.numel()
+
+
+def _is_mixed(given: Mapping[str, Any]) -> bool:
+    """Whether a module is called with text and with images or sounds: what runs inside may be of either."""
+    text, others = ("input_ids", "inputs_embeds"), ("input_features", "input_values", *_PIXELS)
+    return all(any(given.get(name) is not None for name in names) for names in (text, others))
+
+
+def _without_past(mask: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """The mask of what runs: with a key-value cache (prefix tuning) it covers the cached positions before them too."""
+    present = next(
+        (v for n in ("input_ids", "inputs_embeds") if isinstance(v := given.get(n), Tensor) and v.dim() > 1), None
+    )
+    if given.get("past_key_values") is None or present is None or present.shape[1] >= mask.shape[1]:
+        return mask
+    return mask[:, -present.shape[1] :]
 
 
 def decoder_mask(model: nn.Module | None, batch: Mapping[str, Any]) -> Tensor | None:
@@ -181,7 +233,7 @@ def _key_mask(given: Mapping[str, Any], size: int, name: str) -> Tensor | None:
     mask = given.get(name)
     if not isinstance(mask, Tensor):
         return None
-    if mask.dim() == 4 and mask.shape[1:3] == (1, 1):  # for every query alike
+    if mask.dim() == 4 and mask.numel() and bool((mask == mask[:, :1, :1]).all()):  # for every head and query alike
         mask = mask[:, 0, 0]
         mask = mask > _MASKED_OUT if mask.is_floating_point() else mask != 0
     elif mask.dim() != 2 or (mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all())):

@@ -20,7 +20,7 @@ from .chains import Chain
 
 # elements of a block's output that are kept, to know it again by
 _SAMPLE = 1024
-# ‖replayed − seen‖ / ‖seen‖ of the sample, from a block that computes the same again; rounding of sums differs from run to run
+# ‖replayed − seen‖ / ‖seen‖ of the sample, from a block that computes the same again; sums may be rounded otherwise
 _SAME = {torch.float16: 1e-4, torch.bfloat16: 1e-4}
 _SAME_FP32 = 1e-5
 

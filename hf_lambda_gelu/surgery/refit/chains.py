@@ -122,7 +122,7 @@ def _in_list(modules: dict[str, nn.Module], parent: str, name: str) -> bool:
 def _watch(modules: dict[str, nn.Module], forwards: Iterable[Callable[[], Any]]) -> dict[str, _Calls]:
     """What is seen of the modules, each in the first pass that reaches it; counts are the largest of a pass."""
     calls = {name: _Calls() for name in modules}
-    clock = 0
+    clock = index = 0
     now: dict[str, int] = {}  # calls in this pass
     first_pass: dict[str, int] = {}
 
@@ -146,7 +146,8 @@ def _watch(modules: dict[str, nn.Module], forwards: Iterable[Callable[[], Any]])
         for name, module in modules.items():
             hooks.before(module, partial(before, name))
             hooks.after(module, partial(after, name))
-        for index, forward in enumerate(forwards):
+        for run, forward in enumerate(forwards):
+            index = run
             now.clear()
             forward()
     return calls

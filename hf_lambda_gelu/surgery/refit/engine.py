@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -99,15 +99,17 @@ class Refit:
         first, second = (Sample.of(main_output(self.networks.forward(0)())) for _ in range(2))
         if first is not None and not first.matches(second):
             raise CalibrationError(
-                f"{type(self.networks.model).__name__}.forward puts out something else each time it runs on calibration batch "
-                "0. Switch off what keeps state from run to run, or draws random numbers of its own"
+                f"{type(self.networks.model).__name__}.forward puts out something else each time it runs on calibration "
+                "batch 0. Switch off what keeps state from run to run, or draws random numbers of its own"
             )
 
     def _turned(self, traced: Trace) -> Collection[str]:
         """The sites that work on (positions, examples, …); a run on one example less shows them."""
         networks, size = self.networks, self.networks.sizes[0]
         second = {s: leading for s, leading in traced.leading.items() if len(leading) > 1 and leading[1] == size > 1}
-        doubtful = {networks.sites[site]: leading for site, leading in second.items() if site in traced.maps}
+        doubtful: dict[nn.Module, Sequence[int]] = {
+            networks.sites[site]: leading for site, leading in second.items() if site in traced.maps
+        }
         with networks.autocast.entered():
             turned = positions_first(networks.model, doubtful, networks.batch(0), size) if doubtful else ()
         return {site for site in second if networks.sites[site] in turned}
@@ -159,7 +161,7 @@ class Refit:
         except MeetingError:
             if meeting is None:
                 raise CalibrationError(
-                    f"{site}: the map after it is called on other rows when this gate is ReLU, so that nothing can be compared"
+                    f"{site}: the map after it gets other rows when this gate is ReLU, so that nothing can be compared"
                 ) from None
             return self._gather(walk, site, maps, None)
 

@@ -12,7 +12,7 @@ from ...measurement.places import chunks, places, routed
 from ...measurement.site_rows import Count
 from ...structure.linear_maps import LinearMap
 from .held_out import Examples, split
-from .meeting_point import MapCall, Meeting, Observed
+from .meeting_point import MapCall, Meeting, Observed, Stream
 from .ridge import Moments
 
 
@@ -65,12 +65,12 @@ class Evidence:
                 change = self._change(given, aim, substituted.stream, wanted.stream)
                 self._add(linear, given, aim, change, examples)
 
-    def _change(self, given: list[MapCall], aim: list[MapCall], now: Tensor | None, wanted: Tensor | None) -> Tensor:
+    def _change(self, given: list[MapCall], aim: list[MapCall], now: Stream, wanted: Stream) -> Tensor:
         """What the map's output should change by, in the order of its calls."""
         if self.meeting is None or self.scale is None:
             return torch.cat([a.output - g.output for a, g in zip(aim, given, strict=True)])
         notes = [call.note for call in given]
-        streams = [None if stream is None else self.meeting.rows(stream, notes) for stream in (now, wanted)]
+        streams = [self.meeting.rows(stream, notes) for stream in (now, wanted)]
         if streams[0] is None or streams[1] is None or len(streams[0]) != sum(len(call.input) for call in given):
             raise MeetingError
         return torch.where(self.scale.abs() > 1e-12, (streams[1] - streams[0]) / self.scale, 0.0)

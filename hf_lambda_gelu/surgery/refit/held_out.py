@@ -56,10 +56,9 @@ def split(seen: Places, examples: Examples) -> tuple[Tensor, Tensor]:
     """
     rows = torch.arange(seen.count) if seen.row is None else seen.row
     keep = torch.ones_like(rows, dtype=torch.bool) if seen.token is None else seen.token.to(rows.device)
+    part = rows if seen.example is None else seen.example
     if examples.only:
         part = rows // -(-seen.total // _HELD_OUT)  # a single example is judged by a part of itself
-    else:
-        part = rows if seen.example is None else seen.example
     held = (examples.first + part) % _HELD_OUT == 0
     return keep & ~held, keep & held
 

@@ -17,6 +17,9 @@ from ...structure.linear_maps import LinearCall, LinearMap, watch_linears
 from .blocks import hidden_in
 from .runs import Run
 
+# a tensor of the residual stream, by the number of map calls before it, less one; several where a point is passed again
+Stream = dict[int, Tensor]
+
 
 @dataclass(frozen=True)
 class Meeting:
@@ -32,9 +35,9 @@ class Meeting:
     moved: bool
     scale: Tensor
 
-    def rows(self, tensor: Tensor, notes: Sequence[Note]) -> Tensor | None:
+    def rows(self, stream: Stream, notes: Sequence[Note]) -> Tensor | None:
         """What is at the point, as (rows, k), in the order of the map's calls; None if it is not their sum."""
-        return rows_of_calls(tensor.movedim(1, -1) if self.moved else tensor, notes)
+        return _rows_of_calls(stream, notes, self.moved)
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,12 @@ class Observed:
 
     Attributes:
         calls: label of the map → its calls.
-        stream: what is at the meeting point, as it is there.
+        stream: what is at the meeting point, as it is there, after which of the map's calls.
         hidden: the block's output.
     """
 
     calls: dict[str, list[MapCall]] = field(default_factory=dict)
-    stream: Tensor | None = None
+    stream: Stream = field(default_factory=dict)
     hidden: Tensor | None = None
 
 
@@ -73,18 +76,22 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def rows_of_calls(tensor: Tensor, notes: Sequence[Note]) -> Tensor | None:
-    """The rows of a tensor that is there once, (examples, positions, …, k), in the order of the calls that made it.
+def _rows_of_calls(stream: Stream, notes: Sequence[Note], moved: bool) -> Tensor | None:
+    """The rows of what is at a point, in the order of the map's calls.
 
-    None if the calls are more than one and no pieces of it.
+    The point is passed once after each call, or once after all of them, which are pieces of it: else None.
     """
-    if len(notes) == 1:
-        return flat(tensor)
+    tensors = [tensor.movedim(1, -1) if moved else tensor for tensor in stream.values()]
+    if list(stream) == list(range(len(notes))):
+        return torch.cat([flat(tensor) for tensor in tensors])
     pieces = chunks(notes)
-    if any(piece is None for piece in pieces) or tensor.dim() < 3 or {p.total for p in pieces if p} != {tensor.shape[1]}:
+    if list(stream) != [len(notes) - 1] or any(piece is None for piece in pieces):
+        return None
+    (whole,) = tensors
+    if whole.dim() < 3 or {p.total for p in pieces if p} != {whole.shape[1]}:
         return None
     lengths = [note.leading[1] for note in notes]
-    return torch.cat([flat(tensor[:, p.start : p.start + n]) for p, n in zip(pieces, lengths, strict=True) if p])
+    return torch.cat([flat(whole[:, p.start : p.start + n]) for p, n in zip(pieces, lengths, strict=True) if p])
 
 
 @torch.no_grad()
@@ -101,8 +108,9 @@ def observe(run: Run, maps: Sequence[LinearMap], meeting: Meeting | None = None)
             seen.calls.setdefault(label, []).append(made)
 
     def on_meeting(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = hidden_in(args, kwargs)
-        seen.stream = None if value is None else value.clone()
+        value, calls = hidden_in(args, kwargs), len(seen.calls.get(maps[0].label, ()))
+        if calls and value is not None:
+            seen.stream[calls - 1] = value.clone()
 
     def on_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal routing
@@ -119,8 +127,8 @@ def observe(run: Run, maps: Sequence[LinearMap], meeting: Meeting | None = None)
                 if any(p is maps[0].parameter for p in owner.parameters(recurse=False)):
                     hooks.before(owner, on_experts)
         seen.hidden = run()
-    if meeting is not None and meeting.module is None:
-        seen.stream = seen.hidden
+    if meeting is not None and meeting.module is None and seen.hidden is not None:
+        seen.stream[len(seen.calls.get(maps[0].label, ())) - 1] = seen.hidden
     return seen
 
 
@@ -137,7 +145,7 @@ def find_meeting(run: Run, linear: LinearMap) -> Meeting | None:
     if not outputs or not base:
         return None
     # large beside the stream, so that rounding of the sum is small beside it and a norm cannot pass for linear
-    size = 10.0 * max(float(t.float().square().mean().sqrt()) for t in base.values())
+    size = 10.0 * max(float(t.float().square().mean().sqrt()) for stream in base.values() for t in stream.values())
     generator = torch.Generator().manual_seed(0)
     # twice, as whatever happens to a single row is a scale for each channel
     both = [[(torch.randn(o.shape, generator=generator) * max(size, 1e-3)).to(o) for o in outputs] for _ in range(2)]
@@ -146,23 +154,25 @@ def find_meeting(run: Run, linear: LinearMap) -> Meeting | None:
     wanted = torch.cat([flat(delta).float() for deltas in both for delta in deltas])
     # the block's output first, then inputs of modules from the last call backwards
     for name in [None, *reversed([n for n in base if n is not None])]:
-        before = base.get(name)
-        if before is None:
-            continue
-        now = [n for after in afters if (n := after.get(name)) is not None and n.shape == before.shape]
-        if len(now) < len(afters):
+        before, now = base.get(name), [after.get(name) for after in afters]
+        shapes = [None if stream is None else _shapes(stream) for stream in now]
+        if before is None or any(shape != _shapes(before) for shape in shapes):
             continue
         for moved in (False, True):
-            if moved and before.dim() < 3:
+            if moved and any(tensor.dim() < 3 for tensor in before.values()):
                 continue
-            changes = [n.float() - before.float() for n in now]
-            rows = [rows_of_calls(c.movedim(1, -1) if moved else c, notes) for c in changes]
-            if all(r is not None for r in rows):
-                change = torch.cat([r for r in rows if r is not None])
-                scale = _scale(change, wanted, torch.finfo(before.dtype).eps) if change.shape == wanted.shape else None
+            old = _rows_of_calls(before, notes, moved)
+            new = [None if stream is None else _rows_of_calls(stream, notes, moved) for stream in now]
+            if old is not None:
+                change = torch.cat([n.float() - old.float() for n in new if n is not None])
+                scale = _scale(change, wanted, torch.finfo(old.dtype).eps) if change.shape == wanted.shape else None
                 if scale is not None:
                     return Meeting(name, moved, scale)
     return None
+
+
+def _shapes(stream: Stream) -> list[tuple[int, torch.Size]]:
+    return [(call, tensor.shape) for call, tensor in stream.items()]
 
 
 def _scale(change: Tensor, delta: Tensor, eps: float) -> Tensor | None:
@@ -175,10 +185,10 @@ def _scale(change: Tensor, delta: Tensor, eps: float) -> Tensor | None:
 
 def _points(
     run: Run, linear: LinearMap, deltas: Sequence[Tensor]
-) -> tuple[dict[str | None, Tensor], list[Tensor], list[Note]]:
+) -> tuple[dict[str | None, Stream], list[Tensor], list[Note]]:
     """What goes into modules once the map was called, by name, and under None what the block puts out, with `deltas` added
     to what the map puts out, call by call; what the map put out in each call, and where."""
-    points: dict[str | None, Tensor] = {}
+    points: dict[str | None, Stream] = {}
     outputs: list[Tensor] = []
     notes: list[Note] = []
     key = linear.key
@@ -193,14 +203,14 @@ def _points(
     def on_input(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = hidden_in(args, kwargs)
         if outputs and value is not None:
-            points.pop(name, None)  # the last call counts
-            points[name] = value.clone()
+            stream = points.pop(name, {})  # the last call comes last
+            points[name] = stream | {len(outputs) - 1: value.clone()}
 
     with Hooks() as hooks, watch_linears(on_linear):
         for name, module in run.block.named_modules():
             if name:
                 hooks.before(module, partial(on_input, name))
         output = run()
-    if output is not None:
-        points[None] = output
+    if output is not None and outputs:
+        points[None] = {len(outputs) - 1: output}
     return points, outputs, notes

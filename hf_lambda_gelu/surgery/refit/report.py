@@ -61,14 +61,12 @@ class CompensationReport:
             f"{len(self.sites)} sites compensated in {self.seconds:.0f} s: error relative to the smooth output, held out"
         ]
         if self.sites:
-            lines.append(
-                f"  {'site':<{width}}  {'method':<13}  {'target':<6}  {'rows':>7}  {'padding':>7}  {'before':>7}  {'after':>7}"
-            )
+            numbers = "".join(f"  {title:>7}" for title in ("rows", "padding", "before", "after"))
+            lines.append(f"  {'site':<{width}}  {'method':<13}  {'target':<6}{numbers}")
         for s in self.sites:
             note = f"  ({s.note})" if s.note else ""
-            lines.append(
-                f"  {s.name:<{width}}  {s.method:<13}  {s.target:<6}  {s.rows:>7}  {s.padding:>7}  {s.before:>7.3f}  {s.after:>7.3f}{note}"
-            )
+            numbers = f"  {s.rows:>7}  {s.padding:>7}  {s.before:>7.3f}  {s.after:>7.3f}"
+            lines.append(f"  {s.name:<{width}}  {s.method:<13}  {s.target:<6}{numbers}{note}")
         if self.bias_attribute:
             lines.append(f"  config.{self.bias_attribute} is True now: the maps had no bias, and it gives them one")
         lines += [f"  {name} not compensated: {reason}" for name, reason in self.uncompensated.items()]

@@ -10,7 +10,7 @@ import torch
 from support import tiny
 from support.calibration import calibration_set
 from support.experts import experts_model
-from support.handmade import Block, Handmade, HandmadeConfig, Stack, StackConfig
+from support.handmade import Block, Handmade, HandmadeConfig
 from support.models import converted, randomized
 from support.states import full_snapshot, hooks, largest_difference, parameters
 from torch import nn

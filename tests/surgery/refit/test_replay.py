@@ -1,4 +1,4 @@
-"""What keeps a block from being run apart from the model's forward: the refit is then that of the whole model, or refused."""
+"""What keeps a block from being run apart from the model's forward: the refit is that of the whole model, or refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_lambda_gelu.surgery.refit.chains import Chain
 from hf_lambda_gelu.surgery.refit.runs import ReplayError
 from hf_lambda_gelu.surgery.refit.two_networks import TwoNetworks
 
-LLM = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+LLM = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
 
 def ids(size: int, length: int, seed: int) -> Tensor:
