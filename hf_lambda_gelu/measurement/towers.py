@@ -38,6 +38,7 @@ _INVERTED_MASKS = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_
 _MASKED_OUT = -1e3  # additive masks hold 0, and for padding −1e4 or less
 
 Leading = tuple[int, ...]
+Chosen = tuple[Tensor, int]  # which of all tokens (n,), and how many there are
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Note:
     leading: Leading
     tower: Tower
     scopes: tuple[Scope, ...]
-    chosen: tuple[Tensor, int] | None = None
+    chosen: Chosen | None = None
 
 
 class Towers:
@@ -104,22 +105,29 @@ class Towers:
         self._scopes: list[Scope] = []
         self._hidden: list[Tensor | None] = []  # what the modules in the scopes were called with
         self._base = Tower(1)
+        self._base_chosen: Chosen | None = None
         self._decoder_mask: Tensor | None = None
         self._count = 0
 
     @contextmanager
     def following(
-        self, size: int, batch: Mapping[str, Any] | None = None, base: Tower | None = None, root: nn.Module | None = None
+        self,
+        size: int,
+        batch: Mapping[str, Any] | None = None,
+        base: Tower | None = None,
+        chosen: Chosen | None = None,
+        root: nn.Module | None = None,
     ) -> Iterator[None]:
         """Within the block, one forward pass runs.
 
         Args:
             size: examples in the batch.
             batch: the model's; from its labels follows the decoder's padding where no mask says it.
-            base: the tower of what runs, where that is not the whole model.
+            base, chosen: the tower of what runs, where that is not the whole model, and which tokens it gets.
             root: the module that runs, if it is not the whole model.
         """
         self._base = Tower(size) if base is None else base
+        self._base_chosen = chosen
         self._decoder_mask = None if batch is None else decoder_mask(self.model, batch)
         self._scopes, self._hidden = [], []
         inside = None if root is None else set(root.modules())
@@ -140,18 +148,26 @@ class Towers:
         leading = tuple(tensor.shape[:-1])
         return Note(leading, self.current, tuple(reversed(self._scopes)), self._chosen(leading))
 
-    def _chosen(self, leading: Leading) -> tuple[Tensor, int] | None:
-        """Where rows come from that are fewer than the tokens around them: what the module around them was called with is
-        compared with what the modules around that were called with."""
-        if len(leading) != 1 or not self._hidden:
+    def chosen(self, rows: Tensor) -> Chosen | None:
+        """Where the rows (n, d) of a choice of tokens, an expert's, come from: of what the modules around were called with."""
+        if rows.dim() != 2 or len(rows) in (self._base.size, _tokens(self.current)):
             return None
-        tensors = [flat for hidden in reversed(self._hidden) if hidden is not None for flat in (_flat(hidden),)]
-        inner = next((t for t in tensors if len(t) == leading[0]), None)
-        outer = [t for t in tensors if len(t) > leading[0] and len(t) % self._base.size == 0]
-        if inner is None or not outer or leading[0] in (self._base.size, _tokens(self.current)):
+        around = [_flat(hidden) for hidden in reversed(self._hidden) if hidden is not None]
+        for whole in around:
+            if len(whole) > len(rows) and len(whole) % self._base.size == 0 and whole.shape[-1] == rows.shape[-1]:
+                found = chosen_rows(rows, whole)
+                if found is not None:
+                    return found.cpu(), len(whole)
+        return None
+
+    def _chosen(self, leading: Leading) -> Chosen | None:
+        """That of a tensor of so many rows: the module around it that was called with as many."""
+        if len(leading) != 1:
             return None
-        rows = next((r for t in outer if t.shape[-1] == inner.shape[-1] and (r := chosen_rows(inner, t)) is not None), None)
-        return None if rows is None else (rows.cpu(), len(outer[0]))
+        if self._base_chosen is not None and len(self._base_chosen[0]) == leading[0]:
+            return self._base_chosen
+        inner = next((h for h in reversed(self._hidden) if h is not None and h.dim() == 2 and len(h) == leading[0]), None)
+        return None if inner is None else self.chosen(inner)
 
     def _enter(self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs

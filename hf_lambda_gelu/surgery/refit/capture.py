@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ...measurement.towers import Tower, Towers
+from ...measurement.towers import Chosen, Tower, Towers
 from ...structure.autocast import Autocast
 from ...structure.hooks import Hooks
 from .blocks import Arguments, hidden_in, hidden_of, hidden_place, with_hidden, without_hidden
@@ -33,16 +33,18 @@ class Call:
         arguments: what it was called with.
         autocast: the state of autocast in which it was called: accelerate wraps the model's forward, not its blocks.
         mask: the mask of its tower.
+        chosen: which tokens it gets, if those are a choice (an expert's).
     """
 
     arguments: Arguments
     autocast: Autocast
     mask: Tensor | None
+    chosen: Chosen | None = None
 
     @property
-    def parts(self) -> tuple[Arguments, Autocast, Tensor | None]:
+    def parts(self) -> tuple[Arguments, Autocast, Tensor | None, Chosen | None]:
         """What the call is made of, in order, for a store of nested tuples."""
-        return self.arguments, self.autocast, self.mask
+        return self.arguments, self.autocast, self.mask, self.chosen
 
     @property
     def hidden(self) -> Tensor | None:
@@ -130,10 +132,12 @@ def capture(
     modules = dict(model.named_modules())
 
     def keep(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = hidden_in(args, kwargs)
         mask = None if towers is None else towers.current.mask
+        chosen = None if towers is None or hidden is None else towers.chosen(hidden)
         places.append(len(calls))
         names.append(name)
-        calls.append(Call(_kept(args, kwargs), Autocast.now(module), mask))
+        calls.append(Call(_kept(args, kwargs), Autocast.now(module), mask, chosen))
         samples.append(None)
         if not outputs:
             stop()

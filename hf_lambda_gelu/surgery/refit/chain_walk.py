@@ -131,7 +131,7 @@ class ChainWalk:
                 block,
                 partial(call.run, block),
                 networks.towers,
-                partial(networks.towers.following, size, base=call.tower(size), root=block),
+                partial(networks.towers.following, size, base=call.tower(size), chosen=call.chosen, root=block),
                 samples[place] if samples else None,
             )
             for place, call in enumerate(self._calls(network, index))
