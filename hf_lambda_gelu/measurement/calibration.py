@@ -133,17 +133,18 @@ class CalibrationReport:
         return {"sites": sites}
 
     def __str__(self) -> str:
-        header = ["site", "λ", "mean", "std", "% < 0", "λ·std", "error as ReLU", "λ for 1 %"]
+        header = ["site", "λ", "tokens", "padding", "mean", "std", "% < 0", "λ·std", "error as ReLU", "λ for 1 %"]
         cells = []
         for s in self.sites:
             row = [s.name, f"{s.hardness:.4g}"]
             if s.count:
+                row += [str(s.tokens), "?" if s.padding is None else str(s.padding)]
                 row += [f"{s.mean:.3g}", f"{s.std:.3g}", f"{100 * s.negative:.1f}", f"{s.hardness * s.std:.4g}"]
                 row += [f"{100 * s.relative_error(s.hardness):.3g} %", f"{s.target_hardness(0.01):.4g}"]
             else:
                 row.append("no batch reached it")
             cells.append(row)
-        lines = table(header, [">9", ">9", ">9", ">6", ">9", ">13", ">9"], cells)
+        lines = table(header, [">9", ">8", ">7", ">9", ">9", ">6", ">9", ">13", ">9"], cells)
         return "\n".join([f"pre-activations of {len(self.sites)} activations", *lines])
 
 

@@ -149,7 +149,7 @@ class Towers:
         return Note(leading, self.current, tuple(reversed(self._scopes)), self._chosen(leading))
 
     def chosen(self, rows: Tensor) -> Chosen | None:
-        """Where the rows (n, d) of a choice of tokens, an expert's, come from: of what the modules around were called with."""
+        """Where rows (n, d) of a choice of tokens, an expert's, come from: what the modules around were called with."""
         if rows.dim() != 2 or len(rows) in (self._base.size, _tokens(self.current)):
             return None
         around = [_flat(hidden) for hidden in reversed(self._hidden) if hidden is not None]

@@ -234,7 +234,7 @@ def test_report() -> None:
     lines = str(report).splitlines()
     assert len({len(line) for line in lines[1:4]}) == 1
     name, *numbers = lines[2].replace(" %", "").split()
-    expected = [3.0, values.mean(), values.std(), 100 * (values < 0).mean(), 3.0 * values.std()]
+    expected = [3.0, 1, 0, values.mean(), values.std(), 100 * (values < 0).mean(), 3.0 * values.std()]
     expected += [100 * first["relative_error"], first["hardness_for_1_percent"]]
     assert name == "first"
     assert [float(n) for n in numbers] == pytest.approx(expected, rel=6e-3)

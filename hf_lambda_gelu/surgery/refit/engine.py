@@ -178,7 +178,7 @@ class Refit:
             for place, run in enumerate(hard_runs):
                 changed = replace(run, sample=None)
                 with networks.substituted(site):
-                    given = observe(changed, maps, meeting)
+                    given = observe(changed, maps, meeting, networks.sites[site])
                 if meeting is None:  # the same state, with this gate smooth
                     with networks.substituted():
                         wanted = observe(changed, maps)
@@ -186,6 +186,11 @@ class Refit:
                     with networks.smooth():
                         wanted = observe(smooth_runs[place], maps, meeting)
                     walk.keep_next(Network.SMOOTH, index, wanted.hidden)
+                if given.gated and not given.calls:
+                    raise CalibrationError(
+                        f"calibration batch {index}: {site} runs, but not {maps[0].name}, which takes up its output on "
+                        "another batch: it cannot be refit. Let every batch hold the same inputs, or leave out those that differ"
+                    )
                 evidence.add(given, wanted, examples)
         return evidence
 

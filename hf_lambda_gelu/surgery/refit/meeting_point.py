@@ -64,11 +64,13 @@ class Observed:
         calls: label of the map → its calls.
         stream: what is at the meeting point, as it is there, after which of the map's calls.
         hidden: the block's output.
+        gated: whether the site before the maps ran on any row.
     """
 
     calls: dict[str, list[MapCall]] = field(default_factory=dict)
     stream: Stream = field(default_factory=dict)
     hidden: Tensor | None = None
+    gated: bool = False
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -95,8 +97,8 @@ def _rows_of_calls(stream: Stream, notes: Sequence[Note], moved: bool) -> Tensor
 
 
 @torch.no_grad()
-def observe(run: Run, maps: Sequence[LinearMap], meeting: Meeting | None = None) -> Observed:
-    """Run a block and keep what concerns `maps`."""
+def observe(run: Run, maps: Sequence[LinearMap], meeting: Meeting | None = None, site: nn.Module | None = None) -> Observed:
+    """Run a block and keep what concerns `maps`, and whether `site` ran."""
     seen, block = Observed(), run.block
     routing: Tensor | None = None
     labels = {linear.key: linear.label for linear in maps}
@@ -119,7 +121,12 @@ def observe(run: Run, maps: Sequence[LinearMap], meeting: Meeting | None = None)
         ]
         routing = tables[0] if len(tables) == 1 else None
 
+    def on_site(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen.gated = seen.gated or output.numel() > 0
+
     with Hooks() as hooks, watch_linears(on_linear):
+        if site is not None:
+            hooks.after(site, on_site)
         if meeting is not None and meeting.module is not None:
             hooks.before(block.get_submodule(meeting.module), on_meeting)
         if maps and maps[0].index is not None:

@@ -206,3 +206,26 @@ def test_compiled(how: str) -> None:
         compiled(**batches[0])  # compiled without hooks
     hlg.relu_ize(compiled, calibration=batches, compensate="least_squares")
     assert largest_difference(wanted, parameters(model)) < 1e-5
+
+
+class Switches(nn.Module):
+    """Two maps after one activation: which of them runs depends on the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.one, self.other = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = (self.one if float(x[0, 0, 0]) < 50.0 else self.other)(self.act(self.up(x)))
+        return y
+
+
+def test_another_map_in_another_batch() -> None:
+    """What the first batch does not show is not taken for it."""
+    model = Switches()
+    hlg.convert(model)
+    before = parameters(model)
+    batches = [{"x": torch.randn(4, 6, 8) + 100.0 * (n == 2)} for n in range(5)]
+    with pytest.raises(hlg.CalibrationError, match=r"batch 2: act runs, but not one\.weight"):
+        hlg.relu_ize(model, calibration=batches, compensate="least_squares")
+    assert largest_difference(before, parameters(model)) == 0.0
