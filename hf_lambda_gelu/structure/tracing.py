@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._compat import pytree
 from ..activation.module import hardness_sites
 from .hooks import Hooks
-from .linear_maps import LinearCall, LinearMap, Parameters, all_experts, watch_linears
+from .linear_calls import Key, LinearCall
+from .linear_maps import LinearMap, Parameters, all_experts, watch_linears
+from .unread_maps import Uses, differentiable, origins
 
 
 @dataclass
@@ -39,6 +42,10 @@ def trace(model: nn.Module, forward: Callable[[], Any]) -> Trace:
     leaves: dict[int, str | None] = {}  # id of a leaf → the site that put it out, None for a linear map
     kept: list[Tensor] = []
     reached: dict[str, list[LinearCall]] = {}
+    parameters = Parameters(model)
+    uses = Uses(parameters.names)
+    unread: dict[str, str] = {}
+    ways: dict[Key, set[bool]] = {}  # a weight → whether as (d, k), as (k, d), or both
 
     def leaf(output: Tensor, site: str | None) -> Tensor | None:
         if not output.is_floating_point():
@@ -52,17 +59,29 @@ def trace(model: nn.Module, forward: Callable[[], Any]) -> Trace:
         reached.setdefault(sites[module], [])
         return leaf(output, sites[module])
 
+    def sources(tensor: Tensor) -> set[str]:
+        found = origins(tensor, leaves, parameters.names.keys())
+        unread.update(found.unread)
+        return found.sites
+
     def on_linear(call: LinearCall) -> Tensor | None:
-        for site in _sources(call.input, leaves):
+        ways.setdefault(call.key, set()).add(call.lies_transposed)
+        for site in sources(call.input):
             reached[site].append(call)
         return leaf(call.output, None)
 
     with Hooks() as hooks:
         for site in sites:
             hooks.after(site, on_site)
-        with torch.enable_grad(), watch_linears(on_linear):
-            forward()
-    return _read(model, sites.values(), reached)
+        with torch.enable_grad(), differentiable(model), watch_linears(on_linear, uses):
+            output = forward()
+    for tensor in pytree.tree_leaves(dict(output) if isinstance(output, dict) else output):
+        if isinstance(tensor, Tensor):
+            sources(tensor)
+    for name, tensors in uses.detached:
+        unread.update({site: name for tensor in tensors for site in sources(tensor)})
+    elsewhere = {p: f"{sorted(names)[0]} uses it too" for p, names in uses.operations.items()}
+    return _read(parameters, sites.values(), reached, unread, elsewhere, {key for key, both in ways.items() if len(both) > 1})
 
 
 def ancestors(tensor: Tensor) -> Iterator[Any]:
@@ -78,22 +97,24 @@ def ancestors(tensor: Tensor) -> Iterator[Any]:
         stack += [parent for parent, _ in node.next_functions]
 
 
-def _sources(tensor: Tensor, leaves: dict[int, str | None]) -> set[str]:
-    variables = (getattr(node, "variable", None) for node in ancestors(tensor))
-    sites = (leaves.get(id(variable)) for variable in variables if variable is not None)
-    return {site for site in sites if site is not None}
-
-
-def _read(model: nn.Module, names: Iterable[str], reached: Mapping[str, list[LinearCall]]) -> Trace:
+def _read(
+    parameters: Parameters,
+    names: Iterable[str],
+    reached: Mapping[str, list[LinearCall]],
+    unread: Mapping[str, str],
+    elsewhere: Mapping[nn.Parameter, str],
+    both_ways: Collection[Key],
+) -> Trace:
     result = Trace(order=list(reached))
-    parameters = Parameters(model)
     consumed: dict[str, set[str]] = {}  # parameter → the sites whose output it consumes
     for site, calls in reached.items():
         unique = {call.key: call for call in calls}
         found = {key: parameters.find(call) for key, call in unique.items()}
         obstacles = [call.obstacle for call in unique.values() if call.obstacle]
         held = {m.name for m in found.values() if m is not None}
-        if not unique:
+        if site in unread:
+            result.obstacles[site] = f"it feeds {unread[site]}, which takes a weight in a way that cannot be refit"
+        elif not unique:
             result.obstacles[site] = "no linear map takes up its output"
         elif obstacles:
             result.obstacles[site] = obstacles[0]
@@ -103,6 +124,10 @@ def _read(model: nn.Module, names: Iterable[str], reached: Mapping[str, list[Lin
             result.obstacles[site] = f"it feeds several linear maps: {', '.join(sorted(held))}"
         elif shared := parameters.other_names(next(iter(held))):
             result.obstacles[site] = f"the weight that it feeds is shared with {shared[0]}"
+        elif any(key in both_ways for key in unique):
+            result.obstacles[site] = f"it feeds {next(iter(held))}, which is used as its transpose too"
+        elif other := next((elsewhere[m.parameter] for m in found.values() if m is not None and m.parameter in elsewhere), ""):
+            result.obstacles[site] = f"it feeds {next(iter(held))}; {other}"
         else:
             result.maps[site] = all_experts([m for m in found.values() if m is not None])
             consumed.setdefault(next(iter(held)), set()).add(site)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ...measurement.forward import main_output
 from ...structure.hooks import Hooks
-from ...structure.linear_maps import LinearCall, LinearMap, watch_linears
+from ...structure.linear_calls import LinearCall
+from ...structure.linear_maps import LinearMap, watch_linears
 from .blocks import Arguments, hidden_in, hidden_of
 
 
