@@ -81,7 +81,9 @@ def trace(model: nn.Module, forward: Callable[[], Any]) -> Trace:
     for name, tensors in uses.detached:
         unread.update({site: name for tensor in tensors for site in sources(tensor)})
     elsewhere = {p: f"{sorted(names)[0]} uses it too" for p, names in uses.operations.items()}
-    return _read(parameters, sites.values(), reached, unread, elsewhere, {key for key, both in ways.items() if len(both) > 1})
+    return _read(
+        parameters, sites.values(), reached, unread, elsewhere, {key for key, both in ways.items() if len(both) > 1}
+    )
 
 
 def ancestors(tensor: Tensor) -> Iterator[Any]:
@@ -126,7 +128,9 @@ def _read(
             result.obstacles[site] = f"the weight that it feeds is shared with {shared[0]}"
         elif any(key in both_ways for key in unique):
             result.obstacles[site] = f"it feeds {next(iter(held))}, which is used as its transpose too"
-        elif other := next((elsewhere[m.parameter] for m in found.values() if m is not None and m.parameter in elsewhere), ""):
+        elif other := next(
+            (elsewhere[m.parameter] for m in found.values() if m is not None and m.parameter in elsewhere), ""
+        ):
             result.obstacles[site] = f"it feeds {next(iter(held))}; {other}"
         else:
             result.maps[site] = all_experts([m for m in found.values() if m is not None])

@@ -137,7 +137,18 @@ class Uses:
                 self.detached.append((name, [other for other in operands if other is not tensor]))
 
 
-_NAMES_OF_PRODUCTS = {"matmul", "mm", "mv", "bmm", "einsum", "tensordot", "inner", "__matmul__", "__rmatmul__", "linalg_matmul"}
+_NAMES_OF_PRODUCTS = {
+    "matmul",
+    "mm",
+    "mv",
+    "bmm",
+    "einsum",
+    "tensordot",
+    "inner",
+    "__matmul__",
+    "__rmatmul__",
+    "linalg_matmul",
+}
 _NAMES_OF_PRODUCTS |= {"addmm", "addbmm", "baddbmm", "addmv", "bilinear", "kron", "_grouped_mm", "grouped_mm"}
 _NAMES_OF_PRODUCTS |= {f"conv_transpose{n}d" for n in (1, 2, 3)}
 
