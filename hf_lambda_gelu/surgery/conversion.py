@@ -176,7 +176,7 @@ class _Conversion:
         base = STOCK_KEYS[attribute.value]
         key = BASES[base].key
         self.claimed.update(names)
-        if set_activation(part, attribute.path, key) is None:
+        if set_activation(part, attribute.path, key, within=self.model) is None:
             reason = f"config.{path} is derived from other attributes and would not survive a reload"
             self.report.unconverted += [Unconverted(n, attribute.value, reason) for n in names]
             return

@@ -98,7 +98,7 @@ def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None =
     for prefix, part in transformers_parts(model).items() if only is None else ():  # else sites remain that configs tell of
         for path, key in list(activation_attributes(part.config)):
             if key in LAMBDA_KEYS:
-                report.attributes[joined(prefix, path)] = _to_stock(part, path, key, sites.values())
+                report.attributes[joined(prefix, path)] = _to_stock(model, part, path, key, sites.values())
     return report
 
 
@@ -243,9 +243,9 @@ def _stock_keys(base: str, *sites: LambdaGELU) -> list[str]:
     return had + [key for key, of in STOCK_KEYS.items() if of == base]
 
 
-def _to_stock(part: PreTrainedModel, path: str, key: str, sites: Collection[LambdaGELU]) -> str:
+def _to_stock(model: nn.Module, part: PreTrainedModel, path: str, key: str, sites: Collection[LambdaGELU]) -> str:
     """Let the config name the stock activation again, which is returned."""
-    stock = set_activation(part, path, *_stock_keys(LAMBDA_KEYS[key], *sites))
+    stock = set_activation(part, path, *_stock_keys(LAMBDA_KEYS[key], *sites), within=model)
     if stock is None:
         raise FoldError(f"config.{path} takes no stock activation")  # `convert` has seen one there
     return stock

@@ -149,7 +149,7 @@ def _put_relu(model: nn.Module, report: SubstitutionReport) -> None:
     replace_everywhere(model, hardness_sites(model).values(), lambda site: ACT2FN["relu"])
     for prefix, part in transformers_parts(model).items():
         for path, key in list(activation_attributes(part.config)):
-            if key in LAMBDA_KEYS and set_activation(part, path, "relu") is not None:
+            if key in LAMBDA_KEYS and set_activation(part, path, "relu", within=model) is not None:
                 report.attributes[joined(prefix, path)] = key
     report.left = [item for item in smooth_activations(model) if item.name not in report.folded]
 
