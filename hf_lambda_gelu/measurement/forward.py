@@ -60,8 +60,8 @@ def call(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
 def _takes_return_dict(model: nn.Module) -> bool:
     """Whether the forward of a transformers model takes `return_dict`: by name, or out of its `**kwargs` by that key.
 
-    transformers' decorators take it out of them (`can_return_tuple`); what a forward merely passes on may go to one that does
-    not take it.
+    transformers' decorators take it out of them (`can_return_tuple`); what a forward merely passes on may go to one that
+    does not take it.
     """
     if not isinstance(model, PreTrainedModel):
         return False

@@ -237,11 +237,8 @@ _READERS: dict[Any, Callable[..., Read | None]] = {
     F.conv1d: _conv,
     F.conv2d: _conv,
     F.conv3d: _conv,
-    **dict.fromkeys(
-        [torch.matmul, torch.mm, torch.mv, torch.bmm, torch.linalg.matmul]
-        + [Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.mv, Tensor.bmm],
-        _matmul,
-    ),
+    **dict.fromkeys((torch.matmul, torch.mm, torch.mv, torch.bmm, torch.linalg.matmul), _matmul),
+    **dict.fromkeys((Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.mv, Tensor.bmm), _matmul),
     Tensor.__rmatmul__: _rmatmul,
     torch.einsum: _einsum,
     torch.tensordot: _tensordot,

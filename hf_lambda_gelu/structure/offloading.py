@@ -23,8 +23,8 @@ def check_not_offloaded(model: nn.Module) -> None:
     name = offloaded_module(model) if isinstance(model, nn.Module) else None
     if name is not None:
         raise ValueError(
-            f"weights of {type(model).__name__} are offloaded by accelerate, from {name or 'the model itself'} on: they are in "
-            "memory only while a module runs. Load it without device_map and offload_folder (or by a device_map that names "
+            f"weights of {type(model).__name__} are offloaded by accelerate, from {name or 'the model itself'} on: they are "
+            "in memory only while a module runs. Load it without device_map and offload_folder (or by a device_map that names "
             "neither 'disk' nor a 'cpu' beside a GPU); a checkpoint too large for memory is converted on disk by "
             "convert_checkpoint and relu_ize_checkpoint"
         )
