@@ -1,7 +1,7 @@
 """What a module of an unknown class computes: one of the four activations, or something else, by its numbers.
 
-A module is tried only if trying it changes nothing: one that holds or sets state, prints or writes is left alone. It is tried
-on a copy, in both modes and twice, so that what draws random numbers or depends on the mode is not taken for a function.
+A module is tried only if trying it changes nothing: one that holds or sets state, prints or writes is left alone. It is
+tried on a copy, in both modes and twice: what draws random numbers or depends on the mode is no function.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RELATIVE = 2e-6  # of |x|: a formula in fp32, with some operations of its own; 
 
 
 def computed_base(module: nn.Module) -> str | None:
-    """The base whose λ = 1 the module computes on numbers from 1e-8 to 1e4 of either sign; None if it is none, or not tried."""
+    """The base whose λ = 1 the module computes on numbers from 1e-8 to 1e4 of either sign; None if none, or not tried."""
     if not _harmless(module):
         return None
     explicit: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
@@ -39,11 +39,8 @@ def computed_base(module: nn.Module) -> str | None:
             some = _output(module, False, x[::3].reshape(-1, 1), 0)
         except Exception:  # not a function of one tensor
             return None
-        if any(y is None for y in (*outputs, some)):
-            return None
         y = outputs[0]
-        assert y is not None and some is not None
-        if not all(o is not None and torch.equal(o, y) for o in outputs):
+        if y is None or some is None or not all(o is not None and torch.equal(o, y) for o in outputs):
             return None
         if not torch.allclose(some.reshape(-1), y[::3], rtol=_RELATIVE, atol=1e-12):
             return None  # not element by element

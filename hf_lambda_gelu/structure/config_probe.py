@@ -145,7 +145,8 @@ def copied_configs(model: PreTrainedModel, path: str) -> list[PreTrainedConfig]:
 def _places(model: nn.Module, attribute: str) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
     """((module, name, name of a sub-config …), config) of the configs held by modules that have the attribute."""
     for module_name, module in named_modules(model):
-        pending = [((module_name, n), v) for n, v in vars(module).items() if isinstance(v, PreTrainedConfig)]
+        held_here = ((n, v) for n, v in vars(module).items() if isinstance(v, PreTrainedConfig))
+        pending: list[tuple[tuple[str, ...], PreTrainedConfig]] = [((module_name, n), v) for n, v in held_here]
         while pending:
             place, held = pending.pop()
             if hasattr(held, attribute):

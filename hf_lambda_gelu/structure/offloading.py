@@ -9,6 +9,7 @@ from torch import nn
 
 def offloaded_module(model: nn.Module) -> str | None:
     """The first module whose weights a hook of accelerate brings in for its forward alone; "" for the model itself."""
+    name: str
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
         several: list[Any] = list(getattr(hook, "hooks", [hook]))
@@ -24,7 +25,7 @@ def check_not_offloaded(model: nn.Module) -> None:
     if name is not None:
         raise ValueError(
             f"weights of {type(model).__name__} are offloaded by accelerate, from {name or 'the model itself'} on: they are "
-            "in memory only while a module runs. Load it without device_map and offload_folder (or by a device_map that names "
-            "neither 'disk' nor a 'cpu' beside a GPU); a checkpoint too large for memory is converted on disk by "
+            "in memory only while a module runs. Load it without device_map and offload_folder (or by a device_map that "
+            "names neither 'disk' nor a 'cpu' beside a GPU); a checkpoint too large for memory is converted on disk by "
             "convert_checkpoint and relu_ize_checkpoint"
         )

@@ -1,7 +1,7 @@
 """Weights between an activation and a map that nobody has read: found in autograd's graph, where nothing is hidden.
 
-A linear map that is read (see `linear_calls`) is cut off from what made it. Whatever else multiplies by a matrix of the model
-on the way from a site to the next map stays in the graph as a node: a custom function, a compiled module, a gathered expert.
+A linear map that is read (see `linear_calls`) is cut off from what made it. Whatever else takes a matrix of the model on the
+way from a site to the next map stays in the graph as a node: a custom function, a compiled module, a gathered expert.
 """
 
 from __future__ import annotations

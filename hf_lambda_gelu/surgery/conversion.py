@@ -84,8 +84,8 @@ def convert(
 
     Raises:
         ValueError: `init_hardness` is no finite number ≥ 1.
-        ConversionError: nothing to convert, already converted, weights that accelerate offloads, config and modules disagree, or `only` takes no module, or
-            some of those that one config attribute governs. The model is unchanged.
+        ConversionError: nothing to convert, already converted, offloaded weights, config and modules disagree, or `only`
+            takes no module, or some of those that one config attribute governs. The model is unchanged.
 
     Examples:
         >>> import hf_lambda_gelu as hlg

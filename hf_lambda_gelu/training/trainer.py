@@ -44,9 +44,9 @@ class LambdaGELUTrainer(Trainer):
     Everything else is transformers' Trainer. `args` must be `LambdaGELUTrainingArguments`.
 
     Raises:
-        ValueError: the model has no λ-GELU or is offloaded, the arguments are of another class, the output folder cannot be written, or a
-            checkpoint to resume from belongs to a model converted otherwise, or the switch needs examples of a training set
-            without length or index: each before training starts.
+        ValueError: the model has no λ-GELU or is offloaded, the arguments are of another class, the output folder cannot be
+            written, or a checkpoint to resume from belongs to a model converted otherwise, or the switch needs examples of a
+            training set without length or index: each before training starts.
         CalibrationError: while training, at the switch, if the model cannot be measured or refit.
 
     Examples:
