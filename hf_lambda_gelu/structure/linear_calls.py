@@ -80,7 +80,8 @@ def is_read(func: Any) -> bool:
 def read_operation(func: Any, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Read | None:
     """The linear maps that `func(*args, **kwargs)` = `output` computes; None if it is none, or not understood."""
     reader = _READERS.get(func)
-    return None if reader is None or kwargs.get("out") is not None else reader(output, *args, **kwargs)
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    return None if reader is None or "out" in given else reader(output, *args, **given)
 
 
 def _single(call: LinearCall) -> Read:
@@ -138,7 +139,7 @@ def _grouped(output: Tensor, input: Tensor, weight: Tensor, offs: Tensor | None 
     """Rows that are sorted by expert, each expert's up to its offset."""
     if offs is None or not is_weight(weight) or is_weight(input) or (input.dim(), weight.dim()) != (2, 3):
         return None
-    if any(value is not None for value in options.values()):
+    if options:
         return None
     ends = [int(end) for end in offs.tolist()]
     spans = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
