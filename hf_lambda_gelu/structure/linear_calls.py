@@ -27,7 +27,7 @@ class LinearCall:
     Attributes:
         weight: the tensor that torch got, a parameter, a view or a slice of one.
         transposed: whether it is (d, k), as Conv1D keeps it, and not (k, d).
-        channels: the dimension in which torch puts the channels of the output.
+        order: the dimensions of torch's output in the order that they have here, (…, k); None if it is the same.
         obstacle: why it cannot be refit; empty if it can.
     """
 
@@ -36,13 +36,19 @@ class LinearCall:
     bias: Tensor | None
     output: Tensor
     transposed: bool = False
-    channels: int = -1
+    order: tuple[int, ...] | None = None
     obstacle: str = ""
 
     @property
     def key(self) -> Key:
         """The same for every call with the same weight, and for its transpose."""
         return key_of(self.weight)
+
+    def restored(self, output: Tensor) -> Tensor:
+        """(…, k) with the dimensions as torch's output has them."""
+        if self.order is None:
+            return output
+        return output.permute([self.order.index(dim) for dim in range(len(self.order))])
 
     @property
     def lies_transposed(self) -> bool:
@@ -85,7 +91,11 @@ def read_operation(func: Any, output: Any, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _single(call: LinearCall) -> Read:
-    return Read([call], lambda outputs: outputs[0].movedim(-1, call.channels))
+    return Read([call], lambda outputs: call.restored(outputs[0]))
+
+
+def _stacked(calls: list[LinearCall], dim: int = 0) -> Read:
+    return Read(calls, lambda outputs: torch.stack([c.restored(o) for o, c in zip(outputs, calls, strict=True)], dim))
 
 
 def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Read:
@@ -105,8 +115,9 @@ def _conv(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = N
     pointwise = weight[0, 0].numel() == 1 and values.get("groups", 1) == 1 and output.shape[sizes] == input.shape[sizes]
     kernel = "×".join(map(str, weight.shape[2:]))
     obstacle = "" if pointwise else f"it feeds a convolution with kernel {kernel}"
-    moved = input.movedim(channels, -1), output.movedim(channels, -1)
-    return _single(LinearCall(moved[0], weight, bias, moved[1], channels=channels, obstacle=obstacle))
+    order = (*(dim for dim in range(output.dim()) if dim != channels), channels)
+    call = LinearCall(input.permute(order), weight, bias, output.permute(order), order=order, obstacle=obstacle)
+    return _single(call)
 
 
 def _matmul(output: Tensor, first: Tensor, second: Tensor, **options: Any) -> Read | None:
@@ -120,7 +131,7 @@ def _matmul(output: Tensor, first: Tensor, second: Tensor, **options: Any) -> Re
         return None
     xs = x if x.dim() == 3 else [x] * len(weight)
     calls = [_product(o, i, w, last=weight is second) for o, i, w in zip(output, xs, weight, strict=True)]
-    return Read(calls, lambda outputs: torch.stack([o.movedim(-1, c.channels) for o, c in zip(outputs, calls, strict=True)]))
+    return _stacked(calls)
 
 
 def _product(output: Tensor, x: Tensor, weight: Tensor, last: bool) -> LinearCall:
@@ -128,7 +139,8 @@ def _product(output: Tensor, x: Tensor, weight: Tensor, last: bool) -> LinearCal
         return LinearCall(x, weight, None, output, transposed=True)
     if x.dim() == 1:
         return LinearCall(x, weight, None, output)
-    return LinearCall(x.mT, weight, None, output.mT, channels=-2)
+    dims = range(output.dim() - 2)
+    return LinearCall(x.mT, weight, None, output.mT, order=(*dims, len(dims) + 1, len(dims)))
 
 
 def _rmatmul(output: Tensor, second: Tensor, first: Tensor) -> Read | None:
@@ -195,22 +207,17 @@ def _einsum(output: Tensor, equation: Any, *operands: Any) -> Read | None:
             for t, of in ((output, of_output), (x, of_x), (weight, of_weight))
         ]
         calls.append(_contraction(*parts[0], *parts[1], *parts[2], summed[0], own[0]))
-    place = of_output.index(expert)
-    return Read(
-        calls,
-        lambda outputs: torch.stack([o.movedim(-1, c.channels) for o, c in zip(outputs, calls, strict=True)], place),
-    )
+    return _stacked(calls, of_output.index(expert))
 
 
 def _contraction(
     output: Tensor, of_output: str, x: Tensor, of_x: str, weight: Tensor, of_weight: str, summed: str, own: str
 ) -> LinearCall:
-    channels = of_output.index(own)
-    rows = of_output.replace(own, "")
+    """Rows in the order of the input, as the batch that it comes from has them."""
+    rows = of_x.replace(summed, "")
+    order = tuple(of_output.index(c) for c in rows + own)
     input = x.permute([of_x.index(c) for c in rows + summed])
-    return LinearCall(
-        input, weight, None, output.movedim(channels, -1), transposed=of_weight[0] == summed, channels=channels
-    )
+    return LinearCall(input, weight, None, output.permute(order), transposed=of_weight[0] == summed, order=order)
 
 
 def _letters(equation: str, operands: tuple[Tensor, ...]) -> tuple[str, str, str] | None:
