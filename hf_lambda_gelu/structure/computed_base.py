@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dis
 import inspect
-from collections.abc import Iterator
 from itertools import chain
 from types import CodeType
 from typing import Any
@@ -65,14 +64,29 @@ def _harmless(module: nn.Module) -> bool:
     own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
     if not all(_constant(value, module) for value in own.values()):
         return False
-    functions = [module.forward, *(value for value in own.values() if callable(value))]
-    return all(_quiet(code) for code in _code_of(functions, type(module)))
+    pending = [module.forward, *(value for value in own.values() if callable(value))]
+    seen: list[Any] = []
+    while pending:
+        function = inspect.unwrap(getattr(pending[0], "__func__", pending[0]))
+        pending = pending[1:]
+        code = getattr(function, "__code__", None)
+        if isinstance(code, CodeType) and function not in seen:
+            seen.append(function)
+            if not _quiet(function, code):
+                return False
+            methods = [getattr(type(module), name, None) for name in code.co_names if not hasattr(nn.Module, name)]
+            pending += [method for method in methods if callable(method)]
+    return True
 
 
-def _quiet(code: CodeType) -> bool:
-    """Whether the code sets nothing outside of itself, and has no name of what prints or writes."""
+def _quiet(function: Any, code: CodeType) -> bool:
+    """Whether the code sets nothing outside of itself, holds nothing that it could fill, and has no name of what writes."""
     sets = any(i.opname in ("STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF") for i in dis.get_instructions(code))
-    return not sets and not _SPEAKS & {*code.co_names, *code.co_freevars}
+    named = [*map(function.__globals__.get, code.co_names), *inspect.getclosurevars(function).nonlocals.values()]
+    inner = [value for value in code.co_consts if isinstance(value, CodeType)]
+    if sets or _SPEAKS & set(code.co_names) or any(isinstance(value, (list, dict, set)) for value in named):
+        return False
+    return all(_quiet(function, other) for other in inner)
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -86,19 +100,3 @@ def _constant(value: Any, module: nn.Module) -> bool:
     bound = getattr(value, "__self__", None)
     function = callable(value) and (bound is None or bound is module or inspect.ismodule(bound) or isinstance(bound, type))
     return isinstance(value, _CONSTANTS) or (function and not isinstance(value, nn.Module))
-
-
-def _code_of(functions: list[Any], cls: type[nn.Module]) -> Iterator[CodeType]:
-    """The code of the functions, of what is defined in them, and of the methods of the class that they name."""
-    pending = [inspect.unwrap(getattr(function, "__func__", function)) for function in functions]
-    codes = [code for code in (getattr(function, "__code__", None) for function in pending) if isinstance(code, CodeType)]
-    seen: set[CodeType] = set()
-    while codes:
-        code = codes.pop()
-        if code in seen:
-            continue
-        seen.add(code)
-        yield code
-        methods = [getattr(cls, name, None) for name in code.co_names if not hasattr(nn.Module, name)]
-        named = [getattr(inspect.unwrap(method), "__code__", None) for method in methods if callable(method)]
-        codes += [other for other in (*code.co_consts, *named) if isinstance(other, CodeType)]
