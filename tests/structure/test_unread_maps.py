@@ -46,7 +46,7 @@ STOPS: dict[str, tuple[Step, str]] = {
     "custom operator": (lambda m, h: rotated(h, m.own), "rotated"),
     "bilinear": (lambda m, h: F.bilinear(h, h, m.stack), "Trilinear"),
     "transposed convolution": (lambda m, h: F.conv_transpose1d(h.mT, m.own[:, :, None]).mT, "Convolution"),
-    "gathered": (lambda m, h: (h @ m.stack[torch.tensor([1, 0])]), "Bmm"),
+    "gathered": (lambda m, h: h @ m.stack[torch.tensor([1, 0])], "Bmm"),
     "computed": (lambda m, h: h @ m.own.softmax(0), "Mm"),
     "heads": (lambda m, h: torch.einsum("nbd,nde->be", h, m.stack)[None].expand(2, -1, -1), "Bmm"),
     "a stream is added": (lambda m, h: torch.baddbmm(h.detach(), h, m.stack), "Baddbmm"),

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support import tiny
+from support.models import randomized
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_lambda_gelu as hlg
-from support import tiny
-from support.models import randomized
 
 Product = Callable[[Tensor, nn.Parameter], Tensor]
 
