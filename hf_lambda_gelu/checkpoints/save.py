@@ -15,6 +15,7 @@ from ..measurement.plots import plot_hardness
 from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import governed_modules
 from ..structure.modules import has_adapters
+from ..structure.offloading import check_not_offloaded
 from ..structure.smooth_activations import smooth_activations, smooth_modules
 from ..surgery.report import SubstitutionReport
 from .card import PLOT_NAME, CardDetails, card_record, package_versions, render_card, write_record
@@ -121,6 +122,7 @@ def check_relu(model: PreTrainedModel) -> None:
             f"expected a transformers model, which a config can rebuild, got {type(model).__name__}: save its weights by "
             "safetensors.torch.save_model"
         )
+    check_not_offloaded(model)
     left = hardness_sites(model)
     if left:
         raise ValueError(

@@ -23,6 +23,7 @@ from .._compat import attention_implementation
 from ..measurement.audit.audit import audit
 from ..measurement.examples.choice import example_inputs
 from ..measurement.forward import evaluating, main_output, same_random_numbers
+from ..structure.offloading import check_not_offloaded
 from ..structure.smooth_activations import smooth_activations
 from .card import REPORT_NAME, write_record
 from .redaction import is_secret_name
@@ -92,7 +93,7 @@ def verify_relu_pretrained(
 
     Raises:
         VerificationError: it does not load, keys do not fit, or outputs differ by more than 1e-6 of their scale.
-        ValueError: no batch can be made for such a model: pass inputs.
+        ValueError: weights are offloaded, or no batch can be made for such a model: pass inputs.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -102,6 +103,7 @@ def verify_relu_pretrained(
         >>> hlg.verify_relu_pretrained(model, hlg.save_relu_pretrained(model, "runs/proven-relu"))
         0.0
     """
+    check_not_offloaded(model)
     if model.device.type != "cpu":
         model = copy.deepcopy(model).cpu()
     inputs = {k: v.cpu() for k, v in (inputs or example_inputs(model)).items()}

@@ -11,11 +11,12 @@ from ..checkpoints.hub import check_processor, check_target
 from ..checkpoints.published_files import published_files
 from ..checkpoints.save import check_relu
 from ..measurement.batches import model_batches, rows, token_mask
-from ..measurement.forward import main_output
+from ..measurement.forward import call, main_output
 from ..structure.loading import load_saved
 
 __all__ = [
     "REPORT_NAME",
+    "call",
     "check_new",
     "check_processor",
     "check_relu",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .inner import main_output, model_batches, rows, token_mask
+from .inner import call, main_output, model_batches, rows, token_mask
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def outputs(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> lis
     found = []
     for batch in model_batches(model, batches):
         mask = token_mask(batch, decoder=bool(model.config.is_encoder_decoder))
-        found.append(rows(main_output(model(**batch, return_dict=True)), mask).double())
+        found.append(rows(main_output(call(model, batch)), mask).double())
     return found
 
 

@@ -19,6 +19,7 @@ from ..activation.bases import get_base
 from ..activation.hardness import DEFAULT_RELATIVE_TOLERANCE, check_hardness, check_relative_tolerance, target_hardness
 from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
 from ..reports import finite_or_none, progress, table, to_dict
+from ..structure.offloading import check_not_offloaded
 from .batches import CalibrationError, model_batches
 from .forward import measuring, run_batch
 from .site_rows import Count, SiteRows
@@ -163,7 +164,7 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
             are enough, and labels are not needed.
 
     Raises:
-        ValueError: the model has no λ-GELU, or is on the meta device.
+        ValueError: the model has no λ-GELU, or is on the meta device or offloaded.
         CalibrationError: a loader that yields nothing usable (see `batches.model_batches`), a forward that raises, or
             pre-activations that are not finite; the message names the batch and the site.
 
@@ -202,6 +203,7 @@ def calibration_sites(model: nn.Module) -> dict[str, LambdaGELU]:
     sites = hardness_sites(model)
     if not sites:
         raise ValueError(f"{type(model).__name__} has no λ-GELU: call hf_lambda_gelu.convert(model) first")
+    check_not_offloaded(model)
     if any(site.raw_hardness.is_meta for site in sites.values()):
         raise ValueError("the model is on the meta device, where nothing can be measured: load its weights first")
     return sites

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -49,11 +50,31 @@ def decoder_modules(model: nn.Module) -> set[nn.Module]:
 
 def call(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """What forward returns, as a mapping."""
-    extra = {"return_dict": True} if isinstance(model, PreTrainedModel) else {}
+    extra = {"return_dict": True} if _takes_return_dict(model) and "return_dict" not in batch else {}
     output = model(**batch, **extra)
     if isinstance(output, Mapping):
         return output
     return {str(i): value for i, value in enumerate(output if isinstance(output, (tuple, list)) else [output])}
+
+
+def _takes_return_dict(model: nn.Module) -> bool:
+    """Whether the forward of a transformers model takes `return_dict`: by name, or out of its `**kwargs` by that key.
+
+    transformers' decorators take it out of them (`can_return_tuple`); what a forward merely passes on may go to one that
+    does not take it.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return False
+    if "return_dict" in inspect.signature(model.forward).parameters:
+        return True
+    function: Any = model.forward
+    while function is not None:
+        inner = getattr(function, "__func__", function)
+        code = getattr(inner, "__code__", None)
+        if code is not None and code.co_flags & inspect.CO_VARKEYWORDS and "return_dict" in code.co_consts:
+            return True
+        function = getattr(inner, "__wrapped__", None)
+    return False
 
 
 def main_output(output: Mapping[str, Any]) -> Tensor:

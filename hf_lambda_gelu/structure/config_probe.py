@@ -112,6 +112,48 @@ def _probed(model: PreTrainedModel, path: str) -> tuple[list[str], list[str]]:
     return [name for name, module in modules if isinstance(module, _Probe)], holders
 
 
+def copied_configs(model: PreTrainedModel, path: str) -> list[PreTrainedConfig]:
+    """The configs in the parts of `model` that its class makes from the one that holds the attribute at `path`.
+
+    The class is built again with another value there; where it turns up, in the same places, are the copies. The same object
+    under several names counts once; the one at `path` itself is not among them.
+    """
+    owner, name = owner_of(model.config, path)
+    value = getattr(owner, name)
+    probe = not value if isinstance(value, bool) else _PROBE_KEY
+    config = copy.deepcopy(model.config)
+    setattr(*owner_of(config, path), probe)
+    try:
+        with _probe_registered(), torch.device("meta"), torch.random.fork_rng(devices=()):
+            rebuilt = type(model)(config)
+        plain = rebuilt if probe is _PROBE_KEY else None
+        if plain is None:  # others may have the value by themselves
+            with torch.device("meta"), torch.random.fork_rng(devices=()):
+                plain = type(model)(copy.deepcopy(model.config))
+    except Exception:  # a class that does not take it: nothing is known to be a copy
+        return []
+    before = dict(_places(plain, name))
+    found = {
+        place: held
+        for place, held in _places(rebuilt, name)
+        if getattr(held, name) == probe and (plain is rebuilt or (place in before and getattr(before[place], name) == value))
+    }
+    own = dict(_places(model, name))
+    return list({id(own[place]): own[place] for place in found if place in own and own[place] is not owner}.values())
+
+
+def _places(model: nn.Module, attribute: str) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
+    """((module, name, name of a sub-config …), config) of the configs held by modules that have the attribute."""
+    for module_name, module in named_modules(model):
+        held_here = ((n, v) for n, v in vars(module).items() if isinstance(v, PreTrainedConfig))
+        pending: list[tuple[tuple[str, ...], PreTrainedConfig]] = [((module_name, n), v) for n, v in held_here]
+        while pending:
+            place, held = pending.pop()
+            if hasattr(held, attribute):
+                yield place, held
+            pending += [((*place, n), v) for n, v in vars(held).items() if isinstance(v, PreTrainedConfig)]
+
+
 @contextmanager
 def _probe_registered() -> Iterator[None]:
     ACT2FN[_PROBE_KEY] = ACT2CLS[_PROBE_KEY] = _Probe

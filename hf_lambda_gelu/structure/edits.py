@@ -11,18 +11,24 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .config import LAMBDA_KEYS, activation_attributes, get_attribute, put_attribute, set_attribute
+from .config import LAMBDA_KEYS, activation_attributes, get_attribute, owner_of, put_attribute, set_attribute
+from .config_probe import copied_configs
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def own_config(model: PreTrainedModel) -> None:
-    """Give `model` and its parts a config of their own: `Model(config)` keeps the caller's, which another model may hold."""
+def own_config(model: PreTrainedModel, within: nn.Module | None = None) -> None:
+    """Give `model` and its parts a config of their own: `Model(config)` keeps the caller's, which another model may hold.
+
+    Args:
+        within: what `model` is a part of: a wrapper that shows the same config (PEFT's) gets the new one too.
+    """
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
-    for module in model.modules():
+    inside = set(model.modules())
+    for module in (model if within is None else within).modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, PreTrainedConfig):
+            if isinstance(value, PreTrainedConfig) and (module in inside or id(value) in copies):
                 if id(value) not in copies:
                     copy.deepcopy(value, copies)
                 setattr(module, name, copies[id(value)])
@@ -46,24 +52,27 @@ def replace_everywhere(model: nn.Module, modules: Iterable[M], new: Callable[[M]
             replace_module(model, name, new(wanted[id(module)]))
 
 
-def set_activation(model: PreTrainedModel, path: str, *keys: str) -> str | None:
+def set_activation(model: PreTrainedModel, path: str, *keys: str, within: nn.Module | None = None) -> str | None:
     """Let `config.path` name another activation, in the model's own config and the copies that its submodules hold.
 
-    Encoder and decoder of T5 hold deep copies; code of theirs that reads the attribute in forward must see the change.
+    Encoder and decoder of T5 hold deep copies; code of theirs that reads the attribute in forward must see the change. What
+    is a copy, and not a config that happens to be alike, is found by building the class again (`copied_configs`).
 
     Args:
         keys: transformers' names of activations; the first that survives saving and loading is set.
+        within: as for `own_config`.
 
     Returns:
         The key that was set; None, with no attribute changed, if the config keeps none of them.
     """
     before = get_attribute(model.config, path)
-    own_config(model)
+    own_config(model, within)
+    copies = copied_configs(model, path)
+    leaf = path.rpartition(".")[2]
     for key in keys:
         if set_attribute(model.config, path, key):
-            for config in _copies(model, path):
-                leaf = path.rpartition(".")[2]
-                if getattr(config, leaf, None) == before:
+            for config in copies:
+                if getattr(config, leaf) == before:
                     set_attribute(config, leaf, key)
             return key
     return None
@@ -74,8 +83,8 @@ def set_bias(model: PreTrainedModel, path: str, value: bool) -> None:
 
     The parameters are another matter: see `add_bias`. The model must have a config of its own: see `own_config`.
     """
-    leaf = path.rpartition(".")[2]
-    for config in (_owner(model, path), *_copies(model, path)):
+    owner, leaf = owner_of(model.config, path)
+    for config in (owner, *copied_configs(model, path)):
         setattr(config, leaf, value)
 
 
@@ -126,20 +135,3 @@ def without_caches(model: nn.Module) -> Iterator[None]:
     finally:
         for config in asking:
             config.use_cache = True
-
-
-def _owner(model: PreTrainedModel, path: str) -> PreTrainedConfig:
-    """The config that holds the attribute at a dotted path."""
-    parent = path.rpartition(".")[0]
-    owner = get_attribute(model.config, parent) if parent else model.config
-    assert isinstance(owner, PreTrainedConfig)
-    return owner
-
-
-def _copies(model: PreTrainedModel, path: str) -> Iterator[PreTrainedConfig]:
-    """The configs in submodules that are of the owner's class and not the owner itself."""
-    owner = _owner(model, path)
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig) and config is not owner and type(config) is type(owner):
-            yield config

@@ -1,7 +1,7 @@
-"""Linear maps: as torch computes them in a forward pass, and as parameters that can be refit.
+"""Linear maps: watched in a forward pass, and as parameters that can be refit.
 
-Nothing is assumed of the architecture. Linear maps are seen where torch computes them (`F.linear`, `addmm` for GPT-2's
-Conv1D, 1 × 1 convolutions), so that experts, whose weights are slices of one parameter, are seen like any other.
+Nothing is assumed of the architecture. Linear maps are seen where torch computes them (see `linear_calls`), so that experts,
+whose weights are slices of one parameter, are seen like any other.
 """
 
 from __future__ import annotations
@@ -13,86 +13,44 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .._compat import without_torch_function
-
-Key = tuple[int, tuple[int, ...]]
-
-
-@dataclass
-class LinearCall:
-    """One linear map as it was computed, channels last: output (…, k) = input (…, d) · weightᵀ + bias.
-
-    Attributes:
-        weight: the tensor that torch got, a parameter or a slice of one.
-        transposed: whether it is (d, k), as Conv1D keeps it, and not (k, d).
-        moved: whether torch had the channels in dimension 1.
-        obstacle: why it cannot be refit; empty if it can.
-    """
-
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    output: Tensor
-    transposed: bool = False
-    moved: bool = False
-    obstacle: str = ""
-
-    @property
-    def key(self) -> Key:
-        """The same for every call with the same weight."""
-        return self.weight.data_ptr(), tuple(self.weight.shape)
+from .linear_calls import Key, LinearCall, is_read, key_of, read_operation
 
 
 class watch_linears(TorchFunctionMode):
-    """Calls `watcher` with each linear map that is computed; what it returns, if anything, takes the output's place."""
+    """Calls `watcher` with each linear map that is computed; what it returns, if anything, takes the output's place.
 
-    def __init__(self, watcher: Callable[[LinearCall], Tensor | None]) -> None:
+    One operation may be several maps: a product with a stack is one for each expert.
+
+    Args:
+        unread: called with (function, output, args, kwargs) of every other operation, where it is given.
+    """
+
+    def __init__(
+        self,
+        watcher: Callable[[LinearCall], Tensor | None],
+        unread: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], None] | None = None,
+    ) -> None:
         super().__init__()
-        self.watcher = watcher
+        self.watcher, self.unread = watcher, unread
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        read = _READERS.get(func)
-        if read is None:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if self.unread is None and not is_read(func):
             return output
         with without_torch_function():
-            call = read(output, *args, **(kwargs or {}))
-            new = self.watcher(call) if call is not None else None
-        if call is None or new is None:
-            return output
-        return new.movedim(-1, 1) if call.moved else new
-
-
-def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearCall:
-    return LinearCall(input, weight, bias, output)
-
-
-def _addmm(output: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> LinearCall | None:
-    if scales or input.dim() != 1 or not isinstance(mat2, nn.Parameter):
-        return None
-    return LinearCall(mat1, mat2, input, output, transposed=True)
-
-
-def _conv(
-    output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
-) -> LinearCall:
-    values = dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)) | kwargs
-    pointwise = weight[0, 0].numel() == 1 and values.get("groups", 1) == 1 and output.shape[2:] == input.shape[2:]
-    kernel = "×".join(map(str, weight.shape[2:]))
-    obstacle = "" if pointwise else f"it feeds a convolution with kernel {kernel}"
-    return LinearCall(input.movedim(1, -1), weight, bias, output.movedim(1, -1), moved=True, obstacle=obstacle)
-
-
-_READERS: dict[Any, Callable[..., LinearCall | None]] = {
-    F.linear: _linear,
-    torch.addmm: _addmm,
-    F.conv1d: _conv,
-    F.conv2d: _conv,
-    F.conv3d: _conv,
-}
+            read = read_operation(func, output, args, kwargs)
+            if read is None:
+                if self.unread is not None:
+                    self.unread(func, output, args, kwargs)
+                return output
+            new = [self.watcher(call) for call in read.calls]
+            if all(tensor is None for tensor in new):
+                return output
+            return read.together([c.output if n is None else n for n, c in zip(new, read.calls, strict=True)])
 
 
 @dataclass
@@ -115,8 +73,7 @@ class LinearMap:
     @property
     def key(self) -> Key:
         """The `LinearCall.key` of calls with this weight, wherever its data is now."""
-        place = self.place.data
-        return place.data_ptr(), tuple(place.shape)
+        return key_of(self.place.data)
 
     @property
     def place(self) -> Tensor:
@@ -163,19 +120,24 @@ class Parameters:
         self.stacks = [p for p in self.names if p.dim() == 3]
 
     def find(self, call: LinearCall) -> LinearMap | None:
-        """The linear map of this call; None if its weight is neither a parameter nor an expert's, or its bias is none."""
+        """The linear map of this call; None if its weight is neither a parameter nor an expert's, or its bias is none.
+
+        A parameter may be seen as its transpose: what counts is where each element lies.
+        """
         pointer = call.weight.data_ptr()
         whole = self.by_pointer.get(pointer)
         bias = None if call.bias is None else self.by_pointer.get(call.bias.data_ptr())
-        if whole is not None and _same_layout(whole, call.weight):
+        if whole is not None and (transposed := _layout(whole, call)) is not None:
             if call.bias is not None and bias is None:
                 return None
-            return LinearMap(self.names[whole][0], whole, bias, None, call.transposed)
+            return LinearMap(self.names[whole][0], whole, bias, None, transposed)
         for stack in self.stacks:
             step = stack.stride(0) * stack.element_size()
             index, rest = divmod(pointer - stack.data_ptr(), max(1, step))
-            if 0 <= index < len(stack) and rest == 0 and _same_layout(stack[index], call.weight) and call.bias is None:
-                return LinearMap(self.names[stack][0], stack, None, index, call.transposed)
+            if 0 <= index < len(stack) and rest == 0 and call.bias is None:
+                transposed = _layout(stack[index], call)
+                if transposed is not None:
+                    return LinearMap(self.names[stack][0], stack, None, index, transposed)
         return None
 
     def other_names(self, name: str) -> list[str]:
@@ -183,8 +145,13 @@ class Parameters:
         return next(names for names in self.names.values() if name in names)[1:]
 
 
-def _same_layout(parameter: Tensor, weight: Tensor) -> bool:
-    return parameter.shape == weight.shape and parameter.stride() == weight.stride()  # a square one may be transposed
+def _layout(place: Tensor, call: LinearCall) -> bool | None:
+    """Whether the place has the weight of the call as (d, k), and not (k, d); None if it has it in neither way."""
+    weight = call.weight
+    for seen, transposed in ((place, call.transposed), (place.mT if place.dim() == 2 else None, not call.transposed)):
+        if seen is not None and seen.shape == weight.shape and seen.stride() == weight.stride():
+            return transposed
+    return None
 
 
 @contextmanager

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, activations
 
 from .._compat import has_peft_config
-from ..activation.bases import BASES
 from ..activation.module import LambdaGELU
+from .computed_base import computed_base
 from .config import STOCK_KEYS
 
 
@@ -39,22 +37,12 @@ def base_of(module: nn.Module) -> str | None:
 def probed_base(module: nn.Module) -> str | None:
     """The base whose λ = 1 the module computes, by its class or, of a class that is not known, by what it makes of numbers.
 
-    Only of a module without children, parameters and buffers, and not of torch's own others.
+    Only of a module without children, parameters, buffers and state, and not of torch's own others: see `computed_base`.
     """
     base = base_of(module)
     if base is not None or type(module).__module__.startswith("torch.nn.") or isinstance(module, LambdaGELU):
         return base
-    if any(True for _ in chain(module.children(), module.parameters(), module.buffers())):
-        return None
-    x = torch.linspace(-6.0, 6.0, 241)
-    with torch.no_grad(), torch.random.fork_rng(devices=()), torch.device("cpu"):
-        try:
-            y = module(x.clone())
-        except Exception:  # not a function of one tensor
-            return None
-        if not isinstance(y, torch.Tensor) or y.shape != x.shape or not y.is_floating_point():
-            return None
-        return next((b.name for b in BASES.values() if torch.allclose(y, b.activation(x), rtol=0.0, atol=2e-6)), None)
+    return computed_base(module)
 
 
 def transformers_parts(model: nn.Module) -> dict[str, PreTrainedModel]:
@@ -73,9 +61,13 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def quantised_weight(model: nn.Module) -> str | None:
-    """The name of a weight that is quantised (bitsandbytes, torchao): its elements cannot be scaled or refit."""
+    """The name of a weight that is quantised (bitsandbytes, torchao, float8): its elements cannot be scaled or refit."""
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or type(parameter).__module__.startswith("torchao"):
+        if (
+            not parameter.is_floating_point()
+            or parameter.element_size() < 2
+            or type(parameter).__module__.startswith("torchao")
+        ):
             return name
     return None
 

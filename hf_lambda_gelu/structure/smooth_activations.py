@@ -63,12 +63,18 @@ def smooth_activations(
 
 def smooth_modules(model: nn.Module, claimed: Collection[str] = ()) -> list[Unconverted]:
     """The GELU and SiLU modules of `model` outside those `claimed`."""
-    reason = "hard-coded: no config attribute tells a stock reload to build it otherwise; convert(hard_coded=True) and fold"
     return [
-        Unconverted(name, type(module).__name__, reason)
+        Unconverted(name, type(module).__name__, _HARD_CODED if probed_base(module) is not None else _OTHER)
         for name, module in named_modules(model)
         if name not in claimed and _is_smooth(module)
     ]
+
+
+_HARD_CODED = "hard-coded: no config attribute tells a stock reload to build it otherwise; convert(hard_coded=True) and fold"
+_OTHER = (
+    "none of the four activations that λ takes to ReLU (GELU by erf, by tanh and by x · sigmoid(1.702 x), SiLU), or with a "
+    "state of its own: it stays as it is"
+)
 
 
 def _is_smooth(module: nn.Module) -> bool:

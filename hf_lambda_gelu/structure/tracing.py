@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._compat import pytree
 from ..activation.module import hardness_sites
 from .hooks import Hooks
-from .linear_maps import LinearCall, LinearMap, Parameters, all_experts, watch_linears
+from .linear_calls import Key, LinearCall
+from .linear_maps import LinearMap, Parameters, all_experts, watch_linears
+from .unread_maps import Uses, differentiable, origins
 
 
 @dataclass
@@ -37,28 +40,26 @@ def trace(model: nn.Module, forward: Callable[[], Any], *others: Callable[[], An
     """Runs `forward` and finds, for every λ-GELU of `model`, the linear maps that consume its output.
 
     What the first batch does not reach (an expert to which it routes nothing, a tower without inputs) others may: they are
-    run until every site was reached.
+    run until every site was reached. The outputs of sites and of linear maps are cut off from what made them, so that
+    following the graph back from a map's input ends at the sites and maps that it came from.
 
     Args:
         forward, others: the model's forward on one batch after the other.
-
-    The outputs of sites and of linear maps are cut off from what made them, so that following the graph back from a map's
-    input ends at the sites and maps that it came from.
     """
     sites: dict[nn.Module, str] = {site: name for name, site in hardness_sites(model).items()}
-    result = Trace()
-    reached: dict[str, list[LinearCall]] = {}
+    parameters = Parameters(model)
+    result, seen = Trace(), _Seen()
     for index, run in enumerate((forward, *others)):
-        seen = _reached(sites, run, result.leading)
-        if index and seen.keys() <= reached.keys():
+        one = _seen(model, sites, parameters, run)
+        if index and one.reached.keys() <= seen.reached.keys():
             continue
         result.batches.append(index)
-        result.order = _merged(result.order, list(seen))
-        for site, calls in seen.items():
-            reached.setdefault(site, []).extend(calls)
-        if len(reached) == len(sites):
+        result.order = _merged(result.order, list(one.reached))
+        seen.add(one)
+        if len(seen.reached) == len(sites):
             break
-    return _read(model, sites.values(), reached, result)
+    result.leading = seen.leading
+    return _read(parameters, sites.values(), seen, result)
 
 
 def _merged(order: list[str], more: list[str]) -> list[str]:
@@ -70,13 +71,40 @@ def _merged(order: list[str], more: list[str]) -> list[str]:
     return merged
 
 
-def _reached(
-    sites: Mapping[nn.Module, str], forward: Callable[[], Any], leading: dict[str, torch.Size]
-) -> dict[str, list[LinearCall]]:
-    """The sites that one forward pass reaches, in order, with the linear maps that take their output up."""
+@dataclass
+class _Seen:
+    """What forward passes showed.
+
+    Attributes:
+        reached: site → the linear maps that took its output up, in the order in which sites were called.
+        leading: as in `Trace`.
+        unread: site → an operation with a weight that takes its output up and is no map that can be refit.
+        elsewhere: parameter → what else it is used for.
+        ways: a weight → whether it is used as (d, k), as (k, d), or both.
+    """
+
+    reached: dict[str, list[LinearCall]] = field(default_factory=dict)
+    leading: dict[str, torch.Size] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[nn.Parameter, str] = field(default_factory=dict)
+    ways: dict[Key, set[bool]] = field(default_factory=dict)
+
+    def add(self, other: _Seen) -> None:
+        """Take in what another pass showed."""
+        for site, calls in other.reached.items():
+            self.reached.setdefault(site, []).extend(calls)
+        for key, both in other.ways.items():
+            self.ways.setdefault(key, set()).update(both)
+        self.leading = other.leading | self.leading
+        self.unread |= other.unread
+        self.elsewhere |= other.elsewhere
+
+
+def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Parameters, forward: Callable[[], Any]) -> _Seen:
+    """What one forward pass shows."""
     leaves: dict[int, str | None] = {}  # id of a leaf → the site that put it out, None for a linear map
     kept: list[Tensor] = []
-    reached: dict[str, list[LinearCall]] = {}
+    uses, seen = Uses(parameters.names), _Seen()
 
     def leaf(output: Tensor, site: str | None) -> Tensor | None:
         if not output.is_floating_point():
@@ -87,21 +115,33 @@ def _reached(
         return made.clone()  # the model may change it in place, which a leaf does not allow
 
     def on_site(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        reached.setdefault(sites[module], [])
-        leading.setdefault(sites[module], output.shape[:-1])
+        seen.reached.setdefault(sites[module], [])
+        seen.leading.setdefault(sites[module], output.shape[:-1])
         return leaf(output, sites[module])
 
+    def sources(tensor: Tensor) -> set[str]:
+        found = origins(tensor, leaves, parameters.names.keys())
+        seen.unread.update(found.unread)
+        return found.sites
+
     def on_linear(call: LinearCall) -> Tensor | None:
-        for site in _sources(call.input, leaves):
-            reached[site].append(call)
+        seen.ways.setdefault(call.key, set()).add(call.lies_transposed)
+        for site in sources(call.input):
+            seen.reached[site].append(call)
         return leaf(call.output, None)
 
     with Hooks() as hooks:
         for site in sites:
             hooks.after(site, on_site)
-        with torch.enable_grad(), watch_linears(on_linear):
-            forward()
-    return reached
+        with torch.enable_grad(), differentiable(model), watch_linears(on_linear, uses):
+            output = forward()
+    for tensor in pytree.tree_leaves(dict(output) if isinstance(output, dict) else output):
+        if isinstance(tensor, Tensor):
+            sources(tensor)
+    for name, tensors in uses.detached:
+        seen.unread.update({site: name for tensor in tensors for site in sources(tensor)})
+    seen.elsewhere = {p: f"{sorted(names)[0]} uses it too" for p, names in uses.operations.items()}
+    return seen
 
 
 def ancestors(tensor: Tensor) -> Iterator[Any]:
@@ -117,21 +157,16 @@ def ancestors(tensor: Tensor) -> Iterator[Any]:
         stack += [parent for parent, _ in node.next_functions]
 
 
-def _sources(tensor: Tensor, leaves: dict[int, str | None]) -> set[str]:
-    variables = (getattr(node, "variable", None) for node in ancestors(tensor))
-    sites = (leaves.get(id(variable)) for variable in variables if variable is not None)
-    return {site for site in sites if site is not None}
-
-
-def _read(model: nn.Module, names: Iterable[str], reached: Mapping[str, list[LinearCall]], result: Trace) -> Trace:
-    parameters = Parameters(model)
+def _read(parameters: Parameters, names: Iterable[str], seen: _Seen, result: Trace) -> Trace:
     consumed: dict[str, set[str]] = {}  # parameter → the sites whose output it consumes
-    for site, calls in reached.items():
+    for site, calls in seen.reached.items():
         unique = {call.key: call for call in calls}
         found = {key: parameters.find(call) for key, call in unique.items()}
         obstacles = [call.obstacle for call in unique.values() if call.obstacle]
         held = {m.name for m in found.values() if m is not None}
-        if not unique:
+        if site in seen.unread:
+            result.obstacles[site] = f"it feeds {seen.unread[site]}, which takes a weight in a way that cannot be refit"
+        elif not unique:
             result.obstacles[site] = "no linear map takes up its output"
         elif obstacles:
             result.obstacles[site] = obstacles[0]
@@ -141,6 +176,12 @@ def _read(model: nn.Module, names: Iterable[str], reached: Mapping[str, list[Lin
             result.obstacles[site] = f"it feeds several linear maps: {', '.join(sorted(held))}"
         elif shared := parameters.other_names(next(iter(held))):
             result.obstacles[site] = f"the weight that it feeds is shared with {shared[0]}"
+        elif any(len(seen.ways[key]) > 1 for key in unique):
+            result.obstacles[site] = f"it feeds {next(iter(held))}, which is used as its transpose too"
+        elif other := next(
+            (seen.elsewhere[m.parameter] for m in found.values() if m is not None and m.parameter in seen.elsewhere), ""
+        ):
+            result.obstacles[site] = f"it feeds {next(iter(held))}; {other}"
         else:
             result.maps[site] = all_experts([m for m in found.values() if m is not None])
             consumed.setdefault(next(iter(held)), set()).add(site)
@@ -150,6 +191,6 @@ def _read(model: nn.Module, names: Iterable[str], reached: Mapping[str, list[Lin
                 del result.maps[site]
                 result.obstacles[site] = f"{name} takes up {', '.join(sorted(several - {site}))} too"
     for name in names:
-        if name not in reached:
+        if name not in seen.reached:
             result.obstacles[name] = "the calibration batches never reach it"
     return result

@@ -16,6 +16,7 @@ from ..structure.config import LAMBDA_KEYS, STOCK_KEYS
 from ..structure.config_probe import Governed, governed_modules
 from ..structure.edits import replace_module, set_activation
 from ..structure.modules import base_of, is_activation, joined, named_modules, probed_base, transformers_parts
+from ..structure.offloading import check_not_offloaded
 from ..structure.smooth_activations import Unconverted, smooth_activations
 
 
@@ -83,8 +84,8 @@ def convert(
 
     Raises:
         ValueError: `init_hardness` is no finite number ≥ 1.
-        ConversionError: nothing to convert, already converted, config and modules disagree, or `only` takes no module, or
-            some of those that one config attribute governs. The model is unchanged.
+        ConversionError: nothing to convert, already converted, offloaded weights, config and modules disagree, or `only`
+            takes no module, or some of those that one config attribute governs. The model is unchanged.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -115,6 +116,10 @@ def _convertible_parts(model: nn.Module, init_hardness: float) -> dict[str, PreT
     if not isinstance(model, nn.Module):
         raise ConversionError(f"convert expects a torch module, got {type(model).__name__}: load the model first")
     check_hardness(init_hardness)
+    try:
+        check_not_offloaded(model)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
     if hardness_sites(model):
         raise ConversionError(
             f"the model is converted already: it has {len(hardness_sites(model))} λ-GELU modules; "
@@ -171,7 +176,7 @@ class _Conversion:
         base = STOCK_KEYS[attribute.value]
         key = BASES[base].key
         self.claimed.update(names)
-        if set_activation(part, attribute.path, key) is None:
+        if set_activation(part, attribute.path, key, within=self.model) is None:
             reason = f"config.{path} is derived from other attributes and would not survive a reload"
             self.report.unconverted += [Unconverted(n, attribute.value, reason) for n in names]
             return

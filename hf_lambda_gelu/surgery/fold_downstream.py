@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..activation.module import LambdaGELU
 from ..structure.hooks import Hooks
-from ..structure.linear_maps import LinearCall, watch_linears
+from ..structure.linear_calls import LinearCall
+from ..structure.linear_maps import watch_linears
 from .fold_scales import Fold, Obstacle, Scale, Weights
 from .fold_upstream import UpstreamWalk
 

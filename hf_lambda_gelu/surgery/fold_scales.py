@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..structure.linear_maps import LinearCall, LinearMap, Parameters, all_experts
+from ..structure.linear_calls import LinearCall
+from ..structure.linear_maps import LinearMap, Parameters, all_experts
 
 
 class Obstacle(Exception):

@@ -6,7 +6,6 @@ From what enters a site back to the maps that made it, through nothing but views
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,8 +14,10 @@ from torch import Tensor, nn
 
 from ..activation.module import LambdaGELU
 from ..structure.hooks import Hooks
-from ..structure.linear_maps import LinearCall, LinearMap, watch_linears
+from ..structure.linear_calls import LinearCall
+from ..structure.linear_maps import LinearMap, watch_linears
 from ..structure.tracing import ancestors
+from ..structure.unread_maps import differentiable, operation_of
 from .fold_scales import Fold, Obstacle, Scale, Weights
 
 # nodes of autograd's graph, without the digit at their end
@@ -52,7 +53,7 @@ class UpstreamWalk:
 
     def run(self, model: nn.Module, sites: Mapping[str, LambdaGELU], forward: Callable[[], Any]) -> None:
         """Run the model, and let each fold have what makes its site's input."""
-        with _differentiable(model), Hooks() as hooks, torch.enable_grad(), watch_linears(self._on_linear):
+        with differentiable(model), Hooks() as hooks, torch.enable_grad(), watch_linears(self._on_linear):
             for name, site in sites.items():
                 hooks.after(site, partial(self._on_site, name))
             forward()
@@ -98,7 +99,7 @@ class UpstreamWalk:
         variable = getattr(node, "variable", None)
         if variable in self.weights.names:
             yield variable
-        elif _kind(node) in _VIEWS | _SUMS:
+        elif operation_of(node) in _VIEWS | _SUMS:
             for parent, _ in node.next_functions:
                 yield from self._addends(parent)
 
@@ -130,7 +131,7 @@ class UpstreamWalk:
         if node is None:
             raise Obstacle("a constant is added before it")
         variable = getattr(node, "variable", None)
-        kind = _kind(node)
+        kind = operation_of(node)
         if variable is not None:
             what = self._leaves.get(id(variable))
             if isinstance(what, str):
@@ -162,24 +163,5 @@ class UpstreamWalk:
                 yield Scale(self.weights.names[linear.bias], linear.bias, linear.index, rows)
 
 
-def _kind(node: Any) -> str:
-    """The operation of a node of autograd's graph."""
-    name: str = node.name()
-    return name.rstrip("0123456789").removesuffix("Backward").removeprefix("torch::autograd::")
-
-
 def _output_dim(linear: LinearMap) -> int:
     return 1 if linear.transposed else 0
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Within the block, every floating point parameter takes part in the graph."""
-    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)

@@ -26,6 +26,7 @@ from ..structure.edits import replace_everywhere, set_activation
 from ..structure.hooks import Hooks
 from ..structure.linear_maps import eager_experts
 from ..structure.modules import joined, quantised_weight, transformers_parts
+from ..structure.offloading import check_not_offloaded
 from .fold_plan import plan_fold
 from .fold_scales import Fold, Scale
 
@@ -77,7 +78,7 @@ def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None =
         What was scaled, and by how much the outputs changed: rounding, as λW is rounded; less if λ is a power of two.
 
     Raises:
-        ValueError: no λ-GELU in the model, the model is on the meta device, or no inputs can be made for it.
+        ValueError: no λ-GELU in the model, the model is on the meta device or offloaded, or no inputs can be made for it.
         FoldError: at some site λ has nowhere to go, or the outputs would change by more than 1e-5 of their largest.
 
     In every case the model is as it was.
@@ -97,7 +98,7 @@ def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None =
     for prefix, part in transformers_parts(model).items() if only is None else ():  # else sites remain that configs tell of
         for path, key in list(activation_attributes(part.config)):
             if key in LAMBDA_KEYS:
-                report.attributes[joined(prefix, path)] = _to_stock(part, path, key, sites.values())
+                report.attributes[joined(prefix, path)] = _to_stock(model, part, path, key, sites.values())
     return report
 
 
@@ -111,6 +112,7 @@ def _foldable_sites(model: nn.Module, only: Collection[str] | None) -> dict[str,
         sites = {name: site for name, site in sites.items() if name in only}
     if not sites:
         raise ValueError(f"{type(model).__name__} has no λ-GELU to fold: call convert(model) first")
+    check_not_offloaded(model)
     if any(tensor.is_meta for tensor in model.parameters()):
         raise ValueError("the model is on the meta device, where weights have no values: load them first")
     quantised = quantised_weight(model)
@@ -241,9 +243,9 @@ def _stock_keys(base: str, *sites: LambdaGELU) -> list[str]:
     return had + [key for key, of in STOCK_KEYS.items() if of == base]
 
 
-def _to_stock(part: PreTrainedModel, path: str, key: str, sites: Collection[LambdaGELU]) -> str:
+def _to_stock(model: nn.Module, part: PreTrainedModel, path: str, key: str, sites: Collection[LambdaGELU]) -> str:
     """Let the config name the stock activation again, which is returned."""
-    stock = set_activation(part, path, *_stock_keys(LAMBDA_KEYS[key], *sites))
+    stock = set_activation(part, path, *_stock_keys(LAMBDA_KEYS[key], *sites), within=model)
     if stock is None:
         raise FoldError(f"config.{path} takes no stock activation")  # `convert` has seen one there
     return stock

@@ -22,6 +22,7 @@ from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import hard_coded_sites
 from ..structure.edits import replace_everywhere, set_activation
 from ..structure.modules import joined, quantised_weight, transformers_parts
+from ..structure.offloading import check_not_offloaded
 from ..structure.smooth_activations import smooth_activations
 from .folding import fold
 from .gates import SoftGateError, gates_as_relu
@@ -67,7 +68,7 @@ def relu_ize(
         Per site λ and the bound on what changes; what was refit; the measured changes; the smooth activations that remain.
 
     Raises:
-        ValueError: no λ-GELU in the model, or a `compensate` that is unknown or lacks a calibration set.
+        ValueError: no λ-GELU in the model, offloaded weights, or a `compensate` that is unknown or lacks a calibration set.
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`.
         FoldError: a hard-coded site whose weights cannot take λ up.
@@ -148,7 +149,7 @@ def _put_relu(model: nn.Module, report: SubstitutionReport) -> None:
     replace_everywhere(model, hardness_sites(model).values(), lambda site: ACT2FN["relu"])
     for prefix, part in transformers_parts(model).items():
         for path, key in list(activation_attributes(part.config)):
-            if key in LAMBDA_KEYS and set_activation(part, path, "relu") is not None:
+            if key in LAMBDA_KEYS and set_activation(part, path, "relu", within=model) is not None:
                 report.attributes[joined(prefix, path)] = key
     report.left = [item for item in smooth_activations(model) if item.name not in report.folded]
 
@@ -196,6 +197,7 @@ def _check_sites(
     quantised = quantised_weight(model)
     if compensate is not None and quantised is not None:
         raise ValueError(f"{quantised} is quantised and cannot be refit: substitute first, then quantise the ReLU model")
+    check_not_offloaded(model)
     if any(site.raw_hardness.is_meta for site in hardness_sites(model).values()):
         raise ValueError("the model is on the meta device, where λ has no value: load its weights first")
     profile = hardness_profile(model)

@@ -18,6 +18,7 @@ from ..checkpoints.card import PAPER, CardDetails
 from ..checkpoints.folders import check_writable
 from ..checkpoints.shards import tensor_names
 from ..structure.modules import has_adapters
+from ..structure.offloading import check_not_offloaded
 from ..surgery.gates import gates_as_relu
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
@@ -43,9 +44,9 @@ class LambdaGELUTrainer(Trainer):
     Everything else is transformers' Trainer. `args` must be `LambdaGELUTrainingArguments`.
 
     Raises:
-        ValueError: the model has no λ-GELU, the arguments are of another class, the output folder cannot be written, or a
-            checkpoint to resume from belongs to a model converted otherwise, or the switch needs examples of a training set
-            without length or index: each before training starts.
+        ValueError: the model has no λ-GELU or is offloaded, the arguments are of another class, the output folder cannot be
+            written, or a checkpoint to resume from belongs to a model converted otherwise, or the switch needs examples of a
+            training set without length or index: each before training starts.
         CalibrationError: while training, at the switch, if the model cannot be measured or refit.
 
     Examples:
@@ -76,6 +77,8 @@ class LambdaGELUTrainer(Trainer):
                 f"LambdaGELUTrainer expects LambdaGELUTrainingArguments, got {type(args).__name__}: they hold the hardness "
                 "schedule beside all fields of TrainingArguments"
             )
+        if model is not None:
+            check_not_offloaded(model)
         if args.output_dir is not None:
             check_writable(args.output_dir)
         super().__init__(model, args, **kwargs)

@@ -268,7 +268,7 @@ _WHY = {
     "keeps its name": "refused: a module keeps the activation's name, for kernels that know few",
     "supports 'gelu'|Value must be one of|ValidationError": "refused: the config takes no ReLU",
     "KeyError": "refused: an activation table of its own",
-    "Hardswish: hard-coded": "refused: hard-swish, hard-coded, not of the family",
+    "Hardswish: none of the four": "refused: hard-swish, not of the family",
     "function call": "refused: a function call in the modelling code",
     "hard-coded": "refused: hard-coded modules",
 }

@@ -125,12 +125,12 @@ def test_eager_experts_without_experts() -> None:
         ("in place", "second.weight"),
         ("through a slice", "second.weight"),
         ("the same twice", "second.weight"),
-        ("copied", "second.weight"),
+        ("copied", "weight"),
         ("3 × 3", "it feeds a convolution with kernel 3×3"),
         ("groups", "it feeds a convolution with kernel 1×1"),
         ("stride", "it feeds a convolution with kernel 1×1"),
         ("two", "it feeds several linear maps: second.weight, third.weight"),
-        ("transposed", "it feeds a weight that is no parameter of the model as it stands"),
+        ("transposed", "weight"),
         ("computed", "it feeds a weight that is no parameter of the model as it stands"),
         ("computed bias", "it feeds a weight that is no parameter of the model as it stands"),
         ("none", "no linear map takes up its output"),
@@ -144,11 +144,14 @@ def test_kinds(kind: str, wanted: str) -> None:
     seen: list[Tensor] = []
     result = trace(model, lambda: seen.append(model(**batch)["logits"]))
     assert torch.equal(seen[0], plain)
-    if wanted.endswith(".weight") and "several" not in wanted:
+    if wanted.endswith("weight") and "several" not in wanted:
         assert result.obstacles == {}
         (m,) = result.maps["act"]
-        assert (m.label, m.shape) == (wanted, (8, model.second.weight.shape[0]))
-        assert (m.parameter, m.bias) == (model.second.weight, model.second.bias)
+        owner = model.second if wanted == "second.weight" else model
+        assert (m.label, m.shape) == (wanted, (8, owner.weight.shape[0]))
+        assert m.parameter is owner.weight
+        assert m.bias is getattr(owner, "bias", None)
+        assert m.transposed == (kind in ("transposed", "copied"))
     else:
         assert (result.maps, result.obstacles) == ({}, {"act": wanted})
     assert tiny.snapshot(model) == before

@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[Callable[[], Made], Forward]] = {
         lambda m, h: m.second(h) + m.second(m.act2(m.other(h.detach()))),
     ),
     "idle": (lambda: {"second": nn.Linear(8, 8), "act2": True}, lambda m, h: m.second(h)),
-    "copied": (  # it passes a map that is no F.linear, then one that is
+    "copied": (  # a map that is no F.linear, then one that is
         lambda: {"weight": nn.Parameter(torch.randn(8, 8)), "second": nn.Linear(8, 8)},
         lambda m, h: m.second(torch.tanh(h @ m.weight)),
     ),

@@ -23,6 +23,7 @@ from ..._compat import is_compiled
 from ...reports import to_dict
 from ...structure.modelling_code import calls_in_class
 from ...structure.modules import is_activation, probed_base
+from ...structure.offloading import check_not_offloaded
 from ..batches import FORWARD_ERRORS
 from ..examples.choice import example_inputs
 from ..forward import measuring, random_state_kept
@@ -192,6 +193,7 @@ def _load(folder: str) -> PreTrainedModel:
 
 
 def _check_runnable(model: nn.Module) -> None:
+    check_not_offloaded(model)
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         raise ValueError("the model is on the meta device, where nothing can be computed: load its weights first")
     if any(is_compiled(m) for m in model.modules()):

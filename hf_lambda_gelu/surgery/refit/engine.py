@@ -189,7 +189,7 @@ class Refit:
                 if given.gated and not given.calls:
                     raise CalibrationError(
                         f"calibration batch {index}: {site} runs, but not {maps[0].name}, which takes up its output on "
-                        "another batch: it cannot be refit. Let every batch hold the same inputs, or leave out those that differ"
+                        "another batch. Let every batch hold the same inputs, or leave out those that differ"
                     )
                 evidence.add(given, wanted, examples)
         return evidence

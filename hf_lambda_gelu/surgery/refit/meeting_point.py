@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ...measurement.places import chunks
 from ...measurement.towers import Note
 from ...structure.hooks import Hooks
-from ...structure.linear_maps import LinearCall, LinearMap, watch_linears
+from ...structure.linear_calls import LinearCall
+from ...structure.linear_maps import LinearMap, watch_linears
 from .blocks import hidden_in
 from .runs import Run
 
