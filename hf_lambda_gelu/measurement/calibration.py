@@ -8,7 +8,7 @@ E[D²] relative to E[ReLU²]: it depends on λ · std(x), which differs from lay
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from ..reports import finite_or_none, progress, table, to_dict
 from ..structure.hooks import Hooks
 from .batches import CalibrationError, model_batches, rows, token_mask
 from .forward import decoder_modules, measuring, run_batch
+from .in_effect import check_in_effect, counting_calls
 
 # A histogram of log2|x|. Its lowest bin is for 0 and what fp32 has as subnormal, taken as 0; in its highest, |x| ≥ 2¹⁰,
 # every gate is 0 or 1 at any λ ≥ 1. A bin's width displaces |x| by a factor of at most 2^(1/128).
@@ -160,8 +161,9 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
 
     Raises:
         ValueError: the model has no λ-GELU, or is on the meta device.
-        CalibrationError: a loader that yields nothing usable (see `batches.model_batches`), a forward that raises, or
-            pre-activations that are not finite; the message names the batch and the site.
+        CalibrationError: a loader that yields nothing usable (see `batches.model_batches`), a forward that raises,
+            pre-activations that are not finite, or a fused kernel that runs in a site's place; the message names the batch
+            and the site.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -173,6 +175,8 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
         >>> print(hlg.calibrate(model, [batch]))
     """
     sites, profile = calibration_sites(model), hardness_profile(model)
+    called: set[str] = set()
+    first: list[Mapping[str, Any]] = []
     running = {name: _RunningStatistics() for name in sites}
     decoder = decoder_modules(model)
     index = 0
@@ -193,7 +197,11 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
             hooks.before(site, partial(watch, name, site in decoder))
         for index, batch in enumerate(model_batches(model, progress(dataloader, "calibration"))):
             masks = {in_decoder: token_mask(batch, decoder=in_decoder) for in_decoder in (False, True)}
-            run_batch(model, batch, index)
+            with counting_calls(model, called):
+                run_batch(model, batch, index)
+            first = first or [batch]
+    with measuring(model):
+        check_in_effect(model, called, lambda: run_batch(model, first[0], 0))
     return CalibrationReport([statistics.of(n, sites[n].base, profile[n]) for n, statistics in running.items()])
 
 

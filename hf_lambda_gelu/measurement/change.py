@@ -16,6 +16,7 @@ from ..activation.module import hardness_sites
 from ..reports import progress
 from ..structure.hooks import Hooks
 from .batches import CalibrationError, rows, token_mask
+from .in_effect import check_in_effect, counting_calls
 from .forward import decoder_modules, main_output, run_batch
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class MeasuredChange:
     relative_change: float = 0.0
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
     zeros: dict[str, float] = field(default_factory=dict)
+    unreached: list[str] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -49,16 +51,24 @@ def measure_change(
         total: how many batches there are, for the progress bar, if `batches` has no length.
 
     Raises:
-        CalibrationError: the model's forward raises, or the output changes its shape.
+        CalibrationError: the model's forward raises, or the output changes its shape, or a site is not what runs.
     """
+    called: set[str] = set()
+    first: Mapping[str, Any] | None = None
     comparison, zeros = _Comparison(keep_logits=compute_metrics is not None), _Zeros(model)
     for index, batch in enumerate(progress(batches, "measuring the change", total)):
-        with before():
+        first = batch if first is None else first
+        with before(), counting_calls(model, called):
             smooth = run_batch(model, batch, index)
         with after(), zeros.counting(batch):
             hard = run_batch(model, batch, index)
         comparison.add(index, batch, smooth, hard)
-    return MeasuredChange(comparison.relative_change(), comparison.metrics(compute_metrics), zeros.fractions())
+    unreached: list[str] = []
+    if first is not None:
+        with before():
+            unreached = check_in_effect(model, called, partial(run_batch, model, first, 0))
+    change = comparison.relative_change(), comparison.metrics(compute_metrics), zeros.fractions()
+    return MeasuredChange(*change, unreached)
 
 
 class _Comparison:

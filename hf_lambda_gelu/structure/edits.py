@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import LAMBDA_KEYS, activation_attributes, get_attribute, put_attribute, set_attribute
+from .second_records import keep_records_true
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -36,6 +37,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     tensor = next(parent.parameters(), None)
     device = next(model.parameters(), torch.empty(0)).device if tensor is None else tensor.device
     setattr(parent, leaf, new.to(device))
+    keep_records_true(model, name)
 
 
 def replace_everywhere(model: nn.Module, modules: Iterable[M], new: Callable[[M], nn.Module]) -> None:

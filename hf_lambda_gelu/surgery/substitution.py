@@ -21,9 +21,11 @@ from ..reports import length
 from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import hard_coded_sites
 from ..structure.edits import replace_everywhere, set_activation
+from ..structure.forwards import bypassed_by_code, refusal
 from ..structure.modules import joined, quantised_weight, transformers_parts
 from ..structure.smooth_activations import smooth_activations
 from .folding import fold
+from .relu_runs import batches_by_part, relu_is_what_runs
 from .gates import SoftGateError, gates_as_relu
 from .refit.engine import compensation
 from .refit.report import Compensate
@@ -67,7 +69,8 @@ def relu_ize(
         Per site λ and the bound on what changes; what was refit; the measured changes; the smooth activations that remain.
 
     Raises:
-        ValueError: no λ-GELU in the model, or a `compensate` that is unknown or lacks a calibration set.
+        ValueError: no λ-GELU in the model, or a `compensate` that is unknown or lacks a calibration set, or a fused kernel
+            that runs in the place of sites, or of the ReLUs: it is named with what to switch off.
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`.
         FoldError: a hard-coded site whose weights cannot take λ up.
@@ -87,7 +90,6 @@ def relu_ize(
         _refit(model, calibration, compensate, report, compute_metrics, refused=0 if force else len(soft))
     else:
         _measure(model, calibration, report, compute_metrics)
-    _put_relu(model, report)
     _attach_report(model, report)
     return report
 
@@ -118,6 +120,8 @@ def _refit(
         batches = map(networks.batch, range(networks.count))
         _note(report, measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics, networks.count))
         _fold(model, stay, networks.batch(0), report)
+        with relu_is_what_runs({model: networks.batch(0)}):
+            _put_relu(model, report)
 
 
 def _measure(
@@ -136,11 +140,14 @@ def _measure(
             total = length(calibration)
             _note(report, measure_change(model, batches, contextlib.nullcontext, as_relu, compute_metrics, total))
     _fold(model, stay, first[0] if first else None, report)
+    with relu_is_what_runs({model: first[0]} if first else batches_by_part(model)):
+        _put_relu(model, report)
 
 
 def _note(report: SubstitutionReport, change: MeasuredChange) -> None:
     """Put into the report what was measured."""
     report.relative_change, report.metrics, report.zeros = change.relative_change, change.metrics, change.zeros
+    report.unreached = change.unreached
 
 
 def _put_relu(model: nn.Module, report: SubstitutionReport) -> None:
@@ -203,6 +210,9 @@ def _check_sites(
         smooth = smooth_activations(model)
         hint = "call convert(model) first" if smooth else "it is a ReLU model already, or never was converted"
         raise ValueError(f"{type(model).__name__} has no λ-GELU to replace: {hint}")
+    reasons = bypassed_by_code(model, profile)
+    if reasons:
+        raise ValueError(refusal(reasons))
     bases = {name: site.base for name, site in hardness_sites(model).items()}
     return [SubstitutedSite(name, bases[name], value, sup_error(value, bases[name])) for name, value in profile.items()]
 

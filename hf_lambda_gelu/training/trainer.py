@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 from .callback import HardeningCallback
 from .optimizer import attach_hardness_update
+from .first_step import first_step
 from .publish import push_trained
 
 logger = logging.get_logger(__name__)
@@ -45,7 +47,8 @@ class LambdaGELUTrainer(Trainer):
     Raises:
         ValueError: the model has no λ-GELU, the arguments are of another class, the output folder cannot be written, or a
             checkpoint to resume from belongs to a model converted otherwise, or the switch needs examples of a training set
-            without length or index: each before training starts.
+            without length or index: each before training starts. At the first step, before λ or a weight changes: a fused
+            kernel that runs in the place of sites.
         CalibrationError: while training, at the switch, if the model cannot be measured or refit.
 
     Examples:
@@ -60,6 +63,7 @@ class LambdaGELUTrainer(Trainer):
         >>> print(hlg.relu_ize(model))  # doctest: +SKIP
     """
 
+    _sites_run = False  # whether a training step has shown that the sites are what runs
     args: LambdaGELUTrainingArguments
     model: nn.Module  # Trainer's __init__ raises where there is none
 
@@ -146,6 +150,20 @@ class LambdaGELUTrainer(Trainer):
         trained = [site for site in sites.values() if site.raw_hardness.requires_grad]
         attach_hardness_update(getattr(optimizer, "optimizer", optimizer), trained)  # inside accelerate's wrapper
         return optimizer
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        step = partial(super().training_step, model, inputs, num_items_in_batch)
+        if self._sites_run:
+            return step()
+        rerun = partial(self.compute_loss, model, self._prepare_inputs(inputs))
+        loss = first_step(self.model, step, rerun)
+        self._sites_run = True
+        return loss
 
     def evaluation_loop(
         self,
