@@ -16,8 +16,8 @@ from ..activation.module import hardness_sites
 from ..reports import progress
 from ..structure.hooks import Hooks
 from .batches import CalibrationError, rows, token_mask
+from .forward import decoder_modules, main_output, run_batch, same_random_numbers
 from .in_effect import check_in_effect, counting_calls
-from .forward import decoder_modules, main_output, run_batch
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -33,6 +33,7 @@ class MeasuredChange:
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
     zeros: dict[str, float] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
+    first: tuple[Mapping[str, Any], Tensor] | None = None  # a batch, and the main output of its first example afterwards
 
 
 @torch.no_grad()
@@ -54,21 +55,27 @@ def measure_change(
         CalibrationError: the model's forward raises, or the output changes its shape, or a site is not what runs.
     """
     called: set[str] = set()
-    first: Mapping[str, Any] | None = None
+    first: tuple[Mapping[str, Any], Tensor] | None = None
     comparison, zeros = _Comparison(keep_logits=compute_metrics is not None), _Zeros(model)
     for index, batch in enumerate(progress(batches, "measuring the change", total)):
-        first = batch if first is None else first
-        with before(), counting_calls(model, called):
+        with before(), counting_calls(model, called), same_random_numbers(model):
             smooth = run_batch(model, batch, index)
-        with after(), zeros.counting(batch):
+        with after(), zeros.counting(batch), same_random_numbers(model):
             hard = run_batch(model, batch, index)
+        first = first or (batch, first_example(hard))
         comparison.add(index, batch, smooth, hard)
     unreached: list[str] = []
     if first is not None:
         with before():
-            unreached = check_in_effect(model, called, partial(run_batch, model, first, 0))
+            unreached = check_in_effect(model, called, partial(run_batch, model, first[0], 0))
     change = comparison.relative_change(), comparison.metrics(compute_metrics), zeros.fractions()
-    return MeasuredChange(*change, unreached)
+    return MeasuredChange(*change, unreached, first)
+
+
+def first_example(output: Mapping[str, Any]) -> Tensor:
+    """A copy of the main output, of the first example alone: a language model's logits are large."""
+    main = main_output(output)
+    return (main[:1] if main.dim() else main).clone()
 
 
 class _Comparison:

@@ -1,7 +1,8 @@
 """Whether the sites of a model are what runs: a run without hooks decides, since fused kernels stand back where hooks are.
 
-A λ-GELU counts its own calls for the time of a run. A site that was not called may be bypassed, or the batch did not reach it
-(experts to which nothing is routed, the tower of text when there are images alone): a second run, with hooks, tells these apart.
+A λ-GELU counts its own calls for the time of a run. A site that was not called may be bypassed, or the batch did not reach
+it (experts to which nothing is routed, the tower of text when there are images alone): a second run, with hooks, tells these
+apart.
 All of it is derived.
 """
 
@@ -54,7 +55,7 @@ def bypassed(model: nn.Module, called: Collection[str], run: Callable[[], Any]) 
 
 
 def check_in_effect(model: nn.Module, called: Collection[str], run: Callable[[], Any]) -> list[str]:
-    """The sites that the batches did not reach; CalibrationError if any is bypassed. The arguments are those of `bypassed`."""
+    """The sites that the batches did not reach; CalibrationError if any is bypassed. Arguments as for `bypassed`."""
     missed = bypassed(model, called, run)
     reasons = {site: why for site, why in missed.items() if why is not None}
     if reasons:

@@ -1,7 +1,7 @@
 """Forwards that were put in the place of a module's own (fused kernels), and whether such a one can call an activation.
 
-What is rebound is no proof: accelerate's hooks, autocast and PEFT rebind forwards that call the original. A forward counts as
-bypassing an activation where all of its code can be read and none of it names the attribute on the way to the activation.
+What is rebound is no proof: accelerate's hooks, autocast and PEFT rebind forwards that call the original. A forward counts
+as bypassing an activation where all of its code can be read and none of it names the attribute that leads to the activation.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def bypassed_by_code(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
 
 def reason(foreign: ForeignForward) -> str:
     """What is in the way of a site, and what to switch off."""
-    where = foreign.block or "the model"
-    return f"the forward of {where} was replaced by {foreign.label}, which does not call {foreign.attribute}. {_switch(foreign.label)}"
+    where, label = foreign.block or "the model", foreign.label
+    return f"the forward of {where} was replaced by {label}, which does not call {foreign.attribute}. {_switch(label)}"
 
 
 def refusal(reasons: dict[str, str]) -> str:

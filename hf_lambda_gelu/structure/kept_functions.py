@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ def kept_functions(module: nn.Module) -> list[KeptFunction]:
     """The functions of the family that `module`, or its class, keeps as attributes; children have their own."""
     found = list(_found(module, vars(module)))
     named = {item.attribute for item in found} | set(vars(module))
-    return found + [item for item in _of_class(type(module)) if item.attribute not in named]
+    cls: Any = type(module)
+    return found + [item for item in _of_class(cls) if item.attribute not in named]
 
 
 def stock_module(base: str) -> nn.Module | None:
@@ -108,8 +109,7 @@ def _base(module: nn.Module | None, place: str, function: Callable[..., Any]) ->
             return None
     origin = getattr(inner, "__module__", None) or ""
     known = origin.startswith(_PLACES)
-    told = isinstance(inner, (FunctionType, BuiltinFunctionType, MethodType)) or hasattr(inner, "__call__")
-    if not known and not (told and any(hint in f"{place} {name}".lower() for hint in _HINTS)):
+    if not known and not any(hint in f"{place} {name}".lower() for hint in _HINTS):
         return None
     return base_of_function(function)
 

@@ -1,8 +1,8 @@
 """What torch's transformer layers note of their activation beside the activation itself, kept true.
 
 `nn.TransformerEncoderLayer` notes at construction whether it has ReLU (1), GELU (2) or something else (0), and in eval mode
-without gradients runs a fused kernel that computes by this note and never calls the activation. `nn.TransformerEncoder` notes
-then whether it may pack padded sequences, which only that kernel takes well. Hooks switch the kernel off.
+without gradients runs a fused kernel that computes by this note and never calls the activation. `nn.TransformerEncoder`
+notes then whether it may pack padded sequences, which only that kernel takes well. Hooks switch the kernel off.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Lists the smooth activations of a model that no conversion reaches, each with the reason.
 
-Three kinds: modules that the modelling code hard-codes, functions that modules keep as attributes, and functional calls. `F.gelu(x)` in RoBERTa's LM head,
-`nn.functional.gelu` in Whisper's convolution stem, `ACT2FN[…]` looked up inside forward in DeBERTa's pooler: none of them is
-a module. `modelling_code` finds them.
+Three kinds: modules that the modelling code hard-codes; functions that modules keep as attributes (`kept_functions`); and
+functional calls. `F.gelu(x)` in RoBERTa's LM head, `nn.functional.gelu` in Whisper's convolution stem, `ACT2FN[…]` looked up
+inside forward in DeBERTa's pooler: none of them is a module. `modelling_code` finds them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import nn
 
 from ..activation.module import LambdaGELU
 from .config import LAMBDA_KEYS, STOCK_KEYS
-from .modelling_code import calls_in_class
 from .kept_functions import kept_functions
+from .modelling_code import calls_in_class
 from .modules import is_activation, joined, named_modules, probed_base
 
 # "gelu", "silu", "swish": the family's names that are no variants of another

@@ -69,7 +69,8 @@ def convert(
 
     In a transformers model a site is converted when a config attribute governs it, so that the config can say `lambda_gelu`
     now and `relu` after `relu_ize`, and stock transformers rebuilds the same network. In any other module (timm's, your own)
-    every GELU and SiLU module is a site, and what torch's transformer layers hold as a function; transformers models inside it (PEFT's, sentence-transformers') are treated as such.
+    every GELU and SiLU module is a site, and the function that torch's transformer layers hold by default; transformers
+    models inside it (PEFT's, sentence-transformers') are treated as such.
     Each site keeps its own base (erf, tanh, quick, SiLU); at the default λ = 1 the model computes what it computed before.
     Only this instance is changed. λ-GELU is the paper's (arXiv 2603.21991); how sites are found is derived.
 
@@ -248,7 +249,9 @@ def _candidates(model: nn.Module, governed: Mapping[str, list[Governed]], hard_c
     """The modules that may become sites, where a forward in the model is not its class's own; none elsewhere."""
     if not has_foreign_forwards(model):
         return
-    claimed = {joined(p, name) for p, attributes in governed.items() for attribute in attributes for name in attribute.modules}
+    claimed = {
+        joined(p, name) for p, attributes in governed.items() for attribute in attributes for name in attribute.modules
+    }
     for name, module in named_modules(model):
         inside = not hard_coded and any(not prefix or name.startswith(f"{prefix}.") for prefix in governed)
         if name and (name in claimed or (not inside and probed_base(module) is not None)):

@@ -4,61 +4,75 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..activation.module import LambdaGELU, hardness_sites
-from ..measurement.difference import difference, float_outputs, tolerance
+from ..measurement.batches import CalibrationError
+from ..measurement.change import first_example
+from ..measurement.difference import difference, tolerance
 from ..measurement.examples.choice import example_inputs
-from ..measurement.forward import evaluating
+from ..measurement.forward import call, measuring, same_random_numbers
 from ..measurement.in_effect import check_in_effect, counting_calls
 from ..structure.edits import replace_module
 from ..structure.modules import transformers_parts
 from ..structure.second_records import padding_unpacked
-from .folding import forward
 from .gates import gates_as_relu
 
 # kernels of accelerators round otherwise than the operations that they fuse (TF32)
 _SLACK_ELSEWHERE = 100.0
 
+# {model: (a batch, the main output of its first example with the gates as ReLU)}
+Runs = Mapping[nn.Module, tuple[Mapping[str, Any], Tensor]]
 
-def batches_by_part(model: nn.Module) -> dict[nn.Module, Mapping[str, Any]]:
-    """{transformers model in `model`: a small batch that fits it}, of those that one can be made for and that can be run."""
-    found: dict[nn.Module, Mapping[str, Any]] = {}
+
+def runs_by_part(model: nn.Module) -> Runs:
+    """A run of each transformers model in `model` that a small batch can be made for.
+
+    Raises:
+        CalibrationError: a site is not what runs.
+    """
+    found: dict[nn.Module, tuple[Mapping[str, Any], Tensor]] = {}
     for part in transformers_parts(model).values():
-        if not hardness_sites(part) or any(p.is_meta or not p.numel() or type(p) is not nn.Parameter for p in part.parameters()):
-            continue  # offloaded or sharded: a run would cost much, or need other processes
-        with contextlib.suppress(Exception):  # modelling code of any kind: where nothing can be run, nothing can be shown
-            found[part] = example_inputs(part)
+        if hardness_sites(part) and all(map(_is_whole, part.parameters())):
+            try:
+                batch = example_inputs(part)
+                found[part] = batch, run_as_relu(part, batch)
+            except CalibrationError:
+                raise
+            except Exception:  # modelling code of any kind: where nothing can be run, nothing can be shown
+                continue
     return found
 
 
+def _is_whole(parameter: nn.Parameter) -> bool:
+    """Whether it is here: offloaded, a run would cost much; sharded, it would need other processes."""
+    return type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel() > 0
+
+
 @contextlib.contextmanager
-def relu_is_what_runs(batches: Mapping[nn.Module, Mapping[str, Any]]) -> Iterator[None]:
-    """Within the block, ReLU is put in the place of the gates of each of the models; it must run before and after.
+def relu_is_what_runs(runs: Runs) -> Iterator[None]:
+    """Within the block, ReLU is put in the place of the gates of each of the models.
 
     Raises:
-        CalibrationError: a gate is not what runs before the block.
         ValueError: after it the outputs are not those of ReLU. The gates are back in their places; configs are not.
     """
-    expected = {model: _as_relu(model, batch) for model, batch in batches.items()}
-    places = {model: _places(model) for model in batches}
+    places = {model: _places(model) for model in runs}
     yield
-    for model, batch in batches.items():
-        got = _outputs(model, batch)
-        allowed = tolerance(expected[model])
-        if any(tensor.device.type != "cpu" for tensor in got):
-            allowed *= _SLACK_ELSEWHERE
-        moved = difference(expected[model], got)
+    for model, (batch, expected) in runs.items():
+        got = _output(model, batch)
+        allowed = tolerance([got]) * (1.0 if got.device.type == "cpu" else _SLACK_ELSEWHERE)
+        moved = difference([expected], [got])
         if not moved <= allowed:
             for name, site in places[model]:
                 replace_module(model, name, site)
             raise ValueError(
-                f"{type(model).__name__} does not run the ReLUs that it holds: its outputs differ by {moved:.2g} (relative) "
-                "from those with the gates as ReLU. A module keeps another record of its activation, or a fused kernel runs "
-                "in the activation's place: switch it off"
+                f"{type(model).__name__} does not run the ReLUs that it holds: its output differs by {moved:.2g} (relative) "
+                "from the one with the gates as ReLU. A module keeps another record of its activation, or a fused kernel "
+                "runs in the activation's place: switch it off"
             )
 
 
@@ -66,16 +80,16 @@ def _places(model: nn.Module) -> list[tuple[str, LambdaGELU]]:
     return [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LambdaGELU)]
 
 
-def _as_relu(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
+def run_as_relu(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The main output of the first example of the batch, with the gates as ReLU; CalibrationError if some do not run."""
     called: set[str] = set()
     with gates_as_relu(model), counting_calls(model, called):
-        outputs = _outputs(model, batch)
-    with evaluating(model), torch.no_grad():
-        check_in_effect(model, called, forward(model, batch))
-    return outputs
+        output = _output(model, batch)
+    check_in_effect(model, called, partial(_output, model, batch))
+    return output
 
 
-def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
-    with evaluating(model), torch.no_grad(), padding_unpacked(model):
-        copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
-        return float_outputs(forward(model, copies)())
+def _output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
+    with measuring(model), torch.no_grad(), padding_unpacked(model), same_random_numbers(model):
+        return first_example(call(model, copies))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, get_args
 
@@ -25,10 +25,10 @@ from ..structure.forwards import bypassed_by_code, refusal
 from ..structure.modules import joined, quantised_weight, transformers_parts
 from ..structure.smooth_activations import smooth_activations
 from .folding import fold
-from .relu_runs import batches_by_part, relu_is_what_runs
 from .gates import SoftGateError, gates_as_relu
 from .refit.engine import compensation
 from .refit.report import Compensate
+from .relu_runs import Runs, relu_is_what_runs, run_as_relu, runs_by_part
 from .report import FOLDED_HARDNESS, SubstitutedSite, SubstitutionReport
 
 # a ramp ends at its target to fp32's accuracy, not to the last bit
@@ -118,9 +118,10 @@ def _refit(
             )
         networks = work.networks
         batches = map(networks.batch, range(networks.count))
-        _note(report, measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics, networks.count))
+        change = measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics, networks.count)
+        _note(report, change)
         _fold(model, stay, networks.batch(0), report)
-        with relu_is_what_runs({model: networks.batch(0)}):
+        with relu_is_what_runs(_run(model, change, report)):
             _put_relu(model, report)
 
 
@@ -132,16 +133,25 @@ def _measure(
 ) -> None:
     """Measure, if there are batches to do so, what ReLU changes; fold what stays smooth."""
     stay = hard_coded_sites(model)
-    first: list[Mapping[str, Any]] = []
+    change: MeasuredChange | None = None
     if calibration is not None:
         with measuring(model):
-            batches = _keeping_first(model_batches(model, calibration), first)
+            batches = model_batches(model, calibration)
             as_relu = partial(gates_as_relu, model)
             total = length(calibration)
-            _note(report, measure_change(model, batches, contextlib.nullcontext, as_relu, compute_metrics, total))
-    _fold(model, stay, first[0] if first else None, report)
-    with relu_is_what_runs({model: first[0]} if first else batches_by_part(model)):
+            change = measure_change(model, batches, contextlib.nullcontext, as_relu, compute_metrics, total)
+            _note(report, change)
+    _fold(model, stay, change.first[0] if change and change.first else None, report)
+    with relu_is_what_runs(runs_by_part(model) if change is None else _run(model, change, report)):
         _put_relu(model, report)
+
+
+def _run(model: nn.Module, change: MeasuredChange, report: SubstitutionReport) -> Runs:
+    """The run as ReLU that the network is held against; a fold moves it, by rounding and what it leaves smooth."""
+    if change.first is None:
+        return {}
+    batch, output = change.first
+    return {model: (batch, run_as_relu(model, batch) if report.folded else output)}
 
 
 def _note(report: SubstitutionReport, change: MeasuredChange) -> None:
@@ -180,13 +190,6 @@ def _fold(model: nn.Module, names: list[str], batch: Mapping[str, Any] | None, r
                 sites[name].raw_hardness.copy_(raw)
         raise
     report.folded = {name: sup_error(FOLDED_HARDNESS, sites[name].base) for name in names}
-
-
-def _keeping_first(batches: Iterable[Mapping[str, Any]], first: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    for batch in batches:
-        if not first:
-            first.append(batch)
-        yield batch
 
 
 def _check_sites(

@@ -23,8 +23,8 @@ from ..surgery.gates import gates_as_relu
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 from .callback import HardeningCallback
-from .optimizer import attach_hardness_update
 from .first_step import first_step
+from .optimizer import attach_hardness_update
 from .publish import push_trained
 
 logger = logging.get_logger(__name__)
@@ -160,8 +160,7 @@ class LambdaGELUTrainer(Trainer):
         step = partial(super().training_step, model, inputs, num_items_in_batch)
         if self._sites_run:
             return step()
-        rerun = partial(self.compute_loss, model, self._prepare_inputs(inputs))
-        loss = first_step(self.model, step, rerun)
+        loss = first_step(self.model, step, lambda: self.compute_loss(model, self._prepare_inputs(inputs)))
         self._sites_run = True
         return loss
 
