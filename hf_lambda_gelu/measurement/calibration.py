@@ -20,6 +20,7 @@ from ..activation.bases import get_base
 from ..activation.hardness import DEFAULT_RELATIVE_TOLERANCE, check_hardness, check_relative_tolerance, target_hardness
 from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
 from ..reports import finite_or_none, progress, table, to_dict
+from ..structure.forwards import foreign_forwards
 from ..structure.hooks import Hooks
 from .batches import CalibrationError, model_batches, rows, token_mask
 from .forward import decoder_modules, measuring, run_batch
@@ -201,7 +202,9 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
                 run_batch(model, batch, index)
             first = first or [batch]
     with measuring(model):
-        check_in_effect(model, called, lambda: run_batch(model, first[0], 0))
+        # hooks were on in every run here, so that nothing but a forward of another kind can be in the way
+        native = {name for name in sites if not foreign_forwards(model, name)}
+        check_in_effect(model, called | native, lambda: run_batch(model, first[0], 0))
     return CalibrationReport([statistics.of(n, sites[n].base, profile[n]) for n, statistics in running.items()])
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..activation.module import LambdaGELU, hardness_sites
+from ..activation.module import hardness_sites
 from ..measurement.batches import CalibrationError
 from ..measurement.change import first_example
 from ..measurement.difference import difference, tolerance
 from ..measurement.examples.choice import example_inputs
-from ..measurement.forward import call, measuring, same_random_numbers
+from ..measurement.forward import measuring, run_batch, same_random_numbers
 from ..measurement.in_effect import check_in_effect, counting_calls
-from ..structure.edits import replace_module
 from ..structure.modules import transformers_parts
 from ..structure.second_records import padding_unpacked
 from .gates import gates_as_relu
@@ -53,31 +51,18 @@ def _is_whole(parameter: nn.Parameter) -> bool:
     return type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel() > 0
 
 
-@contextlib.contextmanager
-def relu_is_what_runs(runs: Runs) -> Iterator[None]:
-    """Within the block, ReLU is put in the place of the gates of each of the models.
-
-    Raises:
-        ValueError: after it the outputs are not those of ReLU. The gates are back in their places; configs are not.
-    """
-    places = {model: _places(model) for model in runs}
-    yield
+def check_relu_runs(runs: Runs) -> None:
+    """ValueError if the models, which hold ReLU in the place of the gates by now, put out something else."""
     for model, (batch, expected) in runs.items():
         got = _output(model, batch)
         allowed = tolerance([got]) * (1.0 if got.device.type == "cpu" else _SLACK_ELSEWHERE)
         moved = difference([expected], [got])
         if not moved <= allowed:
-            for name, site in places[model]:
-                replace_module(model, name, site)
             raise ValueError(
-                f"{type(model).__name__} does not run the ReLUs that it holds: its output differs by {moved:.2g} (relative) "
-                "from the one with the gates as ReLU. A module keeps another record of its activation, or a fused kernel "
-                "runs in the activation's place: switch it off"
+                f"{type(model).__name__} does not run the ReLUs that were put into it: its output differs by {moved:.2g} "
+                "(relative) from the one with the gates as ReLU. A module keeps another record of its activation, or a "
+                "fused kernel runs in the activation's place: switch it off. The model is as it was"
             )
-
-
-def _places(model: nn.Module) -> list[tuple[str, LambdaGELU]]:
-    return [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LambdaGELU)]
 
 
 def run_as_relu(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -92,4 +77,4 @@ def run_as_relu(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 def _output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
     with measuring(model), torch.no_grad(), padding_unpacked(model), same_random_numbers(model):
-        return first_example(call(model, copies))
+        return first_example(run_batch(model, copies, 0))

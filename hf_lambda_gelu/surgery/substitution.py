@@ -9,26 +9,26 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..activation.hardness import DEFAULT_TOLERANCE, sup_error, target_hardness
-from ..activation.module import hardness_profile, hardness_sites
+from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
 from ..measurement.batches import model_batches
 from ..measurement.change import MeasuredChange, measure_change
 from ..measurement.forward import measuring
 from ..reports import length
 from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import hard_coded_sites
-from ..structure.edits import replace_everywhere, set_activation
+from ..structure.edits import replace_everywhere, replace_module, set_activation
 from ..structure.forwards import bypassed_by_code, refusal
-from ..structure.modules import joined, quantised_weight, transformers_parts
+from ..structure.modules import joined, named_modules, quantised_weight, transformers_parts
 from ..structure.smooth_activations import smooth_activations
 from .folding import fold
 from .gates import SoftGateError, gates_as_relu
 from .refit.engine import compensation
 from .refit.report import Compensate
-from .relu_runs import Runs, relu_is_what_runs, run_as_relu, runs_by_part
+from .relu_runs import Runs, check_relu_runs, run_as_relu, runs_by_part
 from .report import FOLDED_HARDNESS, SubstitutedSite, SubstitutionReport
 
 # a ramp ends at its target to fp32's accuracy, not to the last bit
@@ -108,21 +108,21 @@ def _refit(
         refused: how many soft gates there are that only a refit makes good.
     """
     stay = hard_coded_sites(model)
-    with measuring(model), compensation(model, calibration) as work:
-        report.compensation = work.run(compensate)
-        if refused and not report.compensation.sites:
-            name, reason = next(iter(report.compensation.uncompensated.items()))
-            raise SoftGateError(
-                f"{refused} gates are soft, and the map after none of the sites can be refit ({name}: {reason}). "
-                "Merge adapters before; else force=True substitutes all the same"
-            )
-        networks = work.networks
-        batches = map(networks.batch, range(networks.count))
-        change = measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics, networks.count)
-        _note(report, change)
-        _fold(model, stay, networks.batch(0), report)
-        with relu_is_what_runs(_run(model, change, report)):
-            _put_relu(model, report)
+    with compensation(model, calibration) as work:
+        with measuring(model):
+            report.compensation = work.run(compensate)
+            if refused and not report.compensation.sites:
+                name, reason = next(iter(report.compensation.uncompensated.items()))
+                raise SoftGateError(
+                    f"{refused} gates are soft, and the map after none of the sites can be refit ({name}: {reason}). "
+                    "Merge adapters before; else force=True substitutes all the same"
+                )
+            networks = work.networks
+            batches = map(networks.batch, range(networks.count))
+            change = measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics, networks.count)
+            _note(report, change)
+            _fold(model, stay, networks.batch(0), report)
+        _put_relu(model, report, _run(model, change, report))
 
 
 def _measure(
@@ -142,8 +142,7 @@ def _measure(
             change = measure_change(model, batches, contextlib.nullcontext, as_relu, compute_metrics, total)
             _note(report, change)
     _fold(model, stay, change.first[0] if change and change.first else None, report)
-    with relu_is_what_runs(runs_by_part(model) if change is None else _run(model, change, report)):
-        _put_relu(model, report)
+    _put_relu(model, report, runs_by_part(model) if change is None else _run(model, change, report))
 
 
 def _run(model: nn.Module, change: MeasuredChange, report: SubstitutionReport) -> Runs:
@@ -160,13 +159,28 @@ def _note(report: SubstitutionReport, change: MeasuredChange) -> None:
     report.unreached = change.unreached
 
 
-def _put_relu(model: nn.Module, report: SubstitutionReport) -> None:
-    """ReLU in the place of every λ-GELU, `relu` in the configs; the report gets what was changed and what remains."""
-    replace_everywhere(model, hardness_sites(model).values(), lambda site: ACT2FN["relu"])
-    for prefix, part in transformers_parts(model).items():
-        for path, key in list(activation_attributes(part.config)):
-            if key in LAMBDA_KEYS and set_activation(part, path, "relu") is not None:
-                report.attributes[joined(prefix, path)] = key
+def _put_relu(model: nn.Module, report: SubstitutionReport, runs: Runs) -> None:
+    """ReLU in the place of every λ-GELU, `relu` in the configs; the report gets what was changed and what remains.
+
+    The model is as it was if ReLU is not what then runs, see `check_relu_runs`.
+    """
+    places = [(name, module) for name, module in named_modules(model) if isinstance(module, LambdaGELU)]
+    parts = transformers_parts(model)
+    changed: list[tuple[PreTrainedModel, str, str]] = []
+    try:
+        replace_everywhere(model, hardness_sites(model).values(), lambda site: ACT2FN["relu"])
+        for prefix, part in parts.items():
+            for path, key in list(activation_attributes(part.config)):
+                if key in LAMBDA_KEYS and set_activation(part, path, "relu") is not None:
+                    changed.append((part, path, key))
+                    report.attributes[joined(prefix, path)] = key
+        check_relu_runs(runs)
+    except BaseException:
+        for name, site in places:
+            replace_module(model, name, site)
+        for part, path, key in changed:
+            set_activation(part, path, key)
+        raise
     report.left = [item for item in smooth_activations(model) if item.name not in report.folded]
 
 
