@@ -8,7 +8,7 @@ E[D²] relative to E[ReLU²]: it depends on λ · std(x), which differs from lay
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,11 @@ from ..activation.bases import get_base
 from ..activation.hardness import DEFAULT_RELATIVE_TOLERANCE, check_hardness, check_relative_tolerance, target_hardness
 from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
 from ..reports import finite_or_none, progress, table, to_dict
+from ..structure.forwards import foreign_forwards
 from ..structure.offloading import check_not_offloaded
 from .batches import CalibrationError, model_batches
 from .forward import measuring, run_batch
+from .in_effect import check_in_effect, counting_calls
 from .site_rows import Count, SiteRows
 
 # A histogram of log2|x|. Its lowest bin is for 0 and what fp32 has as subnormal, taken as 0; in its highest, |x| ≥ 2¹⁰,
@@ -165,8 +167,9 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
 
     Raises:
         ValueError: the model has no λ-GELU, or is on the meta device or offloaded.
-        CalibrationError: a loader that yields nothing usable (see `batches.model_batches`), a forward that raises, or
-            pre-activations that are not finite; the message names the batch and the site.
+        CalibrationError: a loader that yields nothing usable (see `batches.model_batches`), a forward that raises,
+            pre-activations that are not finite, or a fused kernel that runs in a site's place; the message names the batch
+            and the site.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -178,6 +181,8 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
         >>> print(hlg.calibrate(model, [batch]))
     """
     sites, profile = calibration_sites(model), hardness_profile(model)
+    called: set[str] = set()
+    first: list[Mapping[str, Any]] = []
     running = {name: _RunningStatistics() for name in sites}
     index = 0
 
@@ -193,8 +198,12 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
     rows = SiteRows(model, sites, take)
     with measuring(model):
         for index, batch in enumerate(model_batches(model, progress(dataloader, "calibration"))):
-            with rows.counting(batch):
+            with rows.counting(batch), counting_calls(model, called):
                 run_batch(model, batch, index)
+            first = first or [batch]
+        # hooks were on in every run here, so that nothing but a forward of another kind can be in the way
+        native = {name for name in sites if not foreign_forwards(model, name)}
+        check_in_effect(model, called | native, lambda: run_batch(model, first[0], 0))
     return CalibrationReport([s.of(n, sites[n].base, profile[n], rows.counts[n]) for n, s in running.items()])
 
 

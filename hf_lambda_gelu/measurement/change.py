@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from ..activation.module import hardness_sites
 from ..reports import progress
 from .batches import CalibrationError
-from .forward import main_output, run_batch
+from .forward import main_output, run_batch, same_random_numbers
+from .in_effect import check_in_effect, counting_calls
 from .site_rows import SiteRows
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ class MeasuredChange:
     relative_change: float = 0.0
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
     zeros: dict[str, float] = field(default_factory=dict)
+    unreached: list[str] = field(default_factory=list)
+    first: tuple[Mapping[str, Any], Tensor] | None = None  # a batch, and the main output of its first example afterwards
 
 
 @torch.no_grad()
@@ -48,16 +52,30 @@ def measure_change(
         total: how many batches there are, for the progress bar, if `batches` has no length.
 
     Raises:
-        CalibrationError: the model's forward raises, or the output changes its shape.
+        CalibrationError: the model's forward raises, or the output changes its shape, or a site is not what runs.
     """
+    called: set[str] = set()
+    first: tuple[Mapping[str, Any], Tensor] | None = None
     comparison, zeros = _Comparison(keep_logits=compute_metrics is not None), _Zeros(model)
     for index, batch in enumerate(progress(batches, "measuring the change", total)):
-        with before():
+        with before(), counting_calls(model, called), same_random_numbers(model):
             smooth = run_batch(model, batch, index)
-        with after(), zeros.counting(batch):
+        with after(), zeros.counting(batch), same_random_numbers(model):
             hard = run_batch(model, batch, index)
+        first = first or (batch, first_example(hard))
         comparison.add(index, batch, smooth, hard)
-    return MeasuredChange(comparison.relative_change(), comparison.metrics(compute_metrics), zeros.fractions())
+    unreached: list[str] = []
+    if first is not None:
+        with before():
+            unreached = check_in_effect(model, called, partial(run_batch, model, first[0], 0))
+    change = comparison.relative_change(), comparison.metrics(compute_metrics), zeros.fractions()
+    return MeasuredChange(*change, unreached, first)
+
+
+def first_example(output: Mapping[str, Any]) -> Tensor:
+    """A copy of the main output, of the first example alone: a language model's logits are large."""
+    main = main_output(output)
+    return (main[:1] if main.dim() else main).clone()
 
 
 class _Comparison:

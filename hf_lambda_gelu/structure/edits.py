@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import LAMBDA_KEYS, activation_attributes, get_attribute, owner_of, put_attribute, set_attribute
 from .config_probe import copied_configs
+from .second_records import keep_records_true
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -42,6 +43,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     tensor = next(parent.parameters(), None)
     device = next(model.parameters(), torch.empty(0)).device if tensor is None else tensor.device
     setattr(parent, leaf, new.to(device))
+    keep_records_true(model, name)
 
 
 def replace_everywhere(model: nn.Module, modules: Iterable[M], new: Callable[[M], nn.Module]) -> None:

@@ -1,8 +1,8 @@
 """Lists the smooth activations of a model that no conversion reaches, each with the reason.
 
-Two kinds: modules that the modelling code hard-codes, and functional calls. `F.gelu(x)` in RoBERTa's LM head,
-`nn.functional.gelu` in Whisper's convolution stem, `ACT2FN[…]` looked up inside forward in DeBERTa's pooler: none of them is
-a module. `modelling_code` finds them.
+Three kinds: modules that the modelling code hard-codes; functions that modules keep as attributes (`kept_functions`); and
+functional calls. `F.gelu(x)` in RoBERTa's LM head, `nn.functional.gelu` in Whisper's convolution stem, `ACT2FN[…]` looked up
+inside forward in DeBERTa's pooler: none of them is a module. `modelling_code` finds them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,19 @@ from torch import nn
 
 from ..activation.module import LambdaGELU
 from .config import LAMBDA_KEYS, STOCK_KEYS
+from .kept_functions import kept_functions
 from .modelling_code import calls_in_class
-from .modules import is_activation, named_modules, probed_base
+from .modules import is_activation, joined, named_modules, probed_base
 
 # "gelu", "silu", "swish": the family's names that are no variants of another
 _WORDS = [key for key in STOCK_KEYS if not any(other in key for other in STOCK_KEYS if other != key)]
+
+_STOCK_NAMES = {
+    "gelu": "torch.nn.GELU()",
+    "gelu_tanh": 'torch.nn.GELU(approximate="tanh")',
+    "quick_gelu": "transformers.activations.QuickGELUActivation()",
+    "silu": "torch.nn.SiLU()",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ def smooth_activations(
 
     `attributes` are the config paths that were or will be rewritten: an in-forward lookup that reads one of them follows it.
     """
-    left = smooth_modules(model, claimed)
+    left = smooth_modules(model, claimed) + smooth_functions(model)
     leaves = [path.rpartition(".")[2] for path in attributes]
     for cls, places in _classes(model).items():
         calls = calls_in_class(cls)
@@ -75,6 +83,16 @@ _OTHER = (
     "none of the four activations that λ takes to ReLU (GELU by erf, by tanh and by x · sigmoid(1.702 x), SiLU), or with a "
     "state of its own: it stays as it is"
 )
+
+
+def smooth_functions(model: nn.Module) -> list[Unconverted]:
+    """The functions of the family that modules of `model` keep as attributes; a module that several names share, once."""
+    reason = "a function, which no swap of modules reaches: keep a module there, such as {stock}, and convert again"
+    return [
+        Unconverted(joined(name, kept.attribute), kept.what, reason.format(stock=_STOCK_NAMES[kept.base]))
+        for name, module in model.named_modules()
+        for kept in kept_functions(module)
+    ]
 
 
 def _is_smooth(module: nn.Module) -> bool:

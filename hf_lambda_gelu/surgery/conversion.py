@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -15,6 +15,8 @@ from ..reports import span
 from ..structure.config import LAMBDA_KEYS, STOCK_KEYS
 from ..structure.config_probe import Governed, governed_modules
 from ..structure.edits import replace_module, set_activation
+from ..structure.forwards import bypassed_by_code, has_foreign_forwards, refusal
+from ..structure.kept_functions import function_of_torch_layer, stock_module
 from ..structure.modules import base_of, is_activation, joined, named_modules, probed_base, transformers_parts
 from ..structure.offloading import check_not_offloaded
 from ..structure.smooth_activations import Unconverted, smooth_activations
@@ -68,7 +70,8 @@ def convert(
 
     In a transformers model a site is converted when a config attribute governs it, so that the config can say `lambda_gelu`
     now and `relu` after `relu_ize`, and stock transformers rebuilds the same network. In any other module (timm's, your own)
-    every GELU and SiLU module is a site; transformers models inside it (PEFT's, sentence-transformers') are treated as such.
+    every GELU and SiLU module is a site, and the function that torch's transformer layers hold by default; transformers
+    models inside it (PEFT's, sentence-transformers') are treated as such.
     Each site keeps its own base (erf, tanh, quick, SiLU); at the default λ = 1 the model computes what it computed before.
     Only this instance is changed. λ-GELU is the paper's (arXiv 2603.21991); how sites are found is derived.
 
@@ -84,8 +87,9 @@ def convert(
 
     Raises:
         ValueError: `init_hardness` is no finite number ≥ 1.
-        ConversionError: nothing to convert, already converted, offloaded weights, config and modules disagree, or `only`
-            takes no module, or some of those that one config attribute governs. The model is unchanged.
+        ConversionError: nothing to convert, already converted, offloaded weights, config and modules disagree, a fused
+            kernel's forward that calls no activation, or `only` takes no module, or some of those that one config attribute
+            governs. The model is unchanged.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -103,6 +107,7 @@ def convert(
     for prefix, attributes in governed.items():
         for attribute in attributes:
             chosen.check_whole(prefix, attribute)
+    _check_forwards(model, [n for n in _candidates(model, governed, hard_coded) if n not in chosen.left])
     conversion = _Conversion(model, chosen, ConversionReport(hardness=float(init_hardness)))
     for prefix, part in parts.items():
         for attribute in governed[prefix]:
@@ -189,11 +194,23 @@ class _Conversion:
         """Convert every GELU and SiLU module that is left, outside the parts of these names."""
         for name, module in list(named_modules(self.model)):
             inside = any(not prefix or name.startswith(f"{prefix}.") for prefix in parts)
+            if not inside:
+                self._function(name, module)
             if not inside and name and name not in self.claimed and self.chosen(name, module):
                 base = probed_base(module)
                 if base is not None:
                     self._put(name, base)
                     self.claimed.add(name)
+
+    def _function(self, name: str, module: nn.Module) -> None:
+        """Convert what one of torch's transformer layers keeps as a function: by default they hold no module."""
+        kept = function_of_torch_layer(module)
+        stock = None if kept is None else stock_module(kept.base)
+        place = joined(name, "activation")
+        if kept is not None and stock is not None and place not in self.claimed and self.chosen(place, stock):
+            module.activation = stock
+            self._put(place, kept.base)
+            self.claimed.add(place)
 
     def finished(self) -> ConversionReport:
         """The report, with what was left; ConversionError if nothing was converted."""
@@ -231,6 +248,28 @@ def _check_agreement(modules: dict[str, nn.Module], governed: list[Governed]) ->
                     f"{got} in the model. Was the model or its config edited after loading? Load it again, or set the "
                     "config to what the model is"
                 )
+
+
+def _candidates(model: nn.Module, governed: Mapping[str, list[Governed]], hard_coded: bool) -> Iterator[str]:
+    """The modules that may become sites, where a forward in the model is not its class's own; none elsewhere."""
+    if not has_foreign_forwards(model):
+        return
+    claimed = {
+        joined(p, name) for p, attributes in governed.items() for attribute in attributes for name in attribute.modules
+    }
+    for name, module in named_modules(model):
+        inside = not hard_coded and any(not prefix or name.startswith(f"{prefix}.") for prefix in governed)
+        if name and (name in claimed or (not inside and probed_base(module) is not None)):
+            yield name
+        if not inside and function_of_torch_layer(module) is not None:
+            yield joined(name, "activation")
+
+
+def _check_forwards(model: nn.Module, sites: list[str]) -> None:
+    """ConversionError where the code of a forward that was put in the place of another shows that it calls no activation."""
+    reasons = bypassed_by_code(model, sites)
+    if reasons:
+        raise ConversionError(f"{refusal(reasons)}. Converting would change nothing there. The model is as it was")
 
 
 def _nothing(model: nn.Module, report: ConversionReport, chosen: _Chosen) -> str:

@@ -37,6 +37,7 @@ class SubstitutionReport:
     relative_change: float | None = None
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)  # name → (before, after)
     zeros: dict[str, float] = field(default_factory=dict)  # site → fraction of what its ReLU puts out, padding left out
+    unreached: list[str] = field(default_factory=list)  # sites that ran on none of the calibration batches
 
     @property
     def profile(self) -> dict[str, float]:
@@ -63,6 +64,10 @@ class SubstitutionReport:
             values = list(self.zeros.values())
             mean = sum(values) / len(values)
             lines.append(f"  zeros in what the ReLUs put out: {mean:.0%}, by site {min(values):.0%} to {max(values):.0%}")
+        if self.unreached:
+            lines.append(
+                f"  {len(self.unreached)} ran on none of the batches, so nothing was measured there   {span(self.unreached)}"
+            )
         if self.folded:
             names = list(self.folded)
             lines.append(

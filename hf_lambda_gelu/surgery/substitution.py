@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, get_args
 
 import torch
 from torch import nn
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..activation.hardness import DEFAULT_TOLERANCE, sup_error, target_hardness
-from ..activation.module import hardness_profile, hardness_sites
+from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
 from ..measurement.batches import model_batches
 from ..measurement.change import MeasuredChange, measure_change
 from ..measurement.forward import measuring
 from ..reports import length
 from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import hard_coded_sites
-from ..structure.edits import replace_everywhere, set_activation
-from ..structure.modules import joined, quantised_weight, transformers_parts
+from ..structure.edits import replace_everywhere, replace_module, set_activation
+from ..structure.forwards import bypassed_by_code, refusal
+from ..structure.modules import joined, named_modules, quantised_weight, transformers_parts
 from ..structure.offloading import check_not_offloaded
 from ..structure.smooth_activations import smooth_activations
 from .folding import fold
 from .gates import SoftGateError, gates_as_relu
 from .refit.engine import compensation
 from .refit.report import Compensate
+from .relu_runs import Runs, check_relu_runs, run_as_relu, runs_by_part
 from .report import FOLDED_HARDNESS, SubstitutedSite, SubstitutionReport
 
 # a ramp ends at its target to fp32's accuracy, not to the last bit
@@ -68,7 +70,8 @@ def relu_ize(
         Per site λ and the bound on what changes; what was refit; the measured changes; the smooth activations that remain.
 
     Raises:
-        ValueError: no λ-GELU in the model, offloaded weights, or a `compensate` that is unknown or lacks a calibration set.
+        ValueError: no λ-GELU in the model, offloaded weights, a `compensate` that is unknown or lacks a calibration set, or
+            a fused kernel that runs in the place of sites, or of the ReLUs: it is named with what to switch off.
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`.
         FoldError: a hard-coded site whose weights cannot take λ up.
@@ -88,7 +91,6 @@ def relu_ize(
         _refit(model, calibration, compensate, report, compute_metrics, refused=0 if force else len(soft))
     else:
         _measure(model, calibration, report, compute_metrics)
-    _put_relu(model, report)
     _attach_report(model, report)
     return report
 
@@ -107,18 +109,21 @@ def _refit(
         refused: how many soft gates there are that only a refit makes good.
     """
     stay = hard_coded_sites(model)
-    with measuring(model), compensation(model, calibration) as work:
-        report.compensation = work.run(compensate)
-        if refused and not report.compensation.sites:
-            name, reason = next(iter(report.compensation.uncompensated.items()))
-            raise SoftGateError(
-                f"{refused} gates are soft, and the map after none of the sites can be refit ({name}: {reason}). "
-                "Merge adapters before; else force=True substitutes all the same"
-            )
-        networks = work.networks
-        batches = map(networks.batch, range(networks.count))
-        _note(report, measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics, networks.count))
-        _fold(model, stay, networks.batch(0), report)
+    with compensation(model, calibration) as work:
+        with measuring(model):
+            report.compensation = work.run(compensate)
+            if refused and not report.compensation.sites:
+                name, reason = next(iter(report.compensation.uncompensated.items()))
+                raise SoftGateError(
+                    f"{refused} gates are soft, and the map after none of the sites can be refit ({name}: {reason}). "
+                    "Merge adapters before; else force=True substitutes all the same"
+                )
+            networks = work.networks
+            batches = map(networks.batch, range(networks.count))
+            change = measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics, networks.count)
+            _note(report, change)
+            _fold(model, stay, networks.batch(0), report)
+        _put_relu(model, report, _run(model, change, report))
 
 
 def _measure(
@@ -129,28 +134,54 @@ def _measure(
 ) -> None:
     """Measure, if there are batches to do so, what ReLU changes; fold what stays smooth."""
     stay = hard_coded_sites(model)
-    first: list[Mapping[str, Any]] = []
+    change: MeasuredChange | None = None
     if calibration is not None:
         with measuring(model):
-            batches = _keeping_first(model_batches(model, calibration), first)
+            batches = model_batches(model, calibration)
             as_relu = partial(gates_as_relu, model)
             total = length(calibration)
-            _note(report, measure_change(model, batches, contextlib.nullcontext, as_relu, compute_metrics, total))
-    _fold(model, stay, first[0] if first else None, report)
+            change = measure_change(model, batches, contextlib.nullcontext, as_relu, compute_metrics, total)
+            _note(report, change)
+    _fold(model, stay, change.first[0] if change and change.first else None, report)
+    _put_relu(model, report, runs_by_part(model) if change is None else _run(model, change, report))
+
+
+def _run(model: nn.Module, change: MeasuredChange, report: SubstitutionReport) -> Runs:
+    """The run as ReLU that the network is held against; a fold moves it, by rounding and what it leaves smooth."""
+    if change.first is None:
+        return {}
+    batch, output = change.first
+    return {model: (batch, run_as_relu(model, batch) if report.folded else output)}
 
 
 def _note(report: SubstitutionReport, change: MeasuredChange) -> None:
     """Put into the report what was measured."""
     report.relative_change, report.metrics, report.zeros = change.relative_change, change.metrics, change.zeros
+    report.unreached = change.unreached
 
 
-def _put_relu(model: nn.Module, report: SubstitutionReport) -> None:
-    """ReLU in the place of every λ-GELU, `relu` in the configs; the report gets what was changed and what remains."""
-    replace_everywhere(model, hardness_sites(model).values(), lambda site: ACT2FN["relu"])
-    for prefix, part in transformers_parts(model).items():
-        for path, key in list(activation_attributes(part.config)):
-            if key in LAMBDA_KEYS and set_activation(part, path, "relu", within=model) is not None:
-                report.attributes[joined(prefix, path)] = key
+def _put_relu(model: nn.Module, report: SubstitutionReport, runs: Runs) -> None:
+    """ReLU in the place of every λ-GELU, `relu` in the configs; the report gets what was changed and what remains.
+
+    The model is as it was if ReLU is not what then runs, see `check_relu_runs`.
+    """
+    places = [(name, module) for name, module in named_modules(model) if isinstance(module, LambdaGELU)]
+    parts = transformers_parts(model)
+    changed: list[tuple[PreTrainedModel, str, str]] = []
+    try:
+        replace_everywhere(model, hardness_sites(model).values(), lambda site: ACT2FN["relu"])
+        for prefix, part in parts.items():
+            for path, key in list(activation_attributes(part.config)):
+                if key in LAMBDA_KEYS and set_activation(part, path, "relu", within=model) is not None:
+                    changed.append((part, path, key))
+                    report.attributes[joined(prefix, path)] = key
+        check_relu_runs(runs)
+    except BaseException:
+        for name, site in places:
+            replace_module(model, name, site)
+        for part, path, key in changed:
+            set_activation(part, path, key, within=model)
+        raise
     report.left = [item for item in smooth_activations(model) if item.name not in report.folded]
 
 
@@ -176,13 +207,6 @@ def _fold(model: nn.Module, names: list[str], batch: Mapping[str, Any] | None, r
     report.folded = {name: sup_error(FOLDED_HARDNESS, sites[name].base) for name in names}
 
 
-def _keeping_first(batches: Iterable[Mapping[str, Any]], first: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    for batch in batches:
-        if not first:
-            first.append(batch)
-        yield batch
-
-
 def _check_sites(
     model: nn.Module, calibration: Iterable[Any] | None, compensate: Compensate | None
 ) -> list[SubstitutedSite]:
@@ -205,6 +229,9 @@ def _check_sites(
         smooth = smooth_activations(model)
         hint = "call convert(model) first" if smooth else "it is a ReLU model already, or never was converted"
         raise ValueError(f"{type(model).__name__} has no λ-GELU to replace: {hint}")
+    reasons = bypassed_by_code(model, profile)
+    if reasons:
+        raise ValueError(refusal(reasons))
     bases = {name: site.base for name, site in hardness_sites(model).items()}
     return [SubstitutedSite(name, bases[name], value, sup_error(value, bases[name])) for name, value in profile.items()]
 

@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
+from ..structure.forwards import bypassed_by_code, refusal
 from ..structure.modules import has_adapters
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
@@ -50,6 +51,9 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self.at_switch = attributes.get("at_switch")
         self.calibrated = attributes.get("calibrated")  # absent in older checkpoints
         check_calibratable(args, kwargs["train_dataloader"].dataset)
+        reasons = bypassed_by_code(kwargs["model"], hardness_sites(kwargs["model"]))
+        if reasons:
+            raise ValueError(f"{refusal(reasons)}. λ would not be learned there")
         self.model = kwargs["model"]
         sites = hardness_sites(kwargs["model"])
         if self.at_switch is not None and set(self.at_switch) != set(sites):

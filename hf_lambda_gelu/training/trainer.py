@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..surgery.gates import gates_as_relu
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 from .callback import HardeningCallback
+from .first_step import first_step
 from .optimizer import attach_hardness_update
 from .publish import push_trained
 
@@ -46,7 +48,8 @@ class LambdaGELUTrainer(Trainer):
     Raises:
         ValueError: the model has no λ-GELU or is offloaded, the arguments are of another class, the output folder cannot be
             written, or a checkpoint to resume from belongs to a model converted otherwise, or the switch needs examples of a
-            training set without length or index: each before training starts.
+            training set without length or index: each before training starts. At the first step, before λ or a weight
+            changes: a fused kernel that runs in the place of sites.
         CalibrationError: while training, at the switch, if the model cannot be measured or refit.
 
     Examples:
@@ -61,6 +64,7 @@ class LambdaGELUTrainer(Trainer):
         >>> print(hlg.relu_ize(model))  # doctest: +SKIP
     """
 
+    _sites_run = False  # whether a training step has shown that the sites are what runs
     args: LambdaGELUTrainingArguments
     model: nn.Module  # Trainer's __init__ raises where there is none
 
@@ -149,6 +153,19 @@ class LambdaGELUTrainer(Trainer):
         trained = [site for site in sites.values() if site.raw_hardness.requires_grad]
         attach_hardness_update(getattr(optimizer, "optimizer", optimizer), trained)  # inside accelerate's wrapper
         return optimizer
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        step = partial(super().training_step, model, inputs, num_items_in_batch)
+        if self._sites_run:
+            return step()
+        loss = first_step(self.model, step, lambda: self.compute_loss(model, self._prepare_inputs(inputs)))
+        self._sites_run = True
+        return loss
 
     def evaluation_loop(
         self,
