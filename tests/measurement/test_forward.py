@@ -99,7 +99,7 @@ def test_own_models(cls: type[Own], change: Callable[[Any], None] | None, return
     if cls in (Named, Decorated) or (cls is PassesOnToBert and returns):
         assert "last_hidden_state" in output
     else:
-        assert list(output)[0] == "0"
+        assert next(iter(output)) == "0"
     if cls is Named:
         assert model.given == [{"return_dict": True}]
     if cls in (PassesOn, Decorated):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ _IMAGE = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 
 class PairConfig(PreTrainedConfig):
     model_type = "pair_of_bert"
-    sub_configs = {"first": BertConfig, "second": BertConfig}
+    sub_configs: ClassVar = {"first": BertConfig, "second": BertConfig}
 
     def __init__(self, first: object = None, second: object = None, **values: object) -> None:
         self.first, self.second = (c if isinstance(c, BertConfig) else BertConfig(**(c or {})) for c in (first, second))
@@ -129,7 +130,7 @@ def test_one_of_two_alike(name: str, verb: str, tmp_path: Path) -> None:
 
 
 def test_copies() -> None:
-    """T5's two stacks; both of a pair's, under their own path; a config that was replaced later; none that is merely alike."""
+    """T5's two stacks; both of a pair, each under its path; a config that was replaced later; none that is merely alike."""
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2, "vocab_size": 9}
     t5 = T5ForConditionalGeneration(T5Config(**sizes, feed_forward_proj="gated-gelu"))
     t5.resize_token_embeddings(11)

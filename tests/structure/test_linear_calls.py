@@ -1,4 +1,4 @@
-"""Every operation that multiplies by a parameter, read as linear maps: against products that numpy makes of the same numbers."""
+"""Every operation that multiplies by a parameter, read as linear maps: against products that numpy makes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights on the way from a site to the next map that are not read: each is a stop with its name, and what passes, passes."""
+"""Weights on the way from a site to the next map that are not read: each is a stop with its name."""
 
 from __future__ import annotations
 

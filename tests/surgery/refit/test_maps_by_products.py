@@ -130,7 +130,7 @@ def test_experts() -> None:
 
 @pytest.mark.parametrize("name", ["falcon", "llama4_text", "aria_text"])
 def test_architectures(name: str) -> None:
-    """What a model of that type puts out moves less with the refit than without; Falcon multiplies by W.T, the others by bmm."""
+    """The outputs move less with the refit than without; Falcon multiplies by W.T, the others by bmm."""
     gated = {key: value for key, value in tiny.GATED.items() if key != "head_dim"}
     sizes = {**gated, "intermediate_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     extra = {
