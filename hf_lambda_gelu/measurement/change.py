@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from ..activation.module import hardness_sites
 from ..reports import progress
 from ..structure.hooks import Hooks
 from .batches import CalibrationError, rows, token_mask
-from .forward import decoder_modules, main_output, run_batch
+from .forward import decoder_modules, main_output, run_batch, same_random_numbers
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -42,7 +43,7 @@ def measure_change(
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
     total: int | None = None,
 ) -> MeasuredChange:
-    """Runs the model on each batch in both states, and measures what differs.
+    """Runs the model on each batch in both states, with the same random numbers, and measures what differs.
 
     Args:
         compute_metrics: as for `Trainer`, called for either state on the logits of all batches that hold labels.
@@ -53,9 +54,9 @@ def measure_change(
     """
     comparison, zeros = _Comparison(keep_logits=compute_metrics is not None), _Zeros(model)
     for index, batch in enumerate(progress(batches, "measuring the change", total)):
-        with before():
+        with before(), same_random_numbers(model):
             smooth = run_batch(model, batch, index)
-        with after(), zeros.counting(batch):
+        with after(), zeros.counting(batch), same_random_numbers(model):
             hard = run_batch(model, batch, index)
         comparison.add(index, batch, smooth, hard)
     return MeasuredChange(comparison.relative_change(), comparison.metrics(compute_metrics), zeros.fractions())
@@ -99,8 +100,10 @@ class _Comparison:
         self.labels = truth if self.labels is None else nested_concat(self.labels, truth)
 
     def relative_change(self) -> float:
-        """‖after − before‖ / ‖before‖ of all outputs."""
-        return (self.change / self.norm) ** 0.5 if self.norm else 0.0
+        """‖after − before‖ / ‖before‖ of all outputs; NaN if any of them is, infinite where they were 0 and are not now."""
+        if self.norm:
+            return (self.change / self.norm) ** 0.5  # in this order NaN stays NaN
+        return 0.0 if self.change == 0.0 else math.inf if self.change > 0.0 else math.nan
 
     def metrics(
         self, compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None

@@ -17,6 +17,7 @@ from ..structure.config_probe import Governed, governed_modules
 from ..structure.edits import replace_module, set_activation
 from ..structure.modules import base_of, is_activation, joined, named_modules, probed_base, transformers_parts
 from ..structure.smooth_activations import Unconverted, smooth_activations
+from ..structure.usable import check_usable
 
 
 class ConversionError(ValueError):
@@ -83,7 +84,7 @@ def convert(
 
     Raises:
         ValueError: `init_hardness` is no finite number ≥ 1.
-        ConversionError: nothing to convert, already converted, config and modules disagree, or `only` takes no module, or
+        ConversionError: called in torch.inference_mode, nothing to convert, already converted, config and modules disagree, or `only` takes no module, or
             some of those that one config attribute governs. The model is unchanged.
 
     Examples:
@@ -115,6 +116,7 @@ def _convertible_parts(model: nn.Module, init_hardness: float) -> dict[str, PreT
     if not isinstance(model, nn.Module):
         raise ConversionError(f"convert expects a torch module, got {type(model).__name__}: load the model first")
     check_hardness(init_hardness)
+    check_usable(model, ConversionError)
     if hardness_sites(model):
         raise ConversionError(
             f"the model is converted already: it has {len(hardness_sites(model))} λ-GELU modules; "

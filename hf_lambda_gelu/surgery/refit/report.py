@@ -91,6 +91,8 @@ def describe(site: str, weight: str, target: str, verdicts: Sequence[Verdict], n
         notes.append("no rows to fit and to judge by: at least two examples that are not padding are needed")
     elif starved:
         notes.append(f"{starved} of {len(verdicts)} experts got too few tokens")
+    if pruned := max((v.pruned for v in verdicts), default=0.0):
+        notes.append(f"pruned: {100 * pruned:.0f} % of the weight kept at 0")
     if not biased:
         notes.append("weights only: the map has no bias")
     norm = max(norm, 1e-30)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ...activation.module import hardness_sites
 from ...measurement.batches import FORWARD_ERRORS, batch_size, forward_failed
-from ...measurement.forward import call
+from ...measurement.forward import call, same_random_numbers
 from ...structure.linear_maps import LinearMap
 from .biases import AddedBiases
 from .ridge import Correction
@@ -154,8 +154,7 @@ class TwoNetworks:
 
         def run() -> Any:
             self.check()
-            with torch.random.fork_rng(), warnings.catch_warnings():
-                torch.manual_seed(0)
+            with same_random_numbers(self.model), warnings.catch_warnings():
                 try:
                     return call(self.model, {**batch, **extra})
                 except FORWARD_ERRORS as error:
