@@ -11,6 +11,8 @@ from .hardness import check_hardness
 from .kernels.dispatch import LambdaGELUFunction
 from .kernels.eager import value
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tensor:
     r"""λ-GELU: f(x; λ) = x · gate(λx) = a(λx) / λ, in the form that cannot overflow.
@@ -19,9 +21,10 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
     Source: arXiv 2603.21991 for `base="gelu"` (f = x Φ(λx)); the other bases are derived.
 
     Args:
-        x: floating point, any shape. Half precision is computed in fp32 and returned in half.
-        hardness: λ ≥ 1, dimensionless; a number, or a tensor that broadcasts to `x` (shape (1,) for one per layer,
-            (features,) for one per neuron). Tensors are not checked for λ ≥ 1, as that would wait for the device.
+        x: dense, fp32, bf16, fp16 or fp64, any shape. Half precision is computed in fp32 and returned in half. NaN stays NaN.
+        hardness: λ ≥ 1, dimensionless; a number, or a tensor of these dtypes on x's device that broadcasts to `x` (shape (1,)
+            for one per layer, (features,) for one per neuron). The values of tensors are not checked, as that would wait for
+            the device: λ = NaN gives NaN, λ = inf is ReLU.
         base: "gelu" (erf), "gelu_tanh" (`gelu_new`, `gelu_pytorch_tanh`), "quick_gelu" or "silu" (λ is Swish's β).
 
     Returns:
@@ -29,8 +32,9 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
         and in a compiler torch's own operations run, elsewhere the kernel that `set_kernels` tells of.
 
     Raises:
-        ValueError: unknown base, a number λ that is below 1 or not finite, or a tensor λ that does not broadcast to `x`.
-        TypeError: `x` is not a floating point tensor.
+        ValueError: unknown base, a number λ that is below 1 or not finite, or a tensor λ that does not broadcast to `x` or
+            is on another device.
+        TypeError: `x` or λ is of another dtype (integer, complex, float8, quantised), sparse or nested.
 
     Examples:
         >>> import torch
@@ -42,12 +46,16 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
         [-0.0, 1.0]
     """
     member = get_base(base)
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"lambda_gelu expects a floating point tensor, got {got}: convert it with .float() first")
+    if not _dense(x):
+        raise TypeError(f"lambda_gelu expects a floating point tensor, got {_kind(x)}: {_remedy(x)}. {_EXPECTED}")
     if not isinstance(hardness, Tensor):
         hardness = torch.full((), check_hardness(hardness), dtype=torch.float64, device=x.device)
-    if hardness.numel() > 1 and not _broadcasts(hardness.shape, x.shape):
+    elif not _dense(hardness):
+        got = f"{_kind(hardness)}: {_remedy(hardness)}"
+        raise TypeError(f"lambda_gelu expects hardness as a number or a floating point tensor, got {got}. {_EXPECTED}")
+    elif hardness.device != x.device and not (hardness.dim() == 0 and hardness.device.type == "cpu"):
+        raise ValueError(_elsewhere(x, hardness))
+    if hardness.numel() != 1 and not _broadcasts(hardness.shape, x.shape):
         raise ValueError(
             f"hardness of shape {tuple(hardness.shape)} does not broadcast to x of shape {tuple(x.shape)}: expected one λ, "
             f"or shape (features,) = {tuple(x.shape[-1:])} for one per neuron"
@@ -84,6 +92,41 @@ def lambda_gelu_reference(x: Tensor, hardness: Tensor | float, base: str = "gelu
         True
     """
     return x * get_base(base).gate(x * hardness)
+
+
+_EXPECTED = "Dense ones of float32, bfloat16, float16 and float64 are taken"
+
+
+def _dense(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype in _DTYPES and x.layout is torch.strided and not x.is_nested
+
+
+def _kind(x: object) -> str:
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    if x.is_nested:
+        return f"{x.dtype} in a nested tensor"
+    return str(x.dtype) if x.layout is torch.strided else f"{x.dtype} in layout {x.layout}"
+
+
+def _remedy(x: object) -> str:
+    """What makes a dense floating point tensor of it."""
+    if not isinstance(x, Tensor):
+        return "make a tensor of it"
+    if x.is_nested:
+        return "pad it by .to_padded_tensor(0.0)"
+    if x.layout is not torch.strided:
+        return "call .to_dense() first"
+    if x.is_quantized:
+        return "call .dequantize() first"
+    return "take its real part" if x.is_complex() else "convert it with .float() first"
+
+
+def _elsewhere(x: Tensor, hardness: Tensor) -> str:
+    advice = "move one to the device of the other (model.to(device) moves λ)"
+    if "meta" in (x.device.type, hardness.device.type):
+        advice = "on meta there are no values: load the weights, or move the module by to_empty(device=…) and initialise it"
+    return f"hardness is on device {str(hardness.device)!r}, x is on device {str(x.device)!r}: {advice}"
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:

@@ -28,8 +28,16 @@ def check_hardness(value: float) -> float:
 
     Raises:
         ValueError: it is below 1, above 1e30, or NaN.
+        TypeError: it is no number.
     """
-    value = float(value)
+    try:
+        if isinstance(value, (str, bytes, bytearray)):
+            raise TypeError
+        value = float(value)
+    except (TypeError, ValueError, RuntimeError):  # the last two: arrays and tensors of several elements
+        raise TypeError(
+            f"hardness must be a number, or in lambda_gelu a tensor, got {type(value).__name__}: {value!r}"
+        ) from None
     if not (1.0 <= value <= 1e30):  # far beyond any use, and λx stays a number in fp32 for any moderate x
         raise ValueError(
             f"hardness must be a finite number >= 1 (1 is the smooth activation itself) and <= 1e30, got {value}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ def measure_change(
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
     total: int | None = None,
 ) -> MeasuredChange:
-    """Runs the model on each batch in both states, and measures what differs.
+    """Runs the model on each batch in both states, with the same random numbers, and measures what differs.
 
     Args:
         compute_metrics: as for `Trainer`, called for either state on the logits of all batches that hold labels.
@@ -116,8 +117,10 @@ class _Comparison:
         self.labels = truth if self.labels is None else nested_concat(self.labels, truth)
 
     def relative_change(self) -> float:
-        """‖after − before‖ / ‖before‖ of all outputs."""
-        return (self.change / self.norm) ** 0.5 if self.norm else 0.0
+        """‖after − before‖ / ‖before‖ of all outputs; NaN if any of them is, infinite where they were 0 and are not now."""
+        if self.norm:
+            return (self.change / self.norm) ** 0.5  # in this order NaN stays NaN
+        return 0.0 if self.change == 0.0 else math.inf if self.change > 0.0 else math.nan
 
     def metrics(
         self, compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None

@@ -22,17 +22,23 @@ def float_outputs(output: Any) -> list[Tensor]:
 
 
 def difference(expected: list[Tensor], got: list[Tensor]) -> float:
-    """max |got − expected| of each tensor relative to its own largest value; the largest of these."""
+    """max |got − expected| of each tensor relative to its own largest value; the largest of these.
+
+    NaN where `expected` has a NaN, which no number can be compared with; infinite where infinities are not the same.
+    """
     if [t.shape for t in expected] != [t.shape for t in got]:
         return float("inf")
     worst = 0.0
     for first, second in zip(expected, got, strict=True):
+        if bool(torch.isnan(first).any()):
+            return float("nan")
         if first.numel():
             finite = torch.isfinite(first)  # masks put −inf into some models' scores
             a, b = first[finite].double(), second[finite].double()
             scale = float(a.abs().max()) if a.numel() else 0.0
             worst = max(worst, float((a - b).abs().max()) / max(scale, 1e-12) if a.numel() else 0.0)
-            worst = float("inf") if bool((torch.isfinite(second) != finite).any()) else worst
+            same = torch.isfinite(second[finite]).all() and torch.equal(first[~finite], second[~finite].to(first.dtype))
+            worst = worst if same else float("inf")
     return worst
 
 

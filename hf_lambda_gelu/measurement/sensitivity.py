@@ -19,7 +19,7 @@ from ..reports import length, progress, table, to_dict
 from ..structure.config import config_of
 from .batches import CalibrationError, batch_size, model_batches, rows, token_mask
 from .calibration import calibration_sites, pieces
-from .forward import main_output, measuring, run_batch
+from .forward import main_output, measuring, run_batch, same_random_numbers
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,10 @@ class _Costs:
         self.losses[name] += self._size * (loss or 0.0)
 
     def report(self, profile: Mapping[str, float]) -> SensitivityReport:
-        changes = {name: math.sqrt(square / self.norm) if self.norm else 0.0 for name, square in self.squares.items()}
+        changes = {
+            name: math.sqrt(square / self.norm) if self.norm else math.inf if square else 0.0
+            for name, square in self.squares.items()
+        }
         loss_changes = {name: (value - self.loss) / self.examples for name, value in self.losses.items()}
         cost = loss_changes if self.has_loss else changes
         ranks = {name: rank for rank, name in enumerate(sorted(self.sites, key=cost.__getitem__), 1)}
@@ -186,8 +189,9 @@ def _as_relu(site: LambdaGELU) -> Iterator[None]:
 def _measured(
     model: nn.Module, batch: Mapping[str, Any], mask: Tensor | None, index: int, how: str = ""
 ) -> tuple[Tensor, float | None]:
-    """The main output without padding, (rows, features), and the loss."""
-    result = run_batch(model, batch, index)
+    """The main output without padding, (rows, features), and the loss; with the same random numbers at every call."""
+    with same_random_numbers(model):
+        result = run_batch(model, batch, index)
     output = rows(main_output(result), mask)
     loss = None if result.get("loss") is None else float(result["loss"])
     if not (math.isfinite(loss or 0.0) and bool(torch.isfinite(output).all())):

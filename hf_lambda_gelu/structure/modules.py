@@ -61,14 +61,20 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def quantised_weight(model: nn.Module) -> str | None:
-    """The name of a weight that is quantised (bitsandbytes, torchao, float8): its elements cannot be scaled or refit."""
+    """The name of a weight that is quantised: its elements cannot be scaled or refit.
+
+    Known by its elements (float8, integers) or its class (bitsandbytes, torchao), by the buffer that GPTQ and AWQ pack it into,
+    or by the module that torch's own quantisation put in the place of a linear one, which has no parameter.
+    """
     for name, parameter in model.named_parameters():
-        if (
-            not parameter.is_floating_point()
-            or parameter.element_size() < 2
-            or type(parameter).__module__.startswith("torchao")
-        ):
+        packed = type(parameter).__module__.startswith(("torchao", "bitsandbytes"))
+        if packed or not parameter.is_floating_point() or parameter.element_size() == 1:
             return name
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            return joined(name, "weight")
+        if "qweight" in dict(module.named_buffers(recurse=False)):
+            return joined(name, "qweight")
     return None
 
 

@@ -20,6 +20,7 @@ from ..structure.kept_functions import function_of_torch_layer, stock_module
 from ..structure.modules import base_of, is_activation, joined, named_modules, probed_base, transformers_parts
 from ..structure.offloading import check_not_offloaded
 from ..structure.smooth_activations import Unconverted, smooth_activations
+from ..structure.usable import check_usable
 
 
 class ConversionError(ValueError):
@@ -87,7 +88,7 @@ def convert(
 
     Raises:
         ValueError: `init_hardness` is no finite number ≥ 1.
-        ConversionError: nothing to convert, already converted, offloaded weights, config and modules disagree, a fused
+        ConversionError: called in torch.inference_mode, nothing to convert, already converted, offloaded weights, config and modules disagree, a fused
             kernel's forward that calls no activation, or `only` takes no module, or some of those that one config attribute
             governs. The model is unchanged.
 
@@ -125,6 +126,7 @@ def _convertible_parts(model: nn.Module, init_hardness: float) -> dict[str, PreT
         check_not_offloaded(model)
     except ValueError as error:
         raise ConversionError(str(error)) from None
+    check_usable(model, ConversionError)
     if hardness_sites(model):
         raise ConversionError(
             f"the model is converted already: it has {len(hardness_sites(model))} λ-GELU modules; "

@@ -27,6 +27,7 @@ from ..structure.hooks import Hooks
 from ..structure.linear_maps import eager_experts
 from ..structure.modules import joined, quantised_weight, transformers_parts
 from ..structure.offloading import check_not_offloaded
+from ..structure.usable import check_usable
 from .fold_plan import plan_fold
 from .fold_scales import Fold, Scale
 
@@ -79,7 +80,7 @@ def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None =
 
     Raises:
         ValueError: no λ-GELU in the model, the model is on the meta device or offloaded, or no inputs can be made for it.
-        FoldError: at some site λ has nowhere to go, or the outputs would change by more than 1e-5 of their largest.
+        FoldError: called in torch.inference_mode, outputs that are NaN, at some site λ has nowhere to go, or the outputs would change by more than 1e-5 of their largest.
 
     In every case the model is as it was.
 
@@ -104,6 +105,7 @@ def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None =
 
 def _foldable_sites(model: nn.Module, only: Collection[str] | None) -> dict[str, LambdaGELU]:
     """The sites that are to be folded; an error if there are none, or the weights cannot be scaled."""
+    check_usable(model, FoldError)
     sites = hardness_sites(model)
     if only is not None:
         unknown = sorted(set(only) - set(sites))
@@ -131,6 +133,10 @@ def _fold_weights(model: nn.Module, sites: Mapping[str, LambdaGELU], run: Callab
     """Scale the weights around the sites; FoldError, with all of them as they were, if the outputs would change."""
     with torch.no_grad():
         expected = float_outputs(run())
+    if any(bool(torch.isnan(output).any()) for output in expected):
+        raise FoldError(
+            "before the fold the outputs are NaN already, so nothing can be proven: pass inputs=… that give numbers"
+        )
     folds = plan_fold(model, sites, run)
     _refuse(folds)
     report = FoldReport({name: float(site.hardness.detach()) for name, site in sites.items()})

@@ -22,9 +22,10 @@ from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import hard_coded_sites
 from ..structure.edits import replace_everywhere, replace_module, set_activation
 from ..structure.forwards import bypassed_by_code, refusal
-from ..structure.modules import joined, named_modules, quantised_weight, transformers_parts
+from ..structure.modules import has_adapters, joined, named_modules, quantised_weight, transformers_parts
 from ..structure.offloading import check_not_offloaded
 from ..structure.smooth_activations import smooth_activations
+from ..structure.usable import check_usable
 from .folding import fold
 from .gates import SoftGateError, gates_as_relu
 from .refit.engine import compensation
@@ -70,7 +71,7 @@ def relu_ize(
         Per site λ and the bound on what changes; what was refit; the measured changes; the smooth activations that remain.
 
     Raises:
-        ValueError: no λ-GELU in the model, offloaded weights, a `compensate` that is unknown or lacks a calibration set, or
+        ValueError: called in torch.inference_mode, no λ-GELU in the model, offloaded weights, a `compensate` that is unknown or lacks a calibration set, or
             a fused kernel that runs in the place of sites, or of the ReLUs: it is named with what to switch off.
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`.
@@ -116,7 +117,7 @@ def _refit(
                 name, reason = next(iter(report.compensation.uncompensated.items()))
                 raise SoftGateError(
                     f"{refused} gates are soft, and the map after none of the sites can be refit ({name}: {reason}). "
-                    "Merge adapters before; else force=True substitutes all the same"
+                    f"{'Merge adapters before; else ' if has_adapters(model) else ''}force=True substitutes all the same"
                 )
             networks = work.networks
             batches = map(networks.batch, range(networks.count))
@@ -211,6 +212,7 @@ def _check_sites(
     model: nn.Module, calibration: Iterable[Any] | None, compensate: Compensate | None
 ) -> list[SubstitutedSite]:
     """The sites with their λ; ValueError if this model cannot be substituted, or not as it is asked for."""
+    check_usable(model)
     if compensate not in (None, *get_args(Compensate)):
         raise ValueError(f"unknown compensate={compensate!r}: expected 'least_squares', 'bias' or None")
     if compensate is not None and calibration is None:

@@ -48,10 +48,10 @@ struct BFloat16 {
 inline float load(const float* from) { return *from; }
 inline void store(float* to, float value) { *to = value; }
 inline float load(const BFloat16* from) { return from_bits(static_cast<uint32_t>(from->bits) << 16); }
-// to nearest even; a NaN stays one, as none that comes from a bfloat16 has low bits to carry out of
+// to nearest even; a NaN stays one, where rounding the fp32 NaN of a λ could carry it over into 0 or into −0
 inline void store(BFloat16* to, float value) {
-  const uint32_t bits = to_bits(value);
-  to->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  const uint32_t bits = to_bits(value), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to->bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
 }
 
 // 2^y for −127.5 < y ≤ 0; exactly 0 from y = −126.5 downwards. Minimax, relative error 9e-8: a sum with cancellation over
@@ -139,13 +139,13 @@ struct Silu {
   }
 };
 
-// |x| without infinities, as inf · 0 is no number, and λ|x| within the gate's range; both keep a NaN
+// |x| and λ without infinities, as inf · 0 is no number, and λ|x| within the gate's range; all keep a NaN
 template <class Gate>
 inline void magnitudes(float x, float hardness, float& a, float& u) {
   constexpr float largest = std::numeric_limits<float>::max();
   a = __builtin_fabsf(x);
   a = a > largest ? largest : a;
-  u = hardness * a;
+  u = (hardness > largest ? largest : hardness) * a;
   u = u > Gate::LIMIT ? Gate::LIMIT : u;
 }
 

@@ -46,7 +46,7 @@ def _parts(x, hardness, BASE: tl.constexpr):
     limit = 13.28 if BASE == 0 else (10.0385 if BASE == 1 else (51.82 if BASE == 2 else 88.2))
     a = tl.abs(x)
     a = tl.where(a > 3.4028234663852886e38, 3.4028234663852886e38, a)  # inf · 0 is no number
-    u = hardness * a
+    u = tl.where(hardness > 3.4028234663852886e38, 3.4028234663852886e38, hardness) * a
     u = tl.where(u > limit, limit, u)  # unlike minimum, keeps a NaN
     tail, slope = _gate(u, limit, BASE)
     return a, u, tail, slope

@@ -58,7 +58,7 @@ def backward(grad: Tensor, x: Tensor, hardness: Tensor, base: Base) -> tuple[Ten
 def _computing(x: Tensor, hardness: Tensor) -> tuple[Tensor, Tensor]:
     # x and λ in the dtype of the arithmetic: fp32 for half precision, since λx overflows fp16 at λ = 1e4, x = 300
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
-    return x.to(dtype), hardness.to(dtype)
+    return x.to(dtype), hardness.to(dtype).clamp(max=torch.finfo(dtype).max)  # inf · 0 is no number; a NaN stays one
 
 
 def _in_blocks(x: Tensor, hardness: Tensor) -> bool:

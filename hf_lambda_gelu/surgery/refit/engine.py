@@ -34,6 +34,7 @@ from .chains import Chain, find_chains
 from .evidence import Evidence, MeetingError
 from .held_out import Examples, decide
 from .meeting_point import Meeting, observe
+from .pruned import support
 from .report import FEW_ROWS, Compensate, CompensatedSite, CompensationReport, describe
 from .runs import ReplayError
 from .two_networks import Network, TwoNetworks
@@ -143,7 +144,9 @@ class Refit:
         verdicts = []
         for linear in maps:
             fit, held_out = evidence.sums[linear.label]
-            correction, verdict = decide(fit, held_out, method, biased=linear.bias is not None, scale=evidence.scale)
+            correction, verdict = decide(
+                fit, held_out, method, biased=linear.bias is not None, scale=evidence.scale, kept=support(linear)
+            )
             self.networks.correct(linear, correction)
             verdicts.append(verdict)
         target = "local" if evidence.meeting is None else "stream"

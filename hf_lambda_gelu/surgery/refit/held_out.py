@@ -39,6 +39,7 @@ class Verdict:
         before, after: Σ‖wanted − given‖² on the held-out rows, with the map as it is, and as the fitting rows alone say.
         rank: the features' effective rank at the ridge that was chosen.
         starved: whether there was nothing to fit, or nothing to judge by.
+        pruned: which part of the weight is 0 and was kept so by the fit; 0.0 of a weight that is not pruned.
     """
 
     method: Method
@@ -47,6 +48,7 @@ class Verdict:
     after: float
     rank: float | None = None
     starved: bool = False
+    pruned: float = 0.0
 
 
 def split(seen: Places, examples: Examples) -> tuple[Tensor, Tensor]:
@@ -64,7 +66,13 @@ def split(seen: Places, examples: Examples) -> tuple[Tensor, Tensor]:
 
 
 def choose(
-    fit: Moments, held_out: Moments, method: Method, *, biased: bool = True, scale: Tensor | None = None
+    fit: Moments,
+    held_out: Moments,
+    method: Method,
+    *,
+    biased: bool = True,
+    scale: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Correction, float, float]:
     """The best correction up to `method` by its error on the held-out rows, then solved again from all rows.
 
@@ -77,24 +85,25 @@ def choose(
         candidates.append(("bias", RIDGES[0]))
     if method == "least_squares":
         candidates += [("least_squares", ridge) for ridge in RIDGES]
-    errors = [held_out.error(solve(fit, name, biased=biased, ridge=ridge), scale) for name, ridge in candidates]
+    errors = [held_out.error(solve(fit, name, biased=biased, ridge=ridge, kept=kept), scale) for name, ridge in candidates]
     best = min(range(len(candidates)), key=errors.__getitem__)
     name, ridge = candidates[best]
-    return solve(fit + held_out, name, biased=biased, ridge=ridge), errors[0], errors[best]
+    return solve(fit + held_out, name, biased=biased, ridge=ridge, kept=kept), errors[0], errors[best]
 
 
 def decide(
-    fit: Moments, held_out: Moments, method: Method, *, biased: bool, scale: Tensor | None
+    fit: Moments, held_out: Moments, method: Method, *, biased: bool, scale: Tensor | None, kept: Tensor | None = None
 ) -> tuple[Correction, Verdict]:
-    """The correction of one map, and what it is worth; none where rows are lacking."""
+    """The correction of one map, and what it is worth; none where rows are lacking. `kept` as in `solve`."""
     rows = fit.count + held_out.count
     if not fit.count or not held_out.count:
         none = solve(held_out, "none")
         error = held_out.error(none)
         return none, Verdict("none", rows, error, error, starved=True)
-    correction, before, after = choose(fit, held_out, method, biased=biased, scale=scale)
+    correction, before, after = choose(fit, held_out, method, biased=biased, scale=scale, kept=kept)
     rank = None if correction.ridge is None else effective_rank(fit + held_out, correction.ridge, biased)
-    return correction, Verdict(correction.method, rows, before, after, rank)
+    pruned = 0.0 if kept is None or correction.weight is None else 1.0 - float(kept.double().mean())
+    return correction, Verdict(correction.method, rows, before, after, rank, pruned=pruned)
 
 
 def summary(methods: Iterable[str]) -> str:

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .pruned import solve_on
+
 # tried in units of the mean diagonal of the features' covariance; the held-out part of the calibration set chooses
 RIDGES = (0.001, 0.01, 0.1, 1.0)
 # rows are multiplied in their own precision in pieces of so many and the products summed in fp64
@@ -94,11 +96,14 @@ class Correction:
     ridge: float | None = None
 
 
-def solve(moments: Moments, method: Method, *, biased: bool = True, ridge: float = RIDGES[1]) -> Correction:
+def solve(
+    moments: Moments, method: Method, *, biased: bool = True, ridge: float = RIDGES[1], kept: Tensor | None = None
+) -> Correction:
     """The correction that minimises Σ ‖e − r ΔW − c‖² + ρ n ‖ΔW‖², ρ = `ridge` × the mean variance of the features.
 
     Args:
         method: "none" (no correction), "bias" (c alone) or "least_squares".
+        kept: (d, k), False where ΔW must be 0, as the weight is pruned there; None for anywhere.
         biased: whether c is there; without it the features are not centred, and "bias" is no correction.
     """
     n, zero = max(1, moments.count), torch.zeros_like(moments.e)
@@ -111,7 +116,10 @@ def solve(moments: Moments, method: Method, *, biased: bool = True, ridge: float
     if biased:
         gram = gram - n * torch.outer(mean_r, mean_r)
         cross = cross - n * torch.outer(mean_r, mean_e)
-    weight = torch.cholesky_solve(cross, _factor(gram, ridge))
+    if kept is None:
+        weight = torch.cholesky_solve(cross, _factor(gram, ridge))
+    else:
+        weight = solve_on(kept, _penalised(gram, ridge), cross)
     return Correction(weight, mean_e - mean_r @ weight if biased else zero, "least_squares", ridge)
 
 
@@ -130,6 +138,9 @@ def _penalty(gram: Tensor, ridge: float) -> float:
 
 
 def _factor(gram: Tensor, ridge: float) -> Tensor:
-    regular = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * _penalty(gram, ridge)
-    factor: Tensor = torch.linalg.cholesky(regular)
+    factor: Tensor = torch.linalg.cholesky(_penalised(gram, ridge))
     return factor
+
+
+def _penalised(gram: Tensor, ridge: float) -> Tensor:
+    return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * _penalty(gram, ridge)

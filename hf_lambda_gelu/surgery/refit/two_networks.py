@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ...activation.module import hardness_sites
 from ...measurement.batches import FORWARD_ERRORS, batch_size, forward_failed
-from ...measurement.forward import call
+from ...measurement.forward import call, same_random_numbers
 from ...measurement.towers import Towers
 from ...structure.autocast import Autocast
 from ...structure.edits import without_caches
@@ -173,8 +173,8 @@ class TwoNetworks:
 
         def run() -> Any:
             self.check()
-            with torch.random.fork_rng(), warnings.catch_warnings(), self.autocast.entered(), without_caches(self.model):
-                torch.manual_seed(0)
+            quiet = warnings.catch_warnings()
+            with same_random_numbers(self.model), quiet, self.autocast.entered(), without_caches(self.model):
                 try:
                     with self.towers.following(self.sizes[index], batch):
                         return call(self.model, {**batch, **extra})
