@@ -21,6 +21,7 @@ from ..activation.hardness import DEFAULT_RELATIVE_TOLERANCE, check_hardness, ch
 from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
 from ..reports import finite_or_none, progress, table, to_dict
 from ..structure.hooks import Hooks
+from ..structure.transaction import transaction
 from .batches import CalibrationError, model_batches, rows, token_mask
 from .forward import decoder_modules, measuring, run_batch
 
@@ -144,6 +145,7 @@ class CalibrationReport:
         return "\n".join([f"pre-activations of {len(self.sites)} activations", *lines])
 
 
+@transaction
 @torch.no_grad()
 def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
     """Measures the pre-activations of every λ-GELU of `model`, with its present λ, in one pass over `dataloader`.

@@ -8,6 +8,7 @@ modules where the probe appears are exactly those that a stock reload builds fro
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ..activation.module import hardness_sites
 from .config import LAMBDA_KEYS, activation_attributes, owner_of, reloaded_value
 from .modules import joined, named_modules, transformers_parts
 
-_PROBE_KEY = "_lambda_gelu_probe"
+_PROBES = itertools.count()  # each probe has a key of its own: another thread may be probing too
 
 
 class _Probe(nn.Module):
@@ -39,12 +40,14 @@ class Governed:
         modules: names of the modules that are built from it, in network order; a shared instance under all its names.
         failure: why that could not be found out, or cannot be used: the model class takes no other activation there, or
             keeps the name itself.
+        kept: whether the failure is that the model keeps the name.
     """
 
     path: str
     value: str
     modules: tuple[str, ...]
     failure: str = ""
+    kept: bool = False
 
 
 def governed_modules(model: PreTrainedModel) -> list[Governed]:
@@ -94,8 +97,10 @@ def _governed(model: PreTrainedModel, path: str, value: str) -> Governed:
         names, holders = _probed(model, path)
         if holders:  # Mamba's convolutions: kernels that know the name "silu", and something else for any other
             failure = f"{holders[0]} keeps its name, for code that may do something else than look it up"
-            return Governed(path, value, (), failure)
+            return Governed(path, value, (), failure, kept=True)
         return Governed(path, value, tuple(names))
+    except (MemoryError, OSError):  # says nothing of the modelling code
+        raise
     except Exception as error:  # modelling code of its own kind (openai-gpt has its own table): not ours to crash on
         return Governed(path, value, (), f"{type(error).__name__}: {error}")
 
@@ -104,21 +109,23 @@ def _probed(model: PreTrainedModel, path: str) -> tuple[list[str], list[str]]:
     """The modules that are built from the attribute, and attributes of modules that keep its value."""
     config = copy.deepcopy(model.config)
     owner, name = owner_of(config, path)
-    setattr(owner, name, _PROBE_KEY)
-    with _probe_registered(), torch.device("meta"), torch.random.fork_rng(devices=()):  # some draw on the CPU all the same
+    key = f"_lambda_gelu_probe_{next(_PROBES)}"
+    setattr(owner, name, key)
+    with _probe_registered(key), torch.device("meta"), torch.random.fork_rng(devices=()):  # some draw on the CPU all the same
         rebuilt = type(model)(config)
     modules = list(named_modules(rebuilt))
-    holders = [joined(n, a) for n, m in modules for a, v in vars(m).items() if isinstance(v, str) and v == _PROBE_KEY]
+    holders = [joined(n, a) for n, m in modules for a, v in vars(m).items() if isinstance(v, str) and v == key]
     return [name for name, module in modules if isinstance(module, _Probe)], holders
 
 
 @contextmanager
-def _probe_registered() -> Iterator[None]:
-    ACT2FN[_PROBE_KEY] = ACT2CLS[_PROBE_KEY] = _Probe
+def _probe_registered(key: str) -> Iterator[None]:
     try:
+        ACT2FN[key] = ACT2CLS[key] = _Probe
         yield
     finally:
-        del ACT2FN[_PROBE_KEY], ACT2CLS[_PROBE_KEY]
+        for table in (ACT2FN, ACT2CLS):
+            table.pop(key, None)
 
 
 def hard_coded_sites(model: nn.Module) -> list[str]:
@@ -126,6 +133,13 @@ def hard_coded_sites(model: nn.Module) -> list[str]:
     names: list[str] = []
     for prefix, part in transformers_parts(model).items():
         sites = hardness_sites(part)
-        governed = {name for a in governed_modules(part) if a.value in LAMBDA_KEYS for name in a.modules} if sites else set()
+        attributes = [a for a in governed_modules(part) if a.value in LAMBDA_KEYS] if sites else []
+        governed = {name for a in attributes for name in a.modules}
+        for attribute in attributes:  # `convert` could probe it, or would not have set the key
+            if attribute.failure and not attribute.kept:
+                raise RuntimeError(
+                    f"config.{joined(prefix, attribute.path)} = {attribute.value!r}: which modules it governs cannot be "
+                    f"found out, as {type(part).__name__} cannot be built again: {attribute.failure}"
+                )
         names += [joined(prefix, name) for name in sites if name not in governed]
     return names

@@ -17,6 +17,7 @@ from ..structure.config_probe import Governed, governed_modules
 from ..structure.edits import replace_module, set_activation
 from ..structure.modules import base_of, is_activation, joined, named_modules, probed_base, transformers_parts
 from ..structure.smooth_activations import Unconverted, smooth_activations
+from ..structure.transaction import transaction
 
 
 class ConversionError(ValueError):
@@ -56,6 +57,7 @@ class ConversionReport:
         return "\n".join(lines)
 
 
+@transaction
 def convert(
     model: nn.Module,
     init_hardness: float = 1.0,

@@ -26,6 +26,7 @@ from ..structure.edits import replace_everywhere, set_activation
 from ..structure.hooks import Hooks
 from ..structure.linear_maps import eager_experts
 from ..structure.modules import joined, quantised_weight, transformers_parts
+from ..structure.transaction import keep, transaction
 from .fold_plan import plan_fold
 from .fold_scales import Fold, Scale
 
@@ -60,6 +61,7 @@ class FoldReport:
         return "\n".join(lines)
 
 
+@transaction
 def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None = None) -> FoldReport:
     """Put λ into the weights, in place: a(λx)/λ becomes a(x), the stock activation, and the function stays. [derived]
 
@@ -180,6 +182,7 @@ def _scale(folds: Collection[Fold], report: FoldReport, originals: dict[nn.Param
         done.add(key)
         if scale.parameter not in originals:
             originals[scale.parameter] = scale.parameter.data.clone()
+            keep(scale.parameter, originals[scale.parameter])
         scale.apply(factor)
 
     for made in folds:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, get_args
 
-import torch
 from torch import nn
 from transformers import EvalPrediction
 from transformers.activations import ACT2FN
@@ -23,6 +22,7 @@ from ..structure.config_probe import hard_coded_sites
 from ..structure.edits import replace_everywhere, set_activation
 from ..structure.modules import joined, quantised_weight, transformers_parts
 from ..structure.smooth_activations import smooth_activations
+from ..structure.transaction import keep, transaction
 from .folding import fold
 from .gates import SoftGateError, gates_as_relu
 from .refit.engine import compensation
@@ -33,6 +33,7 @@ from .report import FOLDED_HARDNESS, SubstitutedSite, SubstitutionReport
 _SLACK = 1e-3
 
 
+@transaction
 def relu_ize(
     model: nn.Module,
     force: bool = False,
@@ -162,16 +163,10 @@ def _fold(model: nn.Module, names: list[str], batch: Mapping[str, Any] | None, r
     if not names:
         return
     sites = hardness_sites(model)
-    before = {name: sites[name].raw_hardness.detach().clone() for name in names}
-    try:
-        for name in names:
-            sites[name].set_hardness(FOLDED_HARDNESS)
-        fold(model, batch, only=names)
-    except BaseException:
-        with torch.no_grad():
-            for name, raw in before.items():
-                sites[name].raw_hardness.copy_(raw)
-        raise
+    for name in names:
+        keep(sites[name].raw_hardness)
+        sites[name].set_hardness(FOLDED_HARDNESS)
+    fold(model, batch, only=names)
     report.folded = {name: sup_error(FOLDED_HARDNESS, sites[name].base) for name in names}
 
 
