@@ -76,6 +76,8 @@ def bias_attribute(model: PreTrainedModel, wanted: set[str]) -> tuple[str, dict[
         try:
             with torch.device("meta"), torch.random.fork_rng(devices=()):
                 rebuilt = type(model)(config)
+        except (MemoryError, OSError):  # says nothing of the class
+            raise
         except Exception:  # a class that does not take it
             continue
         added = {n: p.numel() for n, p in rebuilt.named_parameters() if n not in names}
@@ -111,7 +113,11 @@ def _probed(model: PreTrainedModel, path: str) -> tuple[list[str], list[str]]:
     owner, name = owner_of(config, path)
     key = f"_lambda_gelu_probe_{next(_PROBES)}"
     setattr(owner, name, key)
-    with _probe_registered(key), torch.device("meta"), torch.random.fork_rng(devices=()):  # some draw on the CPU all the same
+    with (
+        _probe_registered(key),
+        torch.device("meta"),
+        torch.random.fork_rng(devices=()),
+    ):  # some draw on the CPU all the same
         rebuilt = type(model)(config)
     modules = list(named_modules(rebuilt))
     holders = [joined(n, a) for n, m in modules for a, v in vars(m).items() if isinstance(v, str) and v == key]

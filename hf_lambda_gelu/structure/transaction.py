@@ -10,9 +10,11 @@ verb, lets verbs of several threads run one after the other. It is re-entrant: a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import threading
+import traceback
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,11 +57,12 @@ def transaction(verb: Callable[P, R]) -> Callable[P, R]:
                     for key, kept in snapshot.kept.items():
                         snapshots[-1].kept.setdefault(key, kept)
                 return result
-        except BaseException:
+        except BaseException as error:
             del snapshots[depth:]
             if snapshot is not None:
                 with _LOCK:
                     try:
+                        _end_blocks(error)
                         snapshot.restore()
                     except BaseException:  # a second stop: once more, from the start
                         snapshot.restore()
@@ -86,6 +89,16 @@ def scratch_in_use(folder: Path) -> None:
     """To be called before a verb makes a folder for its own use: it is removed if the verb fails."""
     for snapshot in _OPEN.__dict__.get("snapshots", []):
         snapshot.scratch.append(folder)
+
+
+def _end_blocks(error: BaseException | None) -> None:
+    """Let blocks end that a stop left half-way: a generator behind `with`, held by the traceback, would end after `restore`."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_filename == contextlib.__file__:
+                with contextlib.suppress(RuntimeError):  # it still runs
+                    frame.clear()
+        error = error.__context__
 
 
 class Snapshot:

@@ -82,9 +82,7 @@ def refit_at_switch(
 
 
 @transaction
-def _refit(
-    model: nn.Module, loader: DataLoader[Any], method: Compensate
-) -> tuple[CompensationReport, list[nn.Parameter]]:
+def _refit(model: nn.Module, loader: DataLoader[Any], method: Compensate) -> tuple[CompensationReport, list[nn.Parameter]]:
     """The report, and the parameters that were refit."""
     with measuring(model), compensation(model, loader) as work:
         report = work.run(method, biases=False)
