@@ -18,7 +18,8 @@ from torch._ops import OpOverload
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils import _device as device_mode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode as _pop_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _pop_mode as _pop_dispatch
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, Trainer
