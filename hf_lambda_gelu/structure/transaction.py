@@ -1,8 +1,8 @@
 """A verb is a transaction: it succeeds, or the model and the process are as they were, whatever was raised at whatever line.
 
 A snapshot of a model holds the identity of all that it is made of: modules, parameters, hooks, attributes and configs, with
-the contents of every dict, list and set among them. Parameters' data is not copied: a verb calls `keep` on a tensor before it
-writes into it. Buffers are small and are copied.
+the contents of every dict, list and set among them. Parameters' data is not copied: a verb calls `keep` on a tensor before
+it writes into it. Buffers are small and are copied.
 
 Random numbers, transformers' tables and torch's modes belong to the process and not to a model. So one lock, held by every
 verb, lets verbs of several threads run one after the other. It is re-entrant: a verb may call another.
@@ -92,7 +92,7 @@ def scratch_in_use(folder: Path) -> None:
 
 
 def _end_blocks(error: BaseException | None) -> None:
-    """Let blocks end that a stop left half-way: a generator behind `with`, held by the traceback, would end after `restore`."""
+    """Let blocks end that a stop left half-way: the generator behind one, held by the traceback, would end after `restore`."""
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             if frame.f_code.co_filename == contextlib.__file__:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -34,7 +35,7 @@ def gates_as_relu(model: nn.Module) -> Iterator[None]:
     """
     sites = hardness_sites(model).values()
     keys = lambda_keys(model)
-    before = [(vars(site), "as_relu", site.as_relu) for site in sites]
+    before: list[tuple[dict[str, Any], str, object]] = [(vars(site), "as_relu", site.as_relu) for site in sites]
     before += [(vars(config), name, key) for config, name, key in keys]
     try:
         try:

@@ -4,9 +4,9 @@
     python -m scripts.tools.injection --verbs fold --every 50 --lines
 
 At each call (of any library; with --lines at each line of this package too) the process forks. In the child the call raises
-KeyboardInterrupt, MemoryError or OSError, in turn; what it left of the model and the process is compared with what was before
-the verb (`fingerprint`). The parent goes on as if nothing had been. Calls that raise nothing, because the library there takes
-such an error for an answer, are counted as absorbed. Results go to --out, a CSV file.
+KeyboardInterrupt, MemoryError or OSError, in turn. What that left of the model and the process is compared with what was there
+before the verb (`fingerprint`). The parent goes on as if nothing had been. Where a library takes such an error for an answer,
+the verb goes on and raises nothing: that is counted as absorbed. Results go to --out, a CSV file.
 """
 
 from __future__ import annotations
