@@ -1,4 +1,4 @@
-"""What of a process's state a verb may touch, and how to put it back: torch's modes, random numbers, transformers' tables."""
+"""What of a process a verb may touch, and how to put it back: torch's modes, random numbers, transformers' tables."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def scratch_in_use(folder: Path) -> None:
 
 
 def _end_blocks(error: BaseException | None) -> None:
-    """Let blocks end that a stop left half-way: the generator behind one, held by the traceback, would end after `restore`."""
+    """Let blocks end that a stop left half-way: a generator that the traceback holds would end after `restore`."""
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             if frame.f_code.co_filename == contextlib.__file__:
