@@ -5,7 +5,7 @@
 
 At each call (with --lines at each line of the package too) the process forks. In the child the call raises
 KeyboardInterrupt, MemoryError or OSError, in turn. What that left of the model and the process is compared with what was
-before the verb (`fingerprint`). The parent goes on as if nothing had been. Where a library takes such an error for an answer,
+before the verb (`fingerprint`). The parent goes on unharmed. Where a library takes such an error for an answer,
 the verb goes on and raises nothing: that is counted as absorbed. Results go to --out, a CSV file.
 """
 
