@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.overrides import _pop_mode, _push_mode
+from torch.utils import _device as device_mode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _pop_mode as _pop_dispatch
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, Trainer
@@ -31,7 +34,9 @@ __all__ = [
     "generation_config_in_config",
     "has_peft_config",
     "is_compiled",
+    "mode_stack",
     "operator_schema",
+    "put_mode_stack",
     "pytree",
     "step_pre_hooks",
     "view_base",
@@ -46,6 +51,26 @@ functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 def without_torch_function() -> AbstractContextManager[Any]:
     """Within the block, operations on tensors do not call `__torch_function__`."""
     return cast(AbstractContextManager[Any], torch._C.DisableTorchFunctionSubclass())
+
+
+def mode_stack() -> tuple[list[Any], int, torch.device | None]:
+    """The function modes that are on, outermost first; how many dispatch modes are; and the device of `with device`."""
+    count = torch._C._len_torch_function_stack()
+    modes = [torch._C._get_function_stack_at(index) for index in range(count)]
+    return modes, len(_get_current_dispatch_mode_stack()), device_mode.CURRENT_DEVICE
+
+
+def put_mode_stack(before: tuple[list[Any], int, torch.device | None]) -> None:
+    """Let the modes be those that `mode_stack` returned."""
+    modes, dispatch_modes, device = before
+    while len(_get_current_dispatch_mode_stack()) > dispatch_modes:
+        _pop_dispatch()
+    if mode_stack()[0] != modes:
+        while torch._C._len_torch_function_stack():
+            _pop_mode()
+        for mode in modes:
+            _push_mode(mode)
+    device_mode.CURRENT_DEVICE = device
 
 
 def view_base(tensor: Tensor) -> Tensor | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ..structure.transaction import scratch_in_use
 
 
 @contextmanager
@@ -21,12 +23,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise ValueError(f"cannot write into {str(folder.parent)!r}: {error}. Choose another folder") from error
+    temporary = folder.parent / f".{folder.name}-{secrets.token_hex(8)}"
+    scratch_in_use(temporary)
     try:
+        try:
+            temporary.mkdir()  # in the mode that the process gives to new folders
+        except OSError as error:
+            raise ValueError(f"cannot write into {str(folder.parent)!r}: {error}. Choose another folder") from error
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp makes folders that only the owner can read
         _put_in_place(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -54,12 +60,6 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"cannot write into the output folder {str(folder)!r}: {error}. Choose another folder") from error
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _put_in_place(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         temporary.rename(folder)
@@ -71,4 +71,8 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
     except BaseException:
         aside.rename(folder)
         raise
-    shutil.rmtree(aside)
+    try:
+        shutil.rmtree(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise

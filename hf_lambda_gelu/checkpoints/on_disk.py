@@ -7,7 +7,6 @@ weights are files, which stay as they are.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from transformers.utils import CONFIG_NAME
 from ..activation.hardness import DEFAULT_TOLERANCE
 from ..activation.module import hardness_sites
 from ..structure.loading import CheckpointError, save_parts
+from ..structure.scratch import scratch_folder
+from ..structure.transaction import transaction
 from ..surgery.conversion import ConversionReport, convert
 from ..surgery.report import SubstitutionReport
 from ..surgery.substitution import relu_ize
@@ -63,6 +64,7 @@ class CheckpointReport:
         return f"{self.model}\nweight files in {str(self.folder)!r}: {files}; {self.bytes_written:,} bytes written in all"
 
 
+@transaction
 def convert_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -122,6 +124,7 @@ def convert_checkpoint(
     return _report(source, report, written)
 
 
+@transaction
 def relu_ize_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -200,8 +203,8 @@ def _load_hardness(model: PreTrainedModel, shards: list[Shard]) -> frozenset[str
     """Gives the sites the checkpoint's λ, or 1 where it has none, as from_pretrained does; the names of its tensors."""
     stored = {name: shard.path for shard in shards for name in shard.tensors if name.rpartition(".")[2] == _LEAF}
     sites = list(_raw_hardness(model))
-    with tempfile.TemporaryDirectory() as scratch:  # numbers in the place of λ show what each is called in a checkpoint
-        numbers = save_parts(model, Path(scratch), {name: torch.full((1,), float(i)) for i, name in enumerate(sites)})
+    with scratch_folder() as scratch:  # numbers in the place of λ show what each is called in a checkpoint
+        numbers = save_parts(model, scratch, {name: torch.full((1,), float(i)) for i, name in enumerate(sites)})
     called = {name: sites[int(number)] for name, number in numbers.items()}
     lost, without = sorted(set(stored) - set(called)), sorted(set(called) - set(stored))
     if lost and without:

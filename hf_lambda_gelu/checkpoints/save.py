@@ -17,11 +17,13 @@ from ..structure.config_probe import governed_modules
 from ..structure.modules import has_adapters
 from ..structure.offloading import check_not_offloaded
 from ..structure.smooth_activations import smooth_activations, smooth_modules
+from ..structure.transaction import transaction
 from ..surgery.report import SubstitutionReport
 from .card import PLOT_NAME, CardDetails, card_record, package_versions, render_card, write_record
 from .folders import check_new, whole_folder
 
 
+@transaction
 def save_relu_pretrained(
     model: PreTrainedModel,
     folder: str | os.PathLike[str],

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +23,9 @@ from ..measurement.audit.audit import audit
 from ..measurement.examples.choice import example_inputs
 from ..measurement.forward import evaluating, main_output, same_random_numbers
 from ..structure.offloading import check_not_offloaded
+from ..structure.scratch import scratch_folder
 from ..structure.smooth_activations import smooth_activations
+from ..structure.transaction import transaction
 from .card import REPORT_NAME, write_record
 from .redaction import is_secret_name
 
@@ -75,6 +76,7 @@ class _Stock(NamedTuple):
     digests: dict[str, str]
 
 
+@transaction
 @torch.no_grad()
 def verify_relu_pretrained(
     model: PreTrainedModel, folder: str | os.PathLike[str], inputs: dict[str, Tensor] | None = None
@@ -134,7 +136,7 @@ def _reloaded(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor]
     The process imports nothing from the current folder, the checkpoint's or PYTHONPATH: -I leaves them off the path, and it
     starts in an empty folder. Its environment holds no secret.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         empty = os.path.join(scratch, "empty")
         os.mkdir(empty)
         source, result = os.path.join(scratch, "inputs.safetensors"), os.path.join(scratch, "outputs.safetensors")

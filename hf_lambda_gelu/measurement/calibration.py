@@ -21,6 +21,7 @@ from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
 from ..reports import finite_or_none, progress, table, to_dict
 from ..structure.forwards import foreign_forwards
 from ..structure.offloading import check_not_offloaded
+from ..structure.transaction import transaction
 from .batches import CalibrationError, model_batches
 from .forward import measuring, run_batch
 from .in_effect import check_in_effect, counting_calls
@@ -151,6 +152,7 @@ class CalibrationReport:
         return "\n".join([f"pre-activations of {len(self.sites)} activations", *lines])
 
 
+@transaction
 @torch.no_grad()
 def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
     """Measures the pre-activations of every λ-GELU of `model`, with its present λ, in one pass over `dataloader`.

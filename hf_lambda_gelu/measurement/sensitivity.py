@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..activation.module import LambdaGELU, hardness_profile
 from ..reports import length, progress, table, to_dict
 from ..structure.config import config_of
+from ..structure.transaction import transaction
 from .batches import CalibrationError, batch_size, model_batches, rows, token_mask
 from .calibration import calibration_sites, pieces
 from .forward import main_output, measuring, run_batch, same_random_numbers
@@ -85,6 +86,7 @@ class SensitivityReport:
         return "\n".join(lines + table([*header, "rank (1: costs least)"], [*formats, ">4"], cells))
 
 
+@transaction
 @torch.no_grad()
 def sensitivity(model: nn.Module, dataloader: Iterable[Any]) -> SensitivityReport:
     """Measures, site by site, how the loss and the outputs change when only that site is ReLU. [derived]

@@ -30,12 +30,6 @@ def get_attribute(config: PreTrainedConfig, path: str) -> object:
     return getattr(owner, name)
 
 
-def put_attribute(config: PreTrainedConfig, path: str, value: str) -> None:
-    """Set the value at a dotted path, for the time being; `set_attribute` is for changes that are to be saved."""
-    owner, name = owner_of(config, path)
-    setattr(owner, name, value)
-
-
 def set_attribute(config: PreTrainedConfig, path: str, value: str) -> bool:
     """Set the attribute so that it survives saving and loading; False, with nothing changed, if it cannot.
 
@@ -67,6 +61,8 @@ def _derives(cls: type[PreTrainedConfig], source: str, text: str, name: str) -> 
     build: Callable[..., PreTrainedConfig] = cls
     try:
         return getattr(build(**{source: f"{head}{dash}tanh"}), name, None) == "tanh"
+    except (MemoryError, OSError):  # says nothing of the class
+        raise
     except Exception:  # the class refuses the value
         return False
 
@@ -83,6 +79,8 @@ def reloaded_value(config: PreTrainedConfig, path: str) -> object:
     """The value at a dotted path once the config was saved and loaded, None if it does not survive that."""
     try:
         return get_attribute(type(config).from_dict(config.to_dict()), path)
+    except (MemoryError, OSError):  # says nothing of the class
+        raise
     except Exception:  # a config may refuse the value while it is built: then it does not survive
         return None
 

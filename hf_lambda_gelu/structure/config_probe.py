@@ -8,6 +8,7 @@ modules where the probe appears are exactly those that a stock reload builds fro
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ..activation.module import hardness_sites
 from .config import LAMBDA_KEYS, activation_attributes, owner_of, reloaded_value
 from .modules import joined, named_modules, transformers_parts
 
-_PROBE_KEY = "_lambda_gelu_probe"
+_PROBES = itertools.count()  # each probe has a key of its own: another thread may be probing too
 
 
 class _Probe(nn.Module):
@@ -39,12 +40,14 @@ class Governed:
         modules: names of the modules that are built from it, in network order; a shared instance under all its names.
         failure: why that could not be found out, or cannot be used: the model class takes no other activation there, or
             keeps the name itself.
+        kept: whether the failure is that the model keeps the name.
     """
 
     path: str
     value: str
     modules: tuple[str, ...]
     failure: str = ""
+    kept: bool = False
 
 
 def governed_modules(model: PreTrainedModel) -> list[Governed]:
@@ -73,6 +76,8 @@ def bias_attribute(model: PreTrainedModel, wanted: set[str]) -> tuple[str, dict[
         try:
             with torch.device("meta"), torch.random.fork_rng(devices=()):
                 rebuilt = type(model)(config)
+        except (MemoryError, OSError):  # says nothing of the class
+            raise
         except Exception:  # a class that does not take it
             continue
         added = {n: p.numel() for n, p in rebuilt.named_parameters() if n not in names}
@@ -94,8 +99,10 @@ def _governed(model: PreTrainedModel, path: str, value: str) -> Governed:
         names, holders = _probed(model, path)
         if holders:  # Mamba's convolutions: kernels that know the name "silu", and something else for any other
             failure = f"{holders[0]} keeps its name, for code that may do something else than look it up"
-            return Governed(path, value, (), failure)
+            return Governed(path, value, (), failure, kept=True)
         return Governed(path, value, tuple(names))
+    except (MemoryError, OSError):  # says nothing of the modelling code
+        raise
     except Exception as error:  # modelling code of its own kind (openai-gpt has its own table): not ours to crash on
         return Governed(path, value, (), f"{type(error).__name__}: {error}")
 
@@ -104,11 +111,16 @@ def _probed(model: PreTrainedModel, path: str) -> tuple[list[str], list[str]]:
     """The modules that are built from the attribute, and attributes of modules that keep its value."""
     config = copy.deepcopy(model.config)
     owner, name = owner_of(config, path)
-    setattr(owner, name, _PROBE_KEY)
-    with _probe_registered(), torch.device("meta"), torch.random.fork_rng(devices=()):  # some draw on the CPU all the same
+    key = _probe_key()
+    setattr(owner, name, key)
+    with (
+        _probe_registered(key),
+        torch.device("meta"),
+        torch.random.fork_rng(devices=()),
+    ):  # some draw on the CPU all the same
         rebuilt = type(model)(config)
     modules = list(named_modules(rebuilt))
-    holders = [joined(n, a) for n, m in modules for a, v in vars(m).items() if isinstance(v, str) and v == _PROBE_KEY]
+    holders = [joined(n, a) for n, m in modules for a, v in vars(m).items() if isinstance(v, str) and v == key]
     return [name for name, module in modules if isinstance(module, _Probe)], holders
 
 
@@ -120,16 +132,19 @@ def copied_configs(model: PreTrainedModel, path: str) -> list[PreTrainedConfig]:
     """
     owner, name = owner_of(model.config, path)
     value = getattr(owner, name)
-    probe = not value if isinstance(value, bool) else _PROBE_KEY
+    key = _probe_key()
+    probe = not value if isinstance(value, bool) else key
     config = copy.deepcopy(model.config)
     setattr(*owner_of(config, path), probe)
     try:
-        with _probe_registered(), torch.device("meta"), torch.random.fork_rng(devices=()):
+        with _probe_registered(key), torch.device("meta"), torch.random.fork_rng(devices=()):
             rebuilt = type(model)(config)
-        plain = rebuilt if probe is _PROBE_KEY else None
+        plain = rebuilt if probe is key else None
         if plain is None:  # others may have the value by themselves
             with torch.device("meta"), torch.random.fork_rng(devices=()):
                 plain = type(model)(copy.deepcopy(model.config))
+    except (MemoryError, OSError):  # says nothing of the class
+        raise
     except Exception:  # a class that does not take it: nothing is known to be a copy
         return []
     before = dict(_places(plain, name))
@@ -154,13 +169,19 @@ def _places(model: nn.Module, attribute: str) -> Iterator[tuple[tuple[str, ...],
             pending += [((*place, n), v) for n, v in vars(held).items() if isinstance(v, PreTrainedConfig)]
 
 
+def _probe_key() -> str:
+    """A name in transformers' tables that nobody else has."""
+    return f"_lambda_gelu_probe_{next(_PROBES)}"
+
+
 @contextmanager
-def _probe_registered() -> Iterator[None]:
-    ACT2FN[_PROBE_KEY] = ACT2CLS[_PROBE_KEY] = _Probe
+def _probe_registered(key: str) -> Iterator[None]:
     try:
+        ACT2FN[key] = ACT2CLS[key] = _Probe
         yield
     finally:
-        del ACT2FN[_PROBE_KEY], ACT2CLS[_PROBE_KEY]
+        for table in (ACT2FN, ACT2CLS):
+            table.pop(key, None)
 
 
 def hard_coded_sites(model: nn.Module) -> list[str]:
@@ -168,6 +189,13 @@ def hard_coded_sites(model: nn.Module) -> list[str]:
     names: list[str] = []
     for prefix, part in transformers_parts(model).items():
         sites = hardness_sites(part)
-        governed = {name for a in governed_modules(part) if a.value in LAMBDA_KEYS for name in a.modules} if sites else set()
+        attributes = [a for a in governed_modules(part) if a.value in LAMBDA_KEYS] if sites else []
+        governed = {name for a in attributes for name in a.modules}
+        for attribute in attributes:  # `convert` could probe it, or would not have set the key
+            if attribute.failure and not attribute.kept:
+                raise RuntimeError(
+                    f"config.{joined(prefix, attribute.path)} = {attribute.value!r}: which modules it governs cannot be "
+                    f"found out, as {type(part).__name__} cannot be built again: {attribute.failure}"
+                )
         names += [joined(prefix, name) for name in sites if name not in governed]
     return names

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .config import LAMBDA_KEYS, activation_attributes, get_attribute, owner_of, put_attribute, set_attribute
+from .config import LAMBDA_KEYS, activation_attributes, get_attribute, owner_of, set_attribute
 from .config_probe import copied_configs
 from .second_records import keep_records_true
 
@@ -110,18 +110,11 @@ def remove_bias(model: nn.Module, name: str) -> None:
     setattr(model.get_submodule(owner_name), leaf, None)
 
 
-@contextlib.contextmanager
-def lambda_keys_as(model: nn.Module, key: str) -> Iterator[None]:
-    """Within the block, every config in `model` says `key` where it names a λ-GELU; for code that reads it in forward."""
+def lambda_keys(model: nn.Module) -> list[tuple[PreTrainedConfig, str, str]]:
+    """(config, attribute, key) of each place in a config in `model`, or in a config within it, that names a λ-GELU."""
     configs = {id(c): c for module in model.modules() if isinstance(c := getattr(module, "config", None), PreTrainedConfig)}
-    before = [(c, path, k) for c in configs.values() for path, k in activation_attributes(c) if k in LAMBDA_KEYS]
-    try:
-        for config, path, _ in before:
-            put_attribute(config, path, key)
-        yield
-    finally:
-        for config, path, lambda_key in before:
-            put_attribute(config, path, lambda_key)
+    found = [(*owner_of(c, path), k) for c in configs.values() for path, k in activation_attributes(c) if k in LAMBDA_KEYS]
+    return list({(id(owner), name): (owner, name, key) for owner, name, key in found}.values())
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from ..structure.kept_functions import function_of_torch_layer, stock_module
 from ..structure.modules import base_of, is_activation, joined, named_modules, probed_base, transformers_parts
 from ..structure.offloading import check_not_offloaded
 from ..structure.smooth_activations import Unconverted, smooth_activations
+from ..structure.transaction import transaction
 from ..structure.usable import check_usable
 
 
@@ -60,6 +61,7 @@ class ConversionReport:
         return "\n".join(lines)
 
 
+@transaction
 def convert(
     model: nn.Module,
     init_hardness: float = 1.0,

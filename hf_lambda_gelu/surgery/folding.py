@@ -27,6 +27,7 @@ from ..structure.hooks import Hooks
 from ..structure.linear_maps import eager_experts
 from ..structure.modules import joined, quantised_weight, transformers_parts
 from ..structure.offloading import check_not_offloaded
+from ..structure.transaction import keep, transaction
 from ..structure.usable import check_usable
 from .fold_plan import plan_fold
 from .fold_scales import Fold, Scale
@@ -62,6 +63,7 @@ class FoldReport:
         return "\n".join(lines)
 
 
+@transaction
 def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None = None) -> FoldReport:
     """Put λ into the weights, in place: a(λx)/λ becomes a(x), the stock activation, and the function stays. [derived]
 
@@ -188,6 +190,7 @@ def _scale(folds: Collection[Fold], report: FoldReport, originals: dict[nn.Param
         done.add(key)
         if scale.parameter not in originals:
             originals[scale.parameter] = scale.parameter.data.clone()
+            keep(scale.parameter, originals[scale.parameter])
         scale.apply(factor)
 
     for made in folds:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 from ..activation.module import hardness_sites
-from ..structure.edits import lambda_keys_as
+from ..structure.edits import lambda_keys
 
 
 class SoftGateError(RuntimeError):
@@ -32,12 +33,20 @@ def gates_as_relu(model: nn.Module) -> Iterator[None]:
         ...     gate(torch.tensor([-1.0, 2.0]))
         tensor([0., 2.])
     """
-    sites = {site: site.as_relu for site in hardness_sites(model).values()}
-    for site in sites:
-        site.as_relu = True
+    sites = hardness_sites(model).values()
+    keys = lambda_keys(model)
+    before: list[tuple[dict[str, Any], str, object]] = [(vars(site), "as_relu", site.as_relu) for site in sites]
+    before += [(vars(config), name, key) for config, name, key in keys]
     try:
-        with lambda_keys_as(model, "relu"):
+        try:
+            for site in sites:
+                site.as_relu = True
+            for config, name, _ in keys:
+                setattr(config, name, "relu")
             yield
+        finally:
+            for attributes, name, value in before:  # no call is made here: at each a stop could come
+                attributes[name] = value
     finally:
-        for site, before in sites.items():
-            site.as_relu = before
+        for attributes, name, value in before:  # where a stop came upon the lines above
+            attributes[name] = value

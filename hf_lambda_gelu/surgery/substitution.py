@@ -7,24 +7,24 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, get_args
 
-import torch
 from torch import nn
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import EvalPrediction
 from transformers.activations import ACT2FN
 
 from ..activation.hardness import DEFAULT_TOLERANCE, sup_error, target_hardness
-from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
+from ..activation.module import hardness_profile, hardness_sites
 from ..measurement.batches import model_batches
 from ..measurement.change import MeasuredChange, measure_change
 from ..measurement.forward import measuring
 from ..reports import length
 from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import hard_coded_sites
-from ..structure.edits import replace_everywhere, replace_module, set_activation
+from ..structure.edits import replace_everywhere, set_activation
 from ..structure.forwards import bypassed_by_code, refusal
-from ..structure.modules import has_adapters, joined, named_modules, quantised_weight, transformers_parts
+from ..structure.modules import has_adapters, joined, quantised_weight, transformers_parts
 from ..structure.offloading import check_not_offloaded
 from ..structure.smooth_activations import smooth_activations
+from ..structure.transaction import keep, transaction
 from ..structure.usable import check_usable
 from .folding import fold
 from .gates import SoftGateError, gates_as_relu
@@ -37,6 +37,7 @@ from .report import FOLDED_HARDNESS, SubstitutedSite, SubstitutionReport
 _SLACK = 1e-3
 
 
+@transaction
 def relu_ize(
     model: nn.Module,
     force: bool = False,
@@ -164,25 +165,14 @@ def _note(report: SubstitutionReport, change: MeasuredChange) -> None:
 def _put_relu(model: nn.Module, report: SubstitutionReport, runs: Runs) -> None:
     """ReLU in the place of every λ-GELU, `relu` in the configs; the report gets what was changed and what remains.
 
-    The model is as it was if ReLU is not what then runs, see `check_relu_runs`.
+    ReLU must be what then runs, see `check_relu_runs`.
     """
-    places = [(name, module) for name, module in named_modules(model) if isinstance(module, LambdaGELU)]
-    parts = transformers_parts(model)
-    changed: list[tuple[PreTrainedModel, str, str]] = []
-    try:
-        replace_everywhere(model, hardness_sites(model).values(), lambda site: ACT2FN["relu"])
-        for prefix, part in parts.items():
-            for path, key in list(activation_attributes(part.config)):
-                if key in LAMBDA_KEYS and set_activation(part, path, "relu", within=model) is not None:
-                    changed.append((part, path, key))
-                    report.attributes[joined(prefix, path)] = key
-        check_relu_runs(runs)
-    except BaseException:
-        for name, site in places:
-            replace_module(model, name, site)
-        for part, path, key in changed:
-            set_activation(part, path, key, within=model)
-        raise
+    replace_everywhere(model, hardness_sites(model).values(), lambda site: ACT2FN["relu"])
+    for prefix, part in transformers_parts(model).items():
+        for path, key in list(activation_attributes(part.config)):
+            if key in LAMBDA_KEYS and set_activation(part, path, "relu", within=model) is not None:
+                report.attributes[joined(prefix, path)] = key
+    check_relu_runs(runs)
     report.left = [item for item in smooth_activations(model) if item.name not in report.folded]
 
 
@@ -195,16 +185,10 @@ def _fold(model: nn.Module, names: list[str], batch: Mapping[str, Any] | None, r
     if not names:
         return
     sites = hardness_sites(model)
-    before = {name: sites[name].raw_hardness.detach().clone() for name in names}
-    try:
-        for name in names:
-            sites[name].set_hardness(FOLDED_HARDNESS)
-        fold(model, batch, only=names)
-    except BaseException:
-        with torch.no_grad():
-            for name, raw in before.items():
-                sites[name].raw_hardness.copy_(raw)
-        raise
+    for name in names:
+        keep(sites[name].raw_hardness)
+        sites[name].set_hardness(FOLDED_HARDNESS)
+    fold(model, batch, only=names)
     report.folded = {name: sup_error(FOLDED_HARDNESS, sites[name].base) for name in names}
 
 

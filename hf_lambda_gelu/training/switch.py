@@ -20,6 +20,7 @@ from ..activation.module import hardness_sites
 from ..measurement.calibration import calibrate
 from ..measurement.forward import measuring
 from ..structure.random_state import random_numbers_from
+from ..structure.transaction import transaction
 from ..surgery.refit.engine import compensation
 from ..surgery.refit.report import Compensate, CompensationReport
 from .arguments import LambdaGELUTrainingArguments
@@ -71,14 +72,21 @@ def refit_at_switch(
     Raises:
         CalibrationError: see `relu_ize`; the model is as it was.
     """
-    with random_numbers_from(args.seed, args.device), measuring(model):
+    with random_numbers_from(args.seed, args.device):
         loader = _loader(args, dataset, collate, REFIT_EXAMPLES)
-        with compensation(model, loader) as work:
-            report = work.run(cast("Compensate", args.hardness_compensate), biases=False)
+        report, refit = _refit(model, loader, cast("Compensate", args.hardness_compensate))
     if args.world_size > 1:
-        for parameter in work.originals:
+        for parameter in refit:
             torch.distributed.broadcast(parameter.data, 0)
     return report
+
+
+@transaction
+def _refit(model: nn.Module, loader: DataLoader[Any], method: Compensate) -> tuple[CompensationReport, list[nn.Parameter]]:
+    """The report, and the parameters that were refit."""
+    with measuring(model), compensation(model, loader) as work:
+        report = work.run(method, biases=False)
+    return report, list(work.originals)
 
 
 def _loader(

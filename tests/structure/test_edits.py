@@ -8,7 +8,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, T5Confi
 
 from hf_lambda_gelu.structure.edits import (
     add_bias,
-    lambda_keys_as,
+    lambda_keys,
     remove_bias,
     replace_everywhere,
     set_activation,
@@ -71,14 +71,13 @@ def test_replace_everywhere() -> None:
     assert not model["b"].training
 
 
-def test_lambda_keys_as() -> None:
-    """Within the block λ-GELU's keys read `relu`, others stay; afterwards, also after an error, all are as they were."""
+def test_lambda_keys() -> None:
+    """Where configs name a λ-GELU, also in a config that a submodule alone holds, each place once."""
     model = BertModel(BertConfig(**_SMALL, hidden_act="lambda_gelu"))
     model.config.other_act = "gelu"
-    try:
-        with lambda_keys_as(model, "relu"):
-            assert (model.config.hidden_act, model.config.other_act) == ("relu", "gelu")
-            raise KeyError
-    except KeyError:
-        pass
-    assert (model.config.hidden_act, model.config.other_act) == ("lambda_gelu", "gelu")
+    copy = BertConfig(**_SMALL, hidden_act="lambda_silu")
+    model.encoder.layer[0].config = copy
+    assert {(id(c), name, key) for c, name, key in lambda_keys(model)} == {
+        (id(model.config), "hidden_act", "lambda_gelu"),
+        (id(copy), "hidden_act", "lambda_silu"),
+    }

@@ -24,6 +24,7 @@ from ...reports import to_dict
 from ...structure.modelling_code import calls_in_class
 from ...structure.modules import is_activation, probed_base
 from ...structure.offloading import check_not_offloaded
+from ...structure.transaction import transaction
 from ..batches import FORWARD_ERRORS
 from ..examples.choice import example_inputs
 from ..forward import measuring, random_state_kept
@@ -125,6 +126,7 @@ class AuditReport:
         return "\n".join(lines)
 
 
+@transaction
 def audit(model_or_path: nn.Module | str | os.PathLike[str], inputs: Any = None) -> AuditReport:
     """Runs the model once and tells which activations ran, whatever the modules and the config are called.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...structure.transaction import transaction
 from ..batches import FORWARD_ERRORS
 from ..forward import measuring, random_state_kept
 from .architectures import SPECIAL, inputs_by_architecture
@@ -15,6 +16,7 @@ from .main_input import inputs_by_main_input
 from .maker import fitting
 
 
+@transaction
 def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """A small batch for the model's forward, the same one each time, on the model's device and in its dtype.
 

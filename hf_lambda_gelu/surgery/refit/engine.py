@@ -9,13 +9,11 @@ what the smooth gate would have given here. All of it is derived, not the paper'
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from ...measurement.forward import main_output
 from ...measurement.site_rows import positions_first
 from ...reports import length, progress
 from ...structure.linear_maps import LinearMap, eager_experts
+from ...structure.scratch import scratch_folder
 from ...structure.tracing import Trace, trace
 from .capture import Sample
 from .chain_walk import ChainWalk, DependentError
@@ -201,16 +200,16 @@ class Refit:
 @contextmanager
 def compensation(model: nn.Module, loader: Iterable[Any]) -> Iterator[Refit]:
     """A `Refit` that has the calibration set; the model is as it was if the block raises."""
-    with tempfile.TemporaryDirectory(prefix="hf_lambda_gelu-") as folder:
-        networks = TwoNetworks(model, Path(folder))
+    with scratch_folder() as folder:
+        networks = TwoNetworks(model, folder)
         try:
             networks.keep(progress(model_batches(model, loader), "Reading the calibration set", length(loader)))
             yield Refit(networks)
+            networks.leave()
+            networks.commit()
         except BaseException:
             networks.undo()
             raise
-        finally:
-            networks.leave()
 
 
 def _uncompensated_before(traced: Trace, chain: Chain) -> set[str]:

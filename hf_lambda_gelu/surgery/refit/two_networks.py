@@ -10,6 +10,9 @@ Which of the two the model is, is its state:
 
 Outside of both the model is neither network, and whoever runs it here is refused. `smooth()` may be within `smooth()`; no
 other two may be within each other. After `undo` weights, gates, biases and config are those of before, to the bit.
+
+Refit weights lie in memory of their own until `commit` puts them where the original ones were, so that other tensors of the
+same memory (a state_dict, shared memory) see the original weights while the work goes on, and the refit ones afterwards.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from ...measurement.towers import Towers
 from ...structure.autocast import Autocast
 from ...structure.edits import without_caches
 from ...structure.linear_maps import LinearMap
+from ...structure.transaction import keep
 from .biases import AddedBiases
 from .ridge import Correction
 from .store import Store
@@ -50,7 +54,7 @@ class TwoNetworks:
     Attributes:
         state: which network the model is; None if neither.
         hard: the sites that are ReLU in the substituted network by now.
-        originals: the parameters that were refit, with what they were.
+        originals: the parameters that were refit, with what they were, in the memory that was theirs; after `commit` a copy.
         biases: those that the maps were given.
         sizes: how many examples each batch in the store has.
         autocast: the state of autocast at the start.
@@ -68,6 +72,7 @@ class TwoNetworks:
         self.hard: set[str] = set()
         self.originals: dict[nn.Parameter, Tensor] = {}
         self.biases = AddedBiases(model)
+        self._committed: dict[nn.Parameter, Tensor] = {}  # the memory into which refit weights were put
 
     # ------------------------------------------------------------------------------------------- the two networks
 
@@ -120,7 +125,8 @@ class TwoNetworks:
             return
         for parameter in (linear.parameter, linear.bias):
             if parameter is not None and parameter not in self.originals:
-                self.originals[parameter] = parameter.data.clone()
+                self.originals[parameter] = parameter.data
+                parameter.data = parameter.data.clone()
         linear.add(correction.weight, correction.bias)
 
     def leave(self) -> None:
@@ -128,11 +134,23 @@ class TwoNetworks:
         self._gates(set())
         self.state = None
 
+    def commit(self) -> None:
+        """Put the refit weights into the memory of the original ones, and keep these for `undo`."""
+        for parameter, memory in list(self.originals.items()):
+            before = memory.clone()
+            keep(memory, before)
+            self._committed[parameter] = memory
+            self.originals[parameter] = before
+            memory.copy_(parameter.data)
+            parameter.data = memory
+
     def undo(self) -> None:
         """Let the model be what it was, from any state."""
         self.leave()
         for parameter, original in self.originals.items():
-            parameter.data = original
+            memory = self._committed.get(parameter)
+            parameter.data = original if memory is None else memory.copy_(original)
+        self._committed.clear()
         self.originals.clear()
         self.hard.clear()
         self.biases.remove()

@@ -1,0 +1,125 @@
+"""The tiny models and the verbs that `injection` stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import hf_lambda_gelu as hlg
+
+_SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+class Shared(nn.Module):
+    """Two blocks that share one activation, with a batch norm, whose buffers a forward pass in training writes into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        act = nn.GELU()
+        self.first = nn.Sequential(nn.Linear(8, 16), act, nn.Linear(16, 8))
+        self.norm = nn.BatchNorm1d(8)
+        self.second = nn.Sequential(nn.Linear(8, 12), nn.SiLU(), nn.Linear(12, 8))
+        self.last = nn.ModuleDict({"in": nn.Linear(8, 16), "act": act, "out": nn.Linear(16, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.second(self.norm(x + self.first(x)))
+        return self.last["out"](self.last["act"](self.last["in"](x)))
+
+
+def _bert() -> nn.Module:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**_SIZES)).train()
+    model.dropout.eval()
+    model.bert.embeddings.requires_grad_(False)
+    return model
+
+
+def _llama() -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=True, max_position_embeddings=32)).eval()
+
+
+def _shared() -> nn.Module:
+    torch.manual_seed(0)
+    return Shared().train()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"bert": _bert, "llama": _llama, "shared": _shared}
+
+
+def batches(model: nn.Module) -> list[Any]:
+    """A calibration set; BERT's has padding, so that masks are looked at."""
+    generator = torch.Generator().manual_seed(1)
+    if isinstance(model, Shared):
+        return [torch.randn(16, 8, generator=generator) for _ in range(2)]
+    found: list[Any] = [{"input_ids": torch.randint(0, 50, (6, 5), generator=generator)} for _ in range(2)]
+    if isinstance(model, BertForSequenceClassification):
+        for batch in found:
+            batch["attention_mask"] = torch.ones(6, 5, dtype=torch.long).tril(3)
+    return found
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb, as it is run on a model; it may write into the folder.
+
+    Attributes:
+        stage: what the model must be: "stock", "converted", "evaluating" (converted, in eval mode) or "relu".
+        skips: models that it does not take.
+    """
+
+    call: Callable[[nn.Module, Path], object]
+    stage: str = "converted"
+    skips: tuple[str, ...] = ()
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model, at this stage."""
+        if self.stage != "stock":
+            hlg.convert(model, init_hardness=4.0)
+        if self.stage == "relu":
+            hlg.relu_ize(model, force=True)
+        if self.stage == "evaluating":
+            model.eval()
+        return model
+
+    def run(self, model: nn.Module, folder: Path) -> object:
+        return self.call(model, folder)
+
+    def whole(self, folder: Path) -> bool:
+        """Whether the folder holds a whole checkpoint and nothing else."""
+        top = [path.name for path in folder.iterdir()]
+        files = {"config.json", "model.safetensors", "README.md", "lambda_gelu.json"}
+        return top == ["saved"] and files <= {path.name for path in (folder / "saved").iterdir()}
+
+
+def _gates(model: nn.Module, folder: Path) -> None:
+    batch = batches(model)[0]
+    with hlg.gates_as_relu(model):
+        model(**batch) if isinstance(batch, dict) else model(batch)
+
+
+def _first(model: nn.Module) -> Any:
+    return batches(model)[0]
+
+
+VERBS: dict[str, Verb] = {
+    "convert": Verb(lambda model, folder: hlg.convert(model), "stock"),
+    "relu_ize": Verb(lambda model, folder: hlg.relu_ize(model, force=True)),
+    "relu_ize calibration": Verb(lambda model, folder: hlg.relu_ize(model, force=True, calibration=batches(model))),
+    "relu_ize bias": Verb(lambda m, folder: hlg.relu_ize(m, calibration=batches(m), compensate="bias")),
+    "relu_ize least_squares": Verb(lambda m, folder: hlg.relu_ize(m, calibration=batches(m), compensate="least_squares")),
+    "fold": Verb(lambda model, folder: hlg.fold(model, _first(model)), skips=("llama",)),
+    "calibrate": Verb(lambda model, folder: hlg.calibrate(model, batches(model))),
+    "sensitivity": Verb(lambda model, folder: hlg.sensitivity(model, batches(model))),
+    "gates_as_relu": Verb(_gates, "evaluating"),
+    "audit": Verb(lambda model, folder: hlg.audit(model, _first(model))),
+    "save_relu_pretrained": Verb(
+        lambda model, folder: hlg.save_relu_pretrained(model, folder / "saved"), "relu", skips=("shared",)
+    ),
+}
