@@ -35,7 +35,9 @@ def check_hardness(value: float) -> float:
             raise TypeError
         value = float(value)
     except (TypeError, ValueError, RuntimeError):  # the last two: arrays and tensors of several elements
-        raise TypeError(f"hardness must be a number, or in lambda_gelu a tensor, got {type(value).__name__}: {value!r}") from None
+        raise TypeError(
+            f"hardness must be a number, or in lambda_gelu a tensor, got {type(value).__name__}: {value!r}"
+        ) from None
     if not (1.0 <= value <= 1e30):  # far beyond any use, and λx stays a number in fp32 for any moderate x
         raise ValueError(
             f"hardness must be a finite number >= 1 (1 is the smooth activation itself) and <= 1e30, got {value}; "

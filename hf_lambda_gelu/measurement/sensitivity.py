@@ -163,7 +163,10 @@ class _Costs:
         self.losses[name] += self._size * (loss or 0.0)
 
     def report(self, profile: Mapping[str, float]) -> SensitivityReport:
-        changes = {name: math.sqrt(square / self.norm) if self.norm else math.inf if square else 0.0 for name, square in self.squares.items()}
+        changes = {
+            name: math.sqrt(square / self.norm) if self.norm else math.inf if square else 0.0
+            for name, square in self.squares.items()
+        }
         loss_changes = {name: (value - self.loss) / self.examples for name, value in self.losses.items()}
         cost = loss_changes if self.has_loss else changes
         ranks = {name: rank for rank, name in enumerate(sorted(self.sites, key=cost.__getitem__), 1)}

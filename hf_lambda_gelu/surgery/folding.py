@@ -132,7 +132,9 @@ def _fold_weights(model: nn.Module, sites: Mapping[str, LambdaGELU], run: Callab
     with torch.no_grad():
         expected = float_outputs(run())
     if any(bool(torch.isnan(output).any()) for output in expected):
-        raise FoldError("before the fold the outputs are NaN already, so nothing can be proven: pass inputs=… that give numbers")
+        raise FoldError(
+            "before the fold the outputs are NaN already, so nothing can be proven: pass inputs=… that give numbers"
+        )
     folds = plan_fold(model, sites, run)
     _refuse(folds)
     report = FoldReport({name: float(site.hardness.detach()) for name, site in sites.items()})

@@ -63,7 +63,9 @@ def test_infinite_hardness_is_relu(base: str, dtype: torch.dtype, kernels: str) 
         hlg.set_kernels(before)
 
 
-@pytest.mark.parametrize("hardness", [torch.ones(1, device="meta"), torch.ones((), device="meta"), torch.ones(4, device="meta")])
+@pytest.mark.parametrize(
+    "hardness", [torch.ones(1, device="meta"), torch.ones((), device="meta"), torch.ones(4, device="meta")]
+)
 def test_values_never_come_from_the_meta_device(hardness: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"hardness is on device 'meta', x is on device 'cpu'"):
         hlg.lambda_gelu(ONES, hardness)

@@ -22,7 +22,15 @@ def masks() -> dict[str, torch.Tensor]:
     rows, columns, blocks = (torch.ones(D, K, dtype=torch.bool) for _ in range(3))
     rows[::3], columns[:, ::2], blocks[:12, :8] = False, False, False
     few, many = (torch.rand(D, K, generator=draw) < share for share in (0.9, 0.1))
-    return {"few pruned": few, "most pruned": many, "random": random, "2:4": two_of_four, "rows": rows, "columns": columns, "blocks": blocks}
+    return {
+        "few pruned": few,
+        "most pruned": many,
+        "random": random,
+        "2:4": two_of_four,
+        "rows": rows,
+        "columns": columns,
+        "blocks": blocks,
+    }
 
 
 @pytest.mark.parametrize("name", list(masks()))
@@ -31,7 +39,9 @@ def masks() -> dict[str, torch.Tensor]:
 def test_against_a_solve_for_each_output(name: str, biased: bool, ridge: float) -> None:
     """Each column alone, with the bias as one more, unpenalised, feature."""
     draw = np.random.default_rng(0)
-    r = (draw.normal(size=(N, 6)) @ draw.normal(size=(6, D)) + 0.1 * draw.normal(size=(N, D))).clip(0) + 0.5  # ill-conditioned
+    r = (draw.normal(size=(N, 6)) @ draw.normal(size=(6, D)) + 0.1 * draw.normal(size=(N, D))).clip(
+        0
+    ) + 0.5  # ill-conditioned
     e = draw.normal(size=(N, K)) + r @ draw.normal(size=(D, K)) * 0.1 + 1.0
     kept = masks()[name]
     moments = Moments.empty(D, K, torch.device("cpu"))
