@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activation.module import hardness_sites
+from .computed_weights import why_no_parameter
 from .hooks import Hooks
 from .linear_maps import LinearCall, LinearMap, Parameters, all_experts, watch_linears
 
@@ -98,7 +99,7 @@ def _read(model: nn.Module, names: Iterable[str], reached: Mapping[str, list[Lin
         elif obstacles:
             result.obstacles[site] = obstacles[0]
         elif any(m is None for m in found.values()):
-            result.obstacles[site] = "it feeds a weight that is no parameter of the model as it stands"
+            result.obstacles[site] = why_no_parameter(model)
         elif len(held) > 1:
             result.obstacles[site] = f"it feeds several linear maps: {', '.join(sorted(held))}"
         elif shared := parameters.other_names(next(iter(held))):

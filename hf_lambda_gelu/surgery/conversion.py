@@ -84,7 +84,8 @@ def convert(
 
     Raises:
         ValueError: `init_hardness` is no finite number ≥ 1.
-        ConversionError: called in torch.inference_mode, nothing to convert, already converted, config and modules disagree, or `only` takes no module, or
+        ConversionError: called in torch.inference_mode, or
+            nothing to convert, already converted, config and modules disagree, or `only` takes no module, or
             some of those that one config attribute governs. The model is unchanged.
 
     Examples:

@@ -68,7 +68,8 @@ def relu_ize(
         Per site λ and the bound on what changes; what was refit; the measured changes; the smooth activations that remain.
 
     Raises:
-        ValueError: called in torch.inference_mode, no λ-GELU in the model, or a `compensate` that is unknown or lacks a calibration set.
+        ValueError: called in torch.inference_mode,
+            no λ-GELU in the model, or a `compensate` that is unknown or lacks a calibration set.
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`.
         FoldError: a hard-coded site whose weights cannot take λ up.

@@ -89,5 +89,5 @@ def test_measuring_works_in_inference_mode() -> None:
 def test_dynamic_quantisation_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 8), hlg.LambdaGELU(2.0), nn.Linear(8, 4))
     model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
-    with pytest.raises(ValueError, match="0.weight is quantised"):
+    with pytest.raises(ValueError, match=r"0\.weight is quantised"):
         hlg.relu_ize(model, calibration=[torch.randn(4, 4)], compensate="least_squares")
