@@ -1,4 +1,4 @@
-"""Why a weight that forward uses is no parameter: pruning, weight and spectral norm and their like compute it anew each time."""
+"""Why a weight that forward uses is no parameter: pruning, weight norm and their like compute it each time."""
 
 from __future__ import annotations
 
