@@ -21,9 +21,11 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
     Source: arXiv 2603.21991 for `base="gelu"` (f = x Φ(λx)); the other bases are derived.
 
     Args:
-        x: dense, fp32, bf16, fp16 or fp64, any shape. Half precision is computed in fp32 and returned in half. NaN stays NaN.
-        hardness: λ ≥ 1, dimensionless; a number, or a tensor of these dtypes on x's device that broadcasts to `x` (shape (1,)
-            for one per layer, (features,) for one per neuron). The values of tensors are not checked, as that would wait for
+        x: dense, fp32, bf16, fp16 or fp64, any shape. Half precision is computed in fp32 and returned in half; NaN stays
+            NaN.
+        hardness: λ ≥ 1, dimensionless; a number, or a tensor of these dtypes on x's device that broadcasts to `x` (shape
+            (1,) for one per layer, (features,) for one per neuron).
+            The values of tensors are not checked, as that would wait for
             the device: λ = NaN gives NaN, λ = inf is ReLU.
         base: "gelu" (erf), "gelu_tanh" (`gelu_new`, `gelu_pytorch_tanh`), "quick_gelu" or "silu" (λ is Swish's β).
 

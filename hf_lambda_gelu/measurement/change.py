@@ -119,7 +119,7 @@ class _Comparison:
     def relative_change(self) -> float:
         """‖after − before‖ / ‖before‖ of all outputs; NaN if any of them is, infinite where they were 0 and are not now."""
         if self.norm:
-            return (self.change / self.norm) ** 0.5  # in this order NaN stays NaN
+            return math.sqrt(self.change / self.norm)  # in this order NaN stays NaN
         return 0.0 if self.change == 0.0 else math.inf if self.change > 0.0 else math.nan
 
     def metrics(

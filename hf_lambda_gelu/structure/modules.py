@@ -63,8 +63,8 @@ def has_adapters(model: nn.Module) -> bool:
 def quantised_weight(model: nn.Module) -> str | None:
     """The name of a weight that is quantised: its elements cannot be scaled or refit.
 
-    Known by its elements (float8, integers) or its class (bitsandbytes, torchao), by the buffer that GPTQ and AWQ pack it into,
-    or by the module that torch's own quantisation put in the place of a linear one, which has no parameter.
+    Known by its elements (float8, integers) or its class (bitsandbytes, torchao), by the buffer that GPTQ and AWQ pack it
+    into, or by the module that torch's own quantisation put in the place of a linear one, which has no parameter.
     """
     for name, parameter in model.named_parameters():
         packed = type(parameter).__module__.startswith(("torchao", "bitsandbytes"))

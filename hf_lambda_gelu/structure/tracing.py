@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._compat import pytree
 from ..activation.module import hardness_sites
+from .computed_weights import why_no_parameter
 from .hooks import Hooks
 from .linear_calls import Key, LinearCall
 from .linear_maps import LinearMap, Parameters, all_experts, watch_linears
@@ -171,7 +172,7 @@ def _read(parameters: Parameters, names: Iterable[str], seen: _Seen, result: Tra
         elif obstacles:
             result.obstacles[site] = obstacles[0]
         elif any(m is None for m in found.values()):
-            result.obstacles[site] = "it feeds a weight that is no parameter of the model as it stands"
+            result.obstacles[site] = why_no_parameter(model)
         elif len(held) > 1:
             result.obstacles[site] = f"it feeds several linear maps: {', '.join(sorted(held))}"
         elif shared := parameters.other_names(next(iter(held))):

@@ -90,9 +90,9 @@ def convert(
 
     Raises:
         ValueError: `init_hardness` is no finite number ≥ 1.
-        ConversionError: called in torch.inference_mode, nothing to convert, already converted, offloaded weights, config and modules disagree, a fused
-            kernel's forward that calls no activation, or `only` takes no module, or some of those that one config attribute
-            governs. The model is unchanged.
+        ConversionError: called in torch.inference_mode, nothing to convert, already converted, offloaded weights, config and
+            modules disagree, a fused kernel's forward that calls no activation, or `only` takes no module, or some of those
+            that one config attribute governs. The model is unchanged.
 
     Examples:
         >>> import hf_lambda_gelu as hlg

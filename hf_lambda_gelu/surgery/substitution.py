@@ -72,8 +72,9 @@ def relu_ize(
         Per site λ and the bound on what changes; what was refit; the measured changes; the smooth activations that remain.
 
     Raises:
-        ValueError: called in torch.inference_mode, no λ-GELU in the model, offloaded weights, a `compensate` that is unknown or lacks a calibration set, or
-            a fused kernel that runs in the place of sites, or of the ReLUs: it is named with what to switch off.
+        ValueError: called in torch.inference_mode, no λ-GELU in the model, offloaded weights, a `compensate` that is unknown
+            or lacks a calibration set, or a fused kernel that runs in the place of sites, or of the ReLUs: it is named with
+            what to switch off.
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`.
         FoldError: a hard-coded site whose weights cannot take λ up.

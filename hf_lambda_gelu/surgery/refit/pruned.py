@@ -1,8 +1,8 @@
 """Ridge regression on the support of a pruned weight: what is 0 stays 0. [derived]
 
 With G the penalised Gram matrix, C the right-hand sides and S the rows that output j may change, column j of ΔW solves
-G[S, S] w = C[S, j]. With R the rows that are pruned and U = G⁻¹C, the same w is U[S, j] − G⁻¹[S, R] (G⁻¹[R, R])⁻¹ U[R, j]. The
-smaller of S and R is factorised, once for all outputs that share a support: n³ / 3 operations each, n ≤ d / 2.
+G[S, S] w = C[S, j]. With R the rows that are pruned and U = G⁻¹C, the same w is U[S, j] − G⁻¹[S, R] (G⁻¹[R, R])⁻¹ U[R, j].
+The smaller of S and R is factorised, once for all outputs that share a support: n³ / 3 operations each, n ≤ d / 2.
 """
 
 from __future__ import annotations
