@@ -16,7 +16,7 @@ import hf_lambda_gelu as hlg
 from hf_lambda_gelu.surgery.refit.ridge import RIDGES
 from scripts.differential.conditions import Case, quiet_random
 from scripts.differential.decisions import Decision, Map
-from scripts.differential.rows import Rows, Seen, gates, look, rows_of
+from scripts.differential.rows import Rows, Seen, gates, joined, look, rows_of
 
 Array = NDArray[np.float64]
 HELD_OUT = 5  # one example in so many is judged by
@@ -63,6 +63,8 @@ class Reference:
         touched: set[str] = set()
         for decision in decisions:
             every = [self.rows(decision, index) for index in range(len(self.case.batches))]
+            if self.case.exact and not self._follows(decision):
+                found.faults += (f"{decision.maps[0].weight} does not take up the output of {decision.site}",)
             for number, linear in enumerate(decision.maps):
                 parts = [found_rows[number] for found_rows in every if number in found_rows]
                 self._judge(found, decision, linear, parts)
@@ -99,7 +101,8 @@ class Reference:
             now, aim = (rows_of(s.calls.get(number, []), batch, linear, case.chunked, in_decoder) for s in (given, wanted))
             change = aim.outputs.double() - now.outputs.double()
             if stream:
-                change = (_stream(wanted, decision, now) - _stream(given, decision, now)) / decision.scale
+                after, before = (self._stream(seen, decision, index) for seen in (wanted, given))
+                change = (after - before) / decision.scale
                 change = torch.where(decision.scale.abs() > 1e-12, change, 0.0)
             result[number] = now, change, aim.outputs.double()
         return result
@@ -110,6 +113,28 @@ class Reference:
         inputs = self.case.batches[index].inputs
         with gates(sites, hard), self.case.context(), quiet_random():
             return look(lambda: run(**inputs), model, decision, stream)
+
+    def _follows(self, decision: Decision) -> bool:
+        """Whether the map's input is affine in the site's output: no other weights and nothing but a norm lie between.
+
+        The output is scaled beyond a norm's ε. What lies behind the map must not matter, so the first call counts.
+        """
+        site, seen = self.smooth_sites[decision.site], []
+        for factor in (1e3, 2e3, 3e3):
+            plain = type(site).forward
+            site.forward = lambda x, factor=factor: factor * plain(site, x)  # type: ignore[method-assign]
+            try:
+                with quiet_random():
+                    run = look(lambda: self.run_smooth(**self.case.batches[0].inputs), self.smooth, decision, False)
+            finally:
+                vars(site).pop("forward", None)
+            seen.append({number: calls[0][0].double() for number, calls in run.calls.items()})
+        first, second, third = seen
+        for number in first.keys() & second.keys() & third.keys():
+            a, b, c = (found[number] for found in (first, second, third))
+            if a.shape == b.shape == c.shape and float((a - 2 * b + c).norm()) > 1e-3 * float(c.norm() + 1e-30):
+                return False
+        return True
 
     def _pooled(self, decision: Decision, index: int) -> tuple[Seen, Seen]:
         """On the states of the smooth network: at each call of the block, it is also run with the refit weights."""
@@ -131,6 +156,13 @@ class Reference:
         finally:
             handle.remove()
         return found
+
+    def _stream(self, seen: Seen, decision: Decision, index: int) -> Tensor:
+        """What is at the meeting point, as rows in float64."""
+        tensors = [tensor.movedim(1, -1) if decision.moved else tensor for tensor in seen.stream.values()]
+        if self.case.chunked and len(tensors) > 1:
+            tensors = joined(tensors, self.case.batches[index])
+        return torch.cat([tensor.reshape(-1, tensor.shape[-1]).double() for tensor in tensors])
 
     # -------------------------------------------------------------------------------------------------- least squares
 
@@ -211,11 +243,6 @@ def _pairs(parts: list[Any]) -> list[tuple[Tensor, Tensor]]:
 
 def _numpy(tensor: Tensor) -> Array:
     return tensor.detach().double().cpu().numpy()
-
-
-def _stream(seen: Seen, decision: Decision, rows: Rows) -> Tensor:
-    tensors = [tensor.movedim(1, -1) if decision.moved else tensor for tensor in seen.stream.values()]
-    return torch.cat([tensor.reshape(-1, tensor.shape[-1]).double() for tensor in tensors])
 
 
 def _give_biases(model: nn.Module, final: dict[str, Tensor]) -> None:

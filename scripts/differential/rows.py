@@ -173,14 +173,31 @@ class Rows:
 
 def rows_of(calls: list[tuple[Tensor, Tensor, list[Tensor]]], batch: Batch, linear: Map, chunked: bool, decoder: bool) -> Rows:
     """All calls of a map in one forward as rows, each with its token."""
-    if chunked and len(calls) > 1 and all(call[0].dim() > 2 for call in calls):
-        given, output = (torch.cat([call[i] for call in calls], 1) for i in (0, 1))
-        calls = [(given, output, [])]
     mask = None if NOT_TEXT.search(linear.weight.lower()) else batch.decoder if decoder else batch.tokens
+    if chunked and len(calls) > 1 and all(call[0].dim() > 2 for call in calls):
+        inputs, outputs = (joined([call[i] for call in calls], batch) for i in (0, 1))
+        calls = [(given, output, []) for given, output in zip(inputs, outputs, strict=True)]
     found = [_places(call, batch.size, mask) for call in calls]
     given, output = (torch.cat([call[i].reshape(-1, call[i].shape[-1]) for call in calls]) for i in (0, 1))
     example, token, part = (torch.cat([f[i] for f in found]) for i in (0, 1, 2))
     return Rows(given, output, example, token, part, max(f[3] for f in found), all(f[4] for f in found))
+
+
+def joined(pieces: list[Tensor], batch: Batch) -> list[Tensor]:
+    """Sequences of pieces that a chunked feed-forward made of them; all in one where no text tells their length."""
+    whole: list[Tensor] = []
+    held: list[Tensor] = []
+    for piece in pieces:
+        held.append(piece)
+        length = sum(part.shape[1] for part in held)
+        if batch.tokens is not None and length == (batch.size if _turned(piece, batch) else batch.tokens.shape[1]):
+            whole.append(torch.cat(held, 1))
+            held = []
+    return [*whole, torch.cat(held, 1)] if held else whole
+
+
+def _turned(piece: Tensor, batch: Batch) -> bool:
+    return batch.tokens is not None and piece.shape[0] == batch.tokens.shape[1] != batch.size
 
 
 def _places(
