@@ -275,7 +275,9 @@ def _packed(model: PreTrainedModel) -> list[Batch]:
         if model.config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "xlm-roberta-xl"):
             positions = positions + 2
         # with a cache, which the forward makes by default, transformers would not tell the texts by their positions
-        made.append(Batch({"input_ids": ids, "position_ids": positions} | ({"use_cache": False} if "use_cache" in names else {}), 1))
+        made.append(
+            Batch({"input_ids": ids, "position_ids": positions} | ({"use_cache": False} if "use_cache" in names else {}), 1)
+        )
     return made
 
 

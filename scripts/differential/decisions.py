@@ -69,10 +69,7 @@ def recorded() -> Iterator[list[Decision]]:
     def _refit(self: Any, walk: Any, site: str, maps: Any, method: Any) -> Any:
         model = self.networks.model
         names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
-        found = [
-            Map(m.name, None if m.bias is None else names[id(m.bias)], m.index, m.transposed)
-            for m in maps
-        ]
+        found = [Map(m.name, None if m.bias is None else names[id(m.bias)], m.index, m.transposed) for m in maps]
         current[:] = [Decision(site, set(self.networks.hard), found, _name(model, walk.block))]
         result = refit(self, walk, site, maps, method)
         (decision,) = current

@@ -62,7 +62,11 @@ def _compare(model_type: str, condition: str, dtype: torch.dtype) -> dict[str, A
         except REFUSALS as error:
             changed = _changed(state, _state(case.model))
             reason = f"{type(error).__name__}: {error}"
-            return {"verdict": "WRONG" if changed else "refused", "reason": f"{changed} was changed; {reason}" if changed else reason, "exact": False}
+            return {
+                "verdict": "WRONG" if changed else "refused",
+                "reason": f"{changed} was changed; {reason}" if changed else reason,
+                "exact": False,
+            }
     return _row(case, before, decisions, report)
 
 

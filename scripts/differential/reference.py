@@ -88,7 +88,9 @@ class Reference:
         if decision.pooled:
             given, wanted = self._pooled(decision, index)
         else:
-            given = self._look(self.run_hard, self.hard, self.hard_sites, decision, index, decision.hard | {decision.site}, stream)
+            given = self._look(
+                self.run_hard, self.hard, self.hard_sites, decision, index, decision.hard | {decision.site}, stream
+            )
             if stream:
                 wanted = self._look(self.run_smooth, self.smooth, self.smooth_sites, decision, index, set(), stream)
             else:
@@ -108,7 +110,14 @@ class Reference:
         return result
 
     def _look(
-        self, run: Callable[..., Any], model: nn.Module, sites: Any, decision: Decision, index: int, hard: set[str], stream: bool
+        self,
+        run: Callable[..., Any],
+        model: nn.Module,
+        sites: Any,
+        decision: Decision,
+        index: int,
+        hard: set[str],
+        stream: bool,
     ) -> Seen:
         inputs = self.case.batches[index].inputs
         with gates(sites, hard), self.case.context(), quiet_random():
@@ -200,7 +209,9 @@ class Reference:
         """Whether the held-out rows choose what was chosen; equal ones may be confused."""
         scale = np.ones(e.shape[1]) if decision.scale is None else decision.scale.numpy()
         biased = linear.bias is not None
-        candidates: list[tuple[str, float | None]] = [("none", None), ("bias", None)] + [("least_squares", x) for x in RIDGES]
+        candidates: list[tuple[str, float | None]] = [("none", None), ("bias", None)] + [
+            ("least_squares", x) for x in RIDGES
+        ]
         errors = {}
         for name, ridge in candidates:
             weight, bias = solution(r[fit], e[fit], name, ridge, biased)

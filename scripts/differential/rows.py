@@ -171,7 +171,9 @@ class Rows:
     told: bool = True
 
 
-def rows_of(calls: list[tuple[Tensor, Tensor, list[Tensor]]], batch: Batch, linear: Map, chunked: bool, decoder: bool) -> Rows:
+def rows_of(
+    calls: list[tuple[Tensor, Tensor, list[Tensor]]], batch: Batch, linear: Map, chunked: bool, decoder: bool
+) -> Rows:
     """All calls of a map in one forward as rows, each with its token."""
     mask = None if NOT_TEXT.search(linear.weight.lower()) else batch.decoder if decoder else batch.tokens
     if chunked and len(calls) > 1 and all(call[0].dim() > 2 for call in calls):

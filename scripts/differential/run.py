@@ -72,9 +72,13 @@ def main() -> None:
         prog="python -m scripts.differential.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", metavar="TYPE", help="model types; by default all")
-    parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, help="by default all for the most used, one for the others")
+    parser.add_argument(
+        "--conditions", nargs="+", choices=CONDITIONS, help="by default all for the most used, one for the others"
+    )
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--sample", type=int, metavar="N", help="so many of the jobs, drawn at random; printed, kept nowhere")
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="so many of the jobs, drawn at random; printed, kept nowhere"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the summary of the results and do nothing else")
@@ -186,7 +190,9 @@ def table(rows: list[dict[str, str]]) -> str:
     lines += ["", f"Equal: {sum(int(row['sites']) for row in equal)} sites, {sum(int(row['rows']) for row in equal)} rows."]
     for verdict in ("WRONG", "crash"):
         found = [row for row in rows if row["verdict"] == verdict]
-        lines += ["", *(f"{verdict}: {row['model_type']} {row['condition']}: {row['reason']}" for row in found)] if found else []
+        lines += (
+            ["", *(f"{verdict}: {row['model_type']} {row['condition']}: {row['reason']}" for row in found)] if found else []
+        )
     return "\n".join(lines)
 
 
