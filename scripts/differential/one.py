@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from scripts.differential.reference import Found, Reference
 from scripts.differential.rows import gates, main_tensor
 
 EQUAL = 1e-4
-# within bf16 autocast a difference of two bf16 numbers may be rounded to bf16 too: half a unit in the last of 8 bits, 2⁻⁹, of
-# each entry of the target, and so of what is solved from it; the rows themselves are the same to the bit
+# within bf16 autocast a difference of two bf16 numbers may be rounded to bf16 too: by half a unit in the last of 8 bits, 2⁻⁹,
+# of each entry of the target, and so of what is solved from it; the rows themselves are the same to the bit
 EQUAL_BF16 = 2.0**-8
 REFUSALS = (ValueError, hlg.SoftGateError, hlg.CalibrationError, hlg.ConversionError, hlg.FoldError)
 
@@ -87,6 +88,7 @@ def _row(case: Case, before: nn.Module, decisions: list[Decision], report: Any) 
         "verdict": "WRONG" if faults else "equal",
         "distance": found.distance,
         "sites": len(decisions),
+        "methods": _methods(decisions),
         "rows": found.rows,
         "padding": found.padding,
         "untold": found.untold,
@@ -95,6 +97,11 @@ def _row(case: Case, before: nn.Module, decisions: list[Decision], report: Any) 
         "exact": case.exact,
         "certain": any("counted" in fault or "belongs" in fault or "take up" in fault for fault in faults),
     }
+
+
+def _methods(decisions: list[Decision]) -> str:
+    counts = Counter(linear.method for decision in decisions for linear in decision.maps)
+    return ", ".join(f"{name} × {count}" for name, count in sorted(counts.items()))
 
 
 def _change(case: Case, before: nn.Module, final: dict[str, Tensor]) -> float:

@@ -129,8 +129,8 @@ class Reference:
         The output is scaled beyond a norm's ε. What lies behind the map must not matter, so the first call counts.
         """
         site, seen = self.smooth_sites[decision.site], []
+        plain = type(site).forward
         for factor in (1e3, 2e3, 3e3):
-            plain = type(site).forward
             site.forward = lambda x, factor=factor: factor * plain(site, x)  # type: ignore[method-assign]
             try:
                 with quiet_random():

@@ -49,6 +49,7 @@ FIELDS = [
     "verdict",
     "distance",
     "sites",
+    "methods",
     "rows",
     "padding",
     "untold",
@@ -92,6 +93,7 @@ def main() -> None:
         jobs, results = random.Random(options.seed).sample(jobs, options.sample), None
     elif not options.models:
         done = {(row["model_type"], row["condition"]) for row in read(options.results)}
+        jobs += [job for row in read(options.results) if (job := _follow_up(row)) is not None]
         jobs = [job for job in jobs if job not in done]
     rows = run_all(jobs, options.jobs, results, verbose=bool(options.models or options.sample))
     if any(row["verdict"] == "WRONG" for row in rows):
@@ -99,11 +101,17 @@ def main() -> None:
 
 
 def work(types: list[str] | None, conditions: list[str] | None) -> list[tuple[str, str]]:
-    """(model type, condition) to go through: all conditions of the most used, and the first that makes sense of the others."""
+    """(model type, condition) to go through: all conditions of the most used, one of the others."""
     if types or conditions:
         return [(name, condition) for name in types or model_types() for condition in conditions or CONDITIONS]
     used = [(name, condition) for name in USED for condition in CONDITIONS]
     return used + [(name, "padded") for name in model_types() if name not in USED]
+
+
+def _follow_up(row: Mapping[str, str]) -> tuple[str, str] | None:
+    """Of a model without a text to pad, among those that run under one condition: another condition."""
+    lacks = row["model_type"] not in USED and row["condition"] == "padded" and row["verdict"] == "makes no sense"
+    return (row["model_type"], "autocast") if lacks else None
 
 
 def run_all(jobs: list[tuple[str, str]], workers: int, results: Path | None, verbose: bool) -> list[dict[str, str]]:
@@ -117,6 +125,9 @@ def run_all(jobs: list[tuple[str, str]], workers: int, results: Path | None, ver
             for job in [job for job, child in running.items() if child.ended(running)]:
                 row = running.pop(job).row(*job)
                 made.append(row)
+                if results is not None and not verbose and (more := _follow_up(row)) is not None:
+                    queue.insert(0, more)
+                    bar.total += 1
                 if results is not None:
                     append(results, row)
                 bar.update()
