@@ -1,4 +1,4 @@
-"""The conditions under which a refit is asked for: how the model is built, wrapped and called, and which tokens are padding."""
+"""The conditions under which a refit is asked for: how the model is built and called, and which tokens are padding."""
 
 from __future__ import annotations
 

@@ -10,6 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_lambda_gelu.surgery.refit import engine
+from hf_lambda_gelu.surgery.refit.ridge import solve
+
+RIDGE = 0.1
 
 
 @dataclass
@@ -22,6 +25,7 @@ class Map:
         transposed: whether the weight is (d, k).
         method, ridge: of the correction.
         rows: how many rows the engine counted.
+        solved: (ΔW, c) of least squares with `RIDGE`, from the same sums, whatever was chosen.
     """
 
     weight: str
@@ -31,6 +35,7 @@ class Map:
     method: str = "none"
     ridge: float | None = None
     rows: int = 0
+    solved: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -56,6 +61,7 @@ class Decision:
     moved: bool = False
     scale: Tensor | None = None
     _decided: list[Any] = field(default_factory=list)
+    _solved: list[Any] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -74,6 +80,8 @@ def recorded() -> Iterator[list[Decision]]:
         (decision,) = current
         for linear, (correction, verdict) in zip(decision.maps, decision._decided, strict=True):
             linear.method, linear.ridge, linear.rows = correction.method, correction.ridge, verdict.rows
+        for linear, solved in zip(decision.maps, decision._solved, strict=True):
+            linear.solved = solved
         made.append(decision)
         return result
 
@@ -87,8 +95,10 @@ def recorded() -> Iterator[list[Decision]]:
             decision.scale = meeting.scale.detach().double().cpu()
         return result
 
-    def _decide(*args: Any, **kwargs: Any) -> Any:
-        result = decide(*args, **kwargs)
+    def _decide(fit: Any, held_out: Any, *args: Any, **kwargs: Any) -> Any:
+        result = decide(fit, held_out, *args, **kwargs)
+        solved = solve(fit + held_out, "least_squares", biased=kwargs["biased"], ridge=RIDGE)
+        current[0]._solved.append((solved.weight.cpu(), solved.bias.cpu()) if fit.count + held_out.count else None)
         current[0]._decided.append(result)
         return result
 
