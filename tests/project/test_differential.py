@@ -48,9 +48,10 @@ def test_wrong_weights_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return correction, verdict
 
     monkeypatch.setattr(engine, "decide", wrong)
-    row = compare("bert", "packed")
+    row = compare("bert", "padded")
+    assert "least_squares" in row["methods"]
     assert row["verdict"] == "WRONG"
-    assert row["distance"] == pytest.approx(1e-3, rel=1e-2)
+    assert row["distance"] > 1e-4
 
 
 def test_wrong_rows_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
