@@ -202,10 +202,9 @@ class Reference:
             got.append(("least_squares", RIDGE, (linear.solved[0].numpy(), linear.solved[1].numpy())))
         for method, ridge, (given_weight, given_bias) in got:
             weight, bias = solution(r, e, method, ridge, biased)
-            reach = max(np.abs(weight).max(), np.abs(bias).max(), 1e-12)
-            distance = max(np.abs(given_weight - weight).max(), np.abs(given_bias - bias).max() if biased else 0.0) / reach
+            distance = max(_apart(given_weight, weight), _apart(given_bias, bias) if biased else 0.0)
             if not distance <= found.distance:
-                found.distance, found.site = float(distance), where
+                found.distance, found.site = distance, where
         if fit.all() or not fit.any():
             return
         found.faults += self._choice(where, r, e, fit, decision, linear)
@@ -251,6 +250,12 @@ def solution(r: Array, e: Array, method: str, ridge: float | None, biased: bool)
     aims = np.concatenate([wanted, np.zeros((r.shape[1], e.shape[1]))])
     weight = np.linalg.lstsq(rows, aims, rcond=None)[0]
     return weight, mean_e - mean_r @ weight
+
+
+def _apart(one: Array, other: Array) -> float:
+    """The largest |difference|, in units of the largest element of the second; of the first where that is nothing."""
+    reach = float(np.abs(other).max()) or float(np.abs(one).max()) or 1.0
+    return float(np.abs(one - other).max()) / reach
 
 
 def _pairs(parts: list[Any]) -> list[tuple[Tensor, Tensor]]:
