@@ -10,7 +10,7 @@ STAMP = $(VENV)/.installed
 DOCS = $(VENV)/.docs
 OLDEST = .venv-oldest
 
-.PHONY: help demo demo-vision cards test test-oldest assets lint coverage coverage-latest bench docs clean
+.PHONY: help demo demo-vision cards test test-oldest assets lint coverage coverage-latest fuzz bench docs clean
 
 help:
 	@echo "make demo          MiniLM on movie reviews: fine-tune, harden, substitute, reload in stock transformers"
@@ -20,6 +20,7 @@ help:
 	@echo "make cards         the demos' model cards into model_cards/, after both demos"
 	@echo "make coverage      every architecture of transformers: converted, substituted, folded, reloaded; what is not done yet"
 	@echo "make coverage-latest   the same with the newest transformers, in .venv-latest; prints what changed"
+	@echo "make fuzz          the refit of every architecture against a slow reference, padded, packed, in bf16 …; what is not done yet"
 	@echo "make bench         what λ-GELU costs, as ratios to F.gelu: activation, torch.compile, training steps, conversion"
 	@echo "make lint          ruff, the direction of imports, types"
 	@echo "make docs          the documentation into site/, strictly: names, links and anchors must hold"
@@ -72,6 +73,10 @@ coverage-latest:
 	.venv-latest/bin/python -m scripts.architectures.run --results runs/coverage-latest.csv
 	.venv-latest/bin/python -m scripts.architectures.run --heads --results runs/coverage-latest.csv
 	.venv-latest/bin/python -m scripts.architectures.run --results runs/coverage-latest.csv --compare scripts/architectures/results/coverage.csv
+
+fuzz: $(STAMP)
+	$(BIN)/python -m scripts.differential.run
+	$(BIN)/python -m scripts.differential.run --table
 
 bench: $(STAMP)
 	$(BIN)/python -m scripts.benchmarks.run

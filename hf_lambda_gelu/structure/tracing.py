@@ -60,7 +60,7 @@ def trace(model: nn.Module, forward: Callable[[], Any], *others: Callable[[], An
         if len(seen.reached) == len(sites):
             break
     result.leading = seen.leading
-    return _read(parameters, sites.values(), seen, result)
+    return _read(model, parameters, sites.values(), seen, result)
 
 
 def _merged(order: list[str], more: list[str]) -> list[str]:
@@ -158,7 +158,7 @@ def ancestors(tensor: Tensor) -> Iterator[Any]:
         stack += [parent for parent, _ in node.next_functions]
 
 
-def _read(parameters: Parameters, names: Iterable[str], seen: _Seen, result: Trace) -> Trace:
+def _read(model: nn.Module, parameters: Parameters, names: Iterable[str], seen: _Seen, result: Trace) -> Trace:
     consumed: dict[str, set[str]] = {}  # parameter → the sites whose output it consumes
     for site, calls in seen.reached.items():
         unique = {call.key: call for call in calls}

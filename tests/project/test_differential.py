@@ -1,0 +1,92 @@
+"""The differential test of the refit: a seeded sample of it, and that it sees what is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_lambda_gelu.surgery.refit import engine
+from hf_lambda_gelu.surgery.refit.ridge import Correction
+from scripts.differential import run
+from scripts.differential.one import compare
+from scripts.differential.reference import solution
+from scripts.tools.processes import ROOT
+from scripts.tools.tables import read
+
+
+def test_sample() -> None:
+    """Drawn from the most used under all conditions; none is wrong, and a refusal leaves the model as it was."""
+    command = [sys.executable, "-m", "scripts.differential.run", "--jobs", "1", "--sample", "4", "--seed", "3"]
+    command += ["--models", "bert", "gpt2", "t5", "vit", "xlnet", "mixtral", "--conditions", "padded", "packed", "compiled"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert process.returncode == 0, process.stdout + process.stderr[-2000:]
+    assert process.stdout.count("model_type") + process.stderr.count("model_type") == 4
+
+
+def test_equal_to_the_reference() -> None:
+    row = compare("bert", "padded")
+    assert row["verdict"] == "equal", row["reason"]
+    assert row["distance"] < 1e-5
+    assert (row["sites"], row["rows"], row["padding"]) == (2, 296, 64)  # 2 sites × 15 texts of 12 positions
+    assert row["change"] < 1.0
+
+
+def test_wrong_weights_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A correction that is off by a thousandth of its largest element."""
+    right = engine.decide
+
+    def wrong(*args: object, **kwargs: object) -> object:
+        correction, verdict = right(*args, **kwargs)
+        if correction.weight is not None:
+            weight = correction.weight + 1e-3 * correction.weight.abs().max()
+            correction = Correction(weight, correction.bias, correction.method, correction.ridge)
+        return correction, verdict
+
+    monkeypatch.setattr(engine, "decide", wrong)
+    row = compare("bert", "padded")
+    assert "least_squares" in row["methods"]
+    assert row["verdict"] == "WRONG"
+    assert row["distance"] > 1e-4
+
+
+def test_wrong_rows_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding that counts as tokens."""
+    monkeypatch.setattr("scripts.differential.rows._laid_out", lambda leading, size, mask: None)
+    row = compare("bert", "padded")
+    assert row["verdict"] == "WRONG"
+    assert "rows were counted" in row["reason"]
+
+
+def test_solution_is_the_ridge_regression() -> None:
+    """Against the normal equations."""
+    generator = np.random.default_rng(0)
+    r, e = generator.normal(size=(40, 6)) + 3.0, generator.normal(size=(40, 2))
+    weight, bias = solution(r, e, "least_squares", 0.1, True)
+    centred = r - r.mean(0)
+    gram = centred.T @ centred
+    expected = np.linalg.solve(gram + 0.1 * np.trace(gram) / 6 * np.eye(6), centred.T @ (e - e.mean(0)))
+    np.testing.assert_allclose(weight, expected, rtol=1e-10)
+    np.testing.assert_allclose(bias, e.mean(0) - r.mean(0) @ expected, rtol=1e-9)
+    assert torch.tensor(solution(r, e, "none", None, True)[0]).abs().max() == 0
+
+
+def test_table_has_no_wrong_row() -> None:
+    rows = read(run.RESULTS)
+    wrong = [(row["model_type"], row["condition"], row["reason"]) for row in rows if row["verdict"] == "WRONG"]
+    assert rows
+    assert not wrong
+
+
+def test_rows_are_replaced_and_summed(tmp_path: Path) -> None:
+    results = tmp_path / "differential.csv"
+    row = dict.fromkeys(run.FIELDS, "") | {"model_type": "bert", "condition": "padded", "sites": "2", "rows": "9"}
+    for verdict in ("WRONG", "equal"):
+        run.append(results, row | {"verdict": verdict})
+    assert [found["verdict"] for found in read(results)] == ["equal"]
+    assert "Equal: 2 sites, 9 rows." in run.table(read(results))
+    assert "WRONG: bert" in run.table([row | {"verdict": "WRONG", "reason": "1.0e-01"}])
