@@ -30,6 +30,7 @@ __all__ = [
     "attention_implementation",
     "auto_mapping",
     "finish_current_push",
+    "forward_before_accelerate",
     "functorch_active",
     "generation_config_in_config",
     "has_peft_config",
@@ -86,6 +87,12 @@ def operator_schema(operator: OpOverload) -> torch.FunctionSchema:
 def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile made this module, or `module.compile()` was called."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def forward_before_accelerate(model: nn.Module) -> Callable[..., Any] | None:
+    """The forward that accelerate has wrapped in autocast (`Accelerator.prepare` with bf16 or fp16), None if it has not."""
+    found: Callable[..., Any] | None = vars(model).get("_original_forward")
+    return found
 
 
 def step_pre_hooks(optimizer: torch.optim.Optimizer) -> Iterable[Callable[..., Any]]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from .._compat import attention_implementation
 from ..measurement.audit.audit import audit
 from ..measurement.examples.choice import example_inputs
-from ..measurement.forward import evaluating, main_output, same_random_numbers
+from ..measurement.forward import evaluating, in_own_precision, main_output, same_random_numbers
 from ..structure.offloading import check_not_offloaded
 from ..structure.scratch import scratch_folder
 from ..structure.smooth_activations import smooth_activations
@@ -109,7 +109,7 @@ def verify_relu_pretrained(
     if model.device.type != "cpu":
         model = copy.deepcopy(model).cpu()
     inputs = {k: v.cpu() for k, v in (inputs or example_inputs(model)).items()}
-    with evaluating(model), same_random_numbers(model):
+    with evaluating(model), in_own_precision(model), same_random_numbers(model):
         expected = main_output(model(**inputs)).double()
     stock = _reloaded(model, Path(folder), inputs)
     difference = float((stock.output.double() - expected).abs().max())

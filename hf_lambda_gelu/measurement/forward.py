@@ -11,19 +11,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._compat import pytree
+from .._compat import forward_before_accelerate, pytree
 from ..structure import random_state
+from ..structure.autocast import Autocast
 from ..structure.config import config_of
+from ..structure.edits import without_caches
 from .batches import FORWARD_ERRORS, CalibrationError, forward_failed
 
 
 @contextlib.contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """`evaluating`, and config.problem_type as it was, into which classifiers write when they first see labels."""
+    """`evaluating`, without key-value caches, as in training, and config.problem_type as it was.
+
+    Into the last, classifiers write when they first see labels. A cache changes what some models compute: packed sequences
+    are kept apart only without.
+    """
     config = config_of(model)
     before = None if config is None else vars(config).get("problem_type")
     try:
-        with evaluating(model):
+        with evaluating(model), without_caches(model):
             yield
     finally:
         if config is not None and "problem_type" in vars(config):
@@ -100,6 +106,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def in_own_precision(model: nn.Module) -> Iterator[None]:
+    """Within the block, `model` computes as it does when it is loaded anew: without autocast, accelerate's or a user's own.
+
+    Training with bf16 leaves accelerate's wrapper on the model's forward.
+    """
+    wrapped, own = vars(model).get("forward"), forward_before_accelerate(model)
+    if own is not None:
+        vars(model)["forward"] = own
+    try:
+        with Autocast.now(model).off.entered():
+            yield
+    finally:
+        if own is not None:
+            vars(model)["forward"] = wrapped
 
 
 def random_state_kept(model: nn.Module | None) -> contextlib.AbstractContextManager[None]:

@@ -79,6 +79,11 @@ def places(note: Note, chunk: Chunk | None = None, positions_first: bool = False
         chunk: which piece of the sequence it is; None for all of it.
         positions_first: whether its first dimension is the positions and its second the examples, as in XLNet.
     """
+    if chunk is not None:
+        first, length, *rest = note.leading
+        whole = places(replace(note, leading=(first, chunk.total, *rest)), None, positions_first)
+        rows = torch.arange(whole.count).view(first, chunk.total, -1)
+        return _choice(rows[:, chunk.start : chunk.start + length].reshape(-1), whole)
     count = math.prod(note.leading)
     if note.chosen is not None:
         rows, total = note.chosen
@@ -89,16 +94,12 @@ def places(note: Note, chunk: Chunk | None = None, positions_first: bool = False
     if note.tower.mixed:
         return Places(count, example, told=False)
     for mask in _masks(note.tower, note.leading):
-        if chunk is not None and mask.shape[1] == chunk.total:
-            mask = mask[:, chunk.start : chunk.start + note.leading[1]]
-        elif chunk is not None:
-            continue
         token = _laid_out(mask, note.leading, positions_first)
         if token is not None:
             return Places(count, example, token)
-    whole = _masks(note.tower, ())[0]
-    if count == int(whole.sum()):  # the model unpadded its input itself
-        return Places(count, whole.nonzero()[:, 0] // (len(whole) // note.tower.size))
+    whole_mask = _masks(note.tower, ())[0]
+    if count == int(whole_mask.sum()):  # the model unpadded its input itself
+        return Places(count, whole_mask.nonzero()[:, 0] // (len(whole_mask) // note.tower.size))
     return Places(count, example, told=False)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..activation.module import LambdaGELU
 from ..structure.hooks import Hooks
+from ..structure.tracing import with_more
 from .batches import FORWARD_ERRORS, CalibrationError, batch_size
 from .forward import call
 from .places import Places, chunks, places
@@ -114,17 +115,17 @@ def positions_first(
     """Which of the modules work on (positions, examples, …), found by a run on one example less.
 
     Args:
-        modules: with the leading shape of what enters each on the batch, whose second number is the number of examples.
+        modules: with the leading shape of what enters each on the batch, all calls together, whose second number is the
+            number of examples.
 
     Raises:
         CalibrationError: the batch cannot be cut to one example less, so that it cannot be told.
     """
     less = {k: v[: size - 1] if isinstance(v, Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}
-    found: set[nn.Module] = set()
+    seen: dict[nn.Module, Sequence[int]] = {}
 
     def watch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        if args[0].dim() > 2 and tuple(args[0].shape[:2]) == (modules[module][0], size - 1):
-            found.add(module)
+        seen[module] = with_more(seen.get(module), args[0].shape[:-1])
 
     with Hooks() as hooks:
         for module in modules:
@@ -136,4 +137,4 @@ def positions_first(
                 f"a calibration batch has as many positions as examples ({size}), and {type(model).__name__} does not run "
                 f"on one less ({type(error).__name__}: {error}), so that padding cannot be told. Use another batch size"
             ) from error
-    return found
+    return [m for m, leading in seen.items() if len(leading) > 1 and tuple(leading[:2]) == (modules[m][0], size - 1)]

@@ -147,17 +147,17 @@ def copied_configs(model: PreTrainedModel, path: str) -> list[PreTrainedConfig]:
         raise
     except Exception:  # a class that does not take it: nothing is known to be a copy
         return []
-    before = dict(_places(plain, name))
+    before = dict(config_places(plain, name))
     found = {
         place: held
-        for place, held in _places(rebuilt, name)
+        for place, held in config_places(rebuilt, name)
         if getattr(held, name) == probe and (plain is rebuilt or (place in before and getattr(before[place], name) == value))
     }
-    own = dict(_places(model, name))
+    own = dict(config_places(model, name))
     return list({id(own[place]): own[place] for place in found if place in own and own[place] is not owner}.values())
 
 
-def _places(model: nn.Module, attribute: str) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
+def config_places(model: nn.Module, attribute: str) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
     """((module, name, name of a sub-config …), config) of the configs held by modules that have the attribute."""
     for module_name, module in named_modules(model):
         held_here = ((n, v) for n, v in vars(module).items() if isinstance(v, PreTrainedConfig))

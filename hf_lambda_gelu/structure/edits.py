@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import LAMBDA_KEYS, activation_attributes, get_attribute, owner_of, set_attribute
-from .config_probe import copied_configs
+from .config_probe import config_places, copied_configs
 from .second_records import keep_records_true
 
 M = TypeVar("M", bound=nn.Module)
@@ -119,14 +119,17 @@ def lambda_keys(model: nn.Module) -> list[tuple[PreTrainedConfig, str, str]]:
 
 @contextlib.contextmanager
 def without_caches(model: nn.Module) -> Iterator[None]:
-    """Within the block, no config in `model` asks for a key-value cache: it would carry state from run to run."""
-    configs = {id(c): c for module in model.modules() if isinstance(c := getattr(module, "config", None), PreTrainedConfig)}
-    parts = [sub for c in configs.values() for sub in vars(c).values() if isinstance(sub, PreTrainedConfig)]
-    asking = [c for c in {id(c): c for c in (*configs.values(), *parts)}.values() if vars(c).get("use_cache") is True]
+    """Within the block, no config in `model` asks for a key-value cache: it would carry state from run to run.
+
+    Configs may be replaced by copies within the block: what is switched on again is what is there then.
+    """
+    asking = {place for place, config in config_places(model, "use_cache") if config.use_cache is True}
     try:
-        for config in asking:
-            config.use_cache = False
+        for place, config in config_places(model, "use_cache"):
+            if place in asking:
+                config.use_cache = False
         yield
     finally:
-        for config in asking:
-            config.use_cache = True
+        for place, config in config_places(model, "use_cache"):
+            if place in asking:
+                config.use_cache = True

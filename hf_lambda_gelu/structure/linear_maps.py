@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._compat import without_torch_function
 from .linear_calls import Key, LinearCall, is_read, key_of, read_operation
+from .modules import transformers_parts
 
 
 class watch_linears(TorchFunctionMode):
@@ -157,13 +158,15 @@ def _layout(place: Tensor, call: LinearCall) -> bool | None:
 @contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
     """Within the block, experts run one after the other, where each one's weight can be told."""
-    read, write = (getattr(model, f"{verb}_experts_implementation", None) for verb in ("get", "set"))
-    before = read() if read is not None else None
-    if write is None or before is None or set(before.values()) <= {None, "eager"}:
-        yield
-        return
-    write("eager")
+    changed: list[tuple[Any, Any]] = []
     try:
+        for part in transformers_parts(model).values():
+            read, write = (getattr(part, f"{verb}_experts_implementation", None) for verb in ("get", "set"))
+            before = read() if read is not None else None
+            if write is not None and before is not None and not set(before.values()) <= {None, "eager"}:
+                changed.append((write, before))
+                write("eager")
         yield
     finally:
-        write(before)
+        for write, before in changed:
+            write(before)

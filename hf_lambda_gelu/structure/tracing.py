@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,14 +27,14 @@ class Trace:
         obstacles: site name → why its output cannot be made up for.
         order: site names in the order in which they are called.
         batches: the batches that were run, by their place, until every site was reached or none was left.
-        leading: site name → the leading shape (all but the features) of its output in the first call.
+        leading: site name → the leading shape (all but the features) of its output; of several calls, as `with_more` has it.
     """
 
     maps: dict[str, list[LinearMap]] = field(default_factory=dict)
     obstacles: dict[str, str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
-    leading: dict[str, torch.Size] = field(default_factory=dict)
+    leading: dict[str, Sequence[int]] = field(default_factory=dict)
 
 
 def trace(model: nn.Module, forward: Callable[[], Any], *others: Callable[[], Any]) -> Trace:
@@ -63,6 +63,13 @@ def trace(model: nn.Module, forward: Callable[[], Any], *others: Callable[[], An
     return _read(model, parameters, sites.values(), seen, result)
 
 
+def with_more(before: Sequence[int] | None, leading: Sequence[int]) -> Sequence[int]:
+    """The leading shape of what several calls got, joined along the second dimension, as chunks are."""
+    if before is None or len(before) < 2 or len(leading) < 2:
+        return leading if before is None else before
+    return (before[0], before[1] + leading[1], *before[2:])
+
+
 def _merged(order: list[str], more: list[str]) -> list[str]:
     """The order with the sites of another pass, each after the one that came before it there."""
     merged = list(order)
@@ -85,7 +92,7 @@ class _Seen:
     """
 
     reached: dict[str, list[LinearCall]] = field(default_factory=dict)
-    leading: dict[str, torch.Size] = field(default_factory=dict)
+    leading: dict[str, Sequence[int]] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[nn.Parameter, str] = field(default_factory=dict)
     ways: dict[Key, set[bool]] = field(default_factory=dict)
@@ -117,7 +124,7 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
 
     def on_site(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         seen.reached.setdefault(sites[module], [])
-        seen.leading.setdefault(sites[module], output.shape[:-1])
+        seen.leading[sites[module]] = with_more(seen.leading.get(sites[module]), output.shape[:-1])
         return leaf(output, sites[module])
 
     def sources(tensor: Tensor) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from ..structure.modules import has_adapters
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 from .schedule import HardeningSchedule
-from .switch import calibrated_targets, check_calibratable, l1_targets, refit_at_switch
+from .switch import SwitchData, calibrated_targets, check_calibratable, l1_targets, refit_at_switch, try_a_batch
 
 logger = logging.get_logger(__name__)
 
@@ -34,6 +34,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self.model: nn.Module | None = None
         self.at_switch: dict[str, float] | None = None
         self.calibrated: dict[str, float] | None = None
+        self.inputs: Callable[[Any], Iterable[Any]] = lambda batch: [batch]
         self.refit: CompensationReport | None = None  # in this process; a resumed run has the weights, not the report
 
     def state(self) -> dict[str, Any]:
@@ -92,14 +93,14 @@ class HardeningCallback(TrainerCallback, ExportableState):
         schedule = HardeningSchedule(state.max_steps, args.hardness_switch_point, hold, args.hardness_ramp)
         if schedule.learning(state.global_step):
             return
-        data = train_dataloader.dataset, train_dataloader.collate_fn
+        data = SwitchData(train_dataloader.dataset, train_dataloader.collate_fn, self.inputs)
         switching = self.at_switch is None
         if self.at_switch is None:
             self.at_switch = hardness_profile(model)
         if args.hardness_target == "calibrated" and self.calibrated is None:
-            self.calibrated = calibrated_targets(model, args, *data)
+            self.calibrated = calibrated_targets(model, args, data)
         if switching and not ramp:
-            self.refit = refit_at_switch(model, args, *data)
+            self.refit = refit_at_switch(model, args, data)
             if state.is_world_process_zero:
                 logger.info(str(self.refit))
         targets = self.targets(args, model)
@@ -107,6 +108,11 @@ class HardeningCallback(TrainerCallback, ExportableState):
             start = self.at_switch[name]
             at_once = max(start, targets[name])
             site.set_hardness(schedule.hardness(state.global_step, start, targets[name]) if ramp else at_once)
+
+    def try_a_batch(self, args: LambdaGELUTrainingArguments, model: nn.Module, loader: DataLoader[Any]) -> None:
+        """CalibrationError if the switch is still to come and could not use a batch; see `switch.try_a_batch`."""
+        if self.at_switch is None:
+            try_a_batch(model, args, SwitchData(loader.dataset, loader.collate_fn, self.inputs))
 
     def targets(self, args: LambdaGELUTrainingArguments, model: nn.Module) -> dict[str, float]:
         """{module name: the λ to ramp to}; empty while it is still to be calibrated."""

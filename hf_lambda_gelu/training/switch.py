@@ -6,7 +6,8 @@ Targets from data and the refit are derived, not the paper's (arXiv 2603.21991).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -17,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..activation.hardness import target_hardness
 from ..activation.module import hardness_sites
+from ..measurement.batches import CalibrationError, model_batches
 from ..measurement.calibration import calibrate
-from ..measurement.forward import measuring
+from ..measurement.forward import measuring, run_batch
 from ..structure.random_state import random_numbers_from
 from ..structure.transaction import transaction
 from ..surgery.refit.engine import compensation
@@ -36,36 +38,70 @@ def l1_targets(model: nn.Module, args: LambdaGELUTrainingArguments) -> dict[str,
     return {name: target_hardness(args.hardness_tolerance, site.base) for name, site in hardness_sites(model).items()}
 
 
-def calibrated_targets(
-    model: nn.Module, args: LambdaGELUTrainingArguments, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]
-) -> dict[str, float]:
-    """{module name: λ} at which each site's relative error is `args.hardness_relative_tolerance`. [derived]
+@dataclass(frozen=True)
+class SwitchData:
+    """Where the switch takes its batches from.
 
-    Measured by `calibrate` on up to 64 examples, spread evenly over `dataset`, the same on every process; all processes get
-    what the first one found. A site that none of them reaches gets its ℓ1 target. The run's random numbers and the order of
-    its data are not touched.
-
-    Args:
+    Attributes:
         dataset: with length and index, its columns reduced to those that the model takes.
         collate: makes a batch of examples.
+        inputs: batch → the batches of what the model's forward takes, see `LambdaGELUTrainer.calibration_inputs`.
+    """
+
+    dataset: Dataset[Any]
+    collate: Callable[[list[Any]], Any]
+    inputs: Callable[[Any], Iterable[Any]]
+
+    def batches(self, args: LambdaGELUTrainingArguments, examples: int) -> Iterator[Any]:
+        """Batches of up to so many examples, spread evenly over the data set."""
+        length = len(cast("Sized", self.dataset))  # `check_calibratable` has seen to it
+        count = min(examples, length)
+        chosen = Subset(self.dataset, [i * length // count for i in range(count)])
+        for batch in DataLoader(chosen, args.per_device_train_batch_size, collate_fn=_own_copy(self.collate)):
+            yield from self.inputs(batch)
+
+
+def try_a_batch(model: nn.Module, args: LambdaGELUTrainingArguments, data: SwitchData) -> None:
+    """Run the model on a batch like those of the switch, so that what it cannot use is found before a step is taken.
+
+    Raises:
+        CalibrationError: there is none that the model takes, or its forward raises.
+    """
+    if (args.hardness_target == "l1" and args.hardness_compensate == "none") or args.fsdp or args.deepspeed:
+        return
+    try:
+        with random_numbers_from(args.seed, args.device), measuring(model), torch.no_grad():
+            run_batch(model, next(model_batches(model, data.batches(args, args.per_device_train_batch_size))), 0)
+    except CalibrationError as error:
+        raise CalibrationError(
+            f"the switch at {args.hardness_switch_point:g} of the run will measure or refit the model on training batches, "
+            f"and cannot: {error}. Override LambdaGELUTrainer.calibration_inputs, which makes of a batch what forward takes, or "
+            "set hardness_target='l1' and hardness_compensate='none'"
+        ) from error
+
+
+def calibrated_targets(model: nn.Module, args: LambdaGELUTrainingArguments, data: SwitchData) -> dict[str, float]:
+    """{module name: λ} at which each site's relative error is `args.hardness_relative_tolerance`. [derived]
+
+    Measured by `calibrate` on up to 64 examples, spread evenly over the data set, the same on every process; all get what the
+    first one found. A site that none of them reaches gets its ℓ1 target. The run's random numbers and the order of
+    its data are not touched.
 
     Raises:
         CalibrationError: see `calibrate`.
     """
     with random_numbers_from(args.seed, args.device):
-        report = calibrate(model, _loader(args, dataset, collate, CALIBRATION_EXAMPLES))
+        report = calibrate(model, data.batches(args, CALIBRATION_EXAMPLES))
     targets = l1_targets(model, args)
     targets |= {site.name: site.target_hardness(args.hardness_relative_tolerance) for site in report.sites if site.count}
     first: list[dict[str, float]] = broadcast_object_list([targets])  # a sum of floats may differ on another device
     return first[0]
 
 
-def refit_at_switch(
-    model: nn.Module, args: LambdaGELUTrainingArguments, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]
-) -> CompensationReport:
+def refit_at_switch(model: nn.Module, args: LambdaGELUTrainingArguments, data: SwitchData) -> CompensationReport:
     """Refits, in place, the linear maps after the sites as `relu_ize(compensate=…)` does, for gates that become hard now.
 
-    On up to 300 examples, spread evenly over `dataset`, the same on every process; all processes get the first one's
+    On up to 300 examples, spread evenly over the data set, the same on every process; all get the first one's
     weights. The optimizer goes on with the same parameters. None is added: where a map has no bias, its weights alone are
     refit. The run's random numbers and the order of its data are not touched.
 
@@ -73,8 +109,8 @@ def refit_at_switch(
         CalibrationError: see `relu_ize`; the model is as it was.
     """
     with random_numbers_from(args.seed, args.device):
-        loader = _loader(args, dataset, collate, REFIT_EXAMPLES)
-        report, refit = _refit(model, loader, cast("Compensate", args.hardness_compensate))
+        batches = data.batches(args, REFIT_EXAMPLES)
+        report, refit = _refit(model, batches, cast("Compensate", args.hardness_compensate))
     if args.world_size > 1:
         for parameter in refit:
             torch.distributed.broadcast(parameter.data, 0)
@@ -82,20 +118,11 @@ def refit_at_switch(
 
 
 @transaction
-def _refit(model: nn.Module, loader: DataLoader[Any], method: Compensate) -> tuple[CompensationReport, list[nn.Parameter]]:
+def _refit(model: nn.Module, batches: Iterator[Any], method: Compensate) -> tuple[CompensationReport, list[nn.Parameter]]:
     """The report, and the parameters that were refit."""
-    with measuring(model), compensation(model, loader) as work:
+    with measuring(model), compensation(model, batches) as work:
         report = work.run(method, biases=False)
     return report, list(work.originals)
-
-
-def _loader(
-    args: LambdaGELUTrainingArguments, dataset: Dataset[Any], collate: Callable[[list[Any]], Any], examples: int
-) -> DataLoader[Any]:
-    length = len(cast("Sized", dataset))  # `check_calibratable` has seen to it
-    count = min(examples, length)
-    chosen = Subset(dataset, [i * length // count for i in range(count)])
-    return DataLoader(chosen, args.per_device_train_batch_size, collate_fn=_own_copy(collate))
 
 
 def check_calibratable(args: LambdaGELUTrainingArguments, dataset: Any) -> None:

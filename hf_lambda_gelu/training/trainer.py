@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from .callback import HardeningCallback
 from .first_step import first_step
 from .optimizer import attach_hardness_update
 from .publish import push_trained
+from .second_evaluation import without_a_trace
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +52,8 @@ class LambdaGELUTrainer(Trainer):
             written, or a checkpoint to resume from belongs to a model converted otherwise, or the switch needs examples of a
             training set without length or index: each before training starts. At the first step, before λ or a weight
             changes: a fused kernel that runs in the place of sites.
-        CalibrationError: while training, at the switch, if the model cannot be measured or refit.
+        CalibrationError: before the first step, if the model's forward does not take what `calibration_inputs` gives; at the
+            switch, if the model cannot be measured or refit.
 
     Examples:
         >>> import hf_lambda_gelu as hlg, torch
@@ -163,9 +166,29 @@ class LambdaGELUTrainer(Trainer):
         step = partial(super().training_step, model, inputs, num_items_in_batch)
         if self._sites_run:
             return step()
+        self._hardening.inputs = self.calibration_inputs
+        loader = cast("DataLoader[Any]", self.callback_handler.train_dataloader)  # while a Trainer runs
+        self._hardening.try_a_batch(self.args, self.model, loader)
         loss = first_step(self.model, step, lambda: self.compute_loss(model, self._prepare_inputs(inputs)))
         self._sites_run = True
         return loss
+
+    def calibration_inputs(self, batch: Any) -> Iterable[Any]:
+        """The batches of what the model's forward takes, made of a training batch, on which the switch measures and refits.
+
+        To be overridden where the model's forward does not take training batches as they are: a loss of one's own on pairs,
+        two towers. [derived]
+
+        Args:
+            batch: what the collator makes.
+
+        Examples:
+            >>> class Pairs(hlg.LambdaGELUTrainer):  # import hf_lambda_gelu as hlg
+            ...     def calibration_inputs(self, batch):
+            ...         yield {"input_ids": batch["query_ids"]}
+            ...         yield {"input_ids": batch["document_ids"]}
+        """
+        return [batch]
 
     def evaluation_loop(
         self,
@@ -183,7 +206,7 @@ class LambdaGELUTrainer(Trainer):
         output = loop(metric_key_prefix)
         if self.args.eval_relu:
             # in the same loop, so that one log line, one callback event and the choice of the best checkpoint see both
-            with gates_as_relu(self.model):
+            with gates_as_relu(self.model), without_a_trace(self):
                 relu = loop(f"{metric_key_prefix}_relu").metrics or {}
             if output.metrics is not None:
                 output.metrics.update({name: value for name, value in relu.items() if "preparation_time" not in name})

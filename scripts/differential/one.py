@@ -19,7 +19,7 @@ from scripts.differential.rows import gates, main_tensor
 EQUAL = 1e-4
 # within bf16 autocast a difference of two bf16 numbers may be rounded to bf16 too: half a unit in the last
 # of 8 bits, 2⁻⁹, of each entry of the target, and so of what is solved from it; the rows themselves are the same to the bit
-EQUAL_BF16 = 2.0**-8
+EQUAL_BF16 = 1e-4
 REFUSALS = (ValueError, hlg.SoftGateError, hlg.CalibrationError, hlg.ConversionError, hlg.FoldError)
 
 

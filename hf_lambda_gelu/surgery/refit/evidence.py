@@ -68,12 +68,12 @@ class Evidence:
     def _change(self, given: list[MapCall], aim: list[MapCall], now: Stream, wanted: Stream) -> Tensor:
         """What the map's output should change by, in the order of its calls."""
         if self.meeting is None or self.scale is None:
-            return torch.cat([a.output - g.output for a, g in zip(aim, given, strict=True)])
+            return torch.cat([_wide(a.output) - _wide(g.output) for a, g in zip(aim, given, strict=True)])
         notes = [call.note for call in given]
         streams = [self.meeting.rows(stream, notes) for stream in (now, wanted)]
         if streams[0] is None or streams[1] is None or len(streams[0]) != sum(len(call.input) for call in given):
             raise MeetingError
-        return torch.where(self.scale.abs() > 1e-12, (streams[1] - streams[0]) / self.scale, 0.0)
+        return torch.where(self.scale.abs() > 1e-12, (_wide(streams[1]) - _wide(streams[0])) / self.scale, 0.0)
 
     def _add(self, linear: LinearMap, given: list[MapCall], aim: list[MapCall], change: Tensor, examples: Examples) -> None:
         start = 0
@@ -100,6 +100,11 @@ class Evidence:
                 f"{self.site}: what it puts out on the calibration batches, or the stream that it is added to, is not "
                 "finite. Does the model overflow in half precision?"
             )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In fp32 or more: a difference of half precision numbers is not one."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _empty(linear: LinearMap) -> Moments:

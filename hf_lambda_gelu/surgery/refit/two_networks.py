@@ -33,7 +33,6 @@ from ...measurement.batches import FORWARD_ERRORS, batch_size, forward_failed
 from ...measurement.forward import call, same_random_numbers
 from ...measurement.towers import Towers
 from ...structure.autocast import Autocast
-from ...structure.edits import without_caches
 from ...structure.linear_maps import LinearMap
 from ...structure.transaction import keep
 from .biases import AddedBiases
@@ -192,7 +191,7 @@ class TwoNetworks:
         def run() -> Any:
             self.check()
             quiet = warnings.catch_warnings()
-            with same_random_numbers(self.model), quiet, self.autocast.entered(), without_caches(self.model):
+            with same_random_numbers(self.model), quiet, self.autocast.entered():
                 try:
                     with self.towers.following(self.sizes[index], batch):
                         return call(self.model, {**batch, **extra})
