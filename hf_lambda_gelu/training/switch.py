@@ -75,17 +75,17 @@ def try_a_batch(model: nn.Module, args: LambdaGELUTrainingArguments, data: Switc
     except CalibrationError as error:
         raise CalibrationError(
             f"the switch at {args.hardness_switch_point:g} of the run will measure or refit the model on training batches, "
-            f"and cannot: {error}. Override LambdaGELUTrainer.calibration_inputs, which makes of a batch what forward takes, or "
-            "set hardness_target='l1' and hardness_compensate='none'"
+            f"and cannot: {error}. Override LambdaGELUTrainer.calibration_inputs, which makes of a batch what forward "
+            "takes, or set hardness_target='l1' and hardness_compensate='none'"
         ) from error
 
 
 def calibrated_targets(model: nn.Module, args: LambdaGELUTrainingArguments, data: SwitchData) -> dict[str, float]:
     """{module name: λ} at which each site's relative error is `args.hardness_relative_tolerance`. [derived]
 
-    Measured by `calibrate` on up to 64 examples, spread evenly over the data set, the same on every process; all get what the
-    first one found. A site that none of them reaches gets its ℓ1 target. The run's random numbers and the order of
-    its data are not touched.
+    Measured by `calibrate` on up to 64 examples, spread evenly over the data set, the same on every process; all get what
+    the first one found. A site that none of them reaches gets its ℓ1 target. The run's random numbers and the order of its
+    data are not touched.
 
     Raises:
         CalibrationError: see `calibrate`.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import hf_lambda_gelu as hlg
 from scripts.architectures.tiny_models import CannotBuild
@@ -16,10 +17,7 @@ from scripts.differential.decisions import Decision, recorded
 from scripts.differential.reference import Found, Reference
 from scripts.differential.rows import gates, main_tensor
 
-EQUAL = 1e-4
-# within bf16 autocast a difference of two bf16 numbers may be rounded to bf16 too: half a unit in the last
-# of 8 bits, 2⁻⁹, of each entry of the target, and so of what is solved from it; the rows themselves are the same to the bit
-EQUAL_BF16 = 1e-4
+EQUAL = 1e-4  # within bf16 autocast too: the rows are the same to the bit, and what is made of them is fp32 or more
 REFUSALS = (ValueError, hlg.SoftGateError, hlg.CalibrationError, hlg.ConversionError, hlg.FoldError)
 
 
@@ -49,8 +47,9 @@ def _compare(model_type: str, condition: str, dtype: torch.dtype) -> dict[str, A
         hlg.convert(case.model)
     except hlg.ConversionError as error:
         return {"verdict": "no map", "reason": str(error)}
-    if hasattr(case.model, "set_experts_implementation"):
-        case.model.set_experts_implementation("eager")  # where each expert is a map of its own
+    for part in case.model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.set_experts_implementation("eager")  # where each expert is a map of its own
     before = copy.deepcopy(case.model)
     wrapped = case.wrap(case.model)
     state = _state(case.model)
@@ -79,7 +78,7 @@ def _row(case: Case, before: nn.Module, decisions: list[Decision], report: Any) 
     reference = Reference(before, final, case, _decoder(before))
     found: Found = reference.compare(decisions)
     faults = [*found.faults]
-    if found.distance > (EQUAL if case.exact else EQUAL_BF16) or found.distance != found.distance:
+    if found.distance > EQUAL or found.distance != found.distance:
         faults.insert(0, f"{found.distance:.1e} at {found.site}")
     named = {site.name.removeprefix("_orig_mod.") for site in report.compensation.sites}
     if named != {decision.site for decision in decisions}:
