@@ -29,7 +29,6 @@ from transformers import (
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.structure.config_probe import copied_configs
-from hf_lambda_gelu.structure.edits import lambda_keys_as
 
 _SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 9}
 _IMAGE = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12, "image_size": 8}
@@ -105,7 +104,7 @@ def test_one_of_two_alike(name: str, verb: str, tmp_path: Path) -> None:
     configs = model.get_submodule(part).config, model.get_submodule(other).config
     assert [c.hidden_act for c in configs] == ["lambda_gelu", "gelu"]
     assert (value(model.config, path), value(model.config, other_path)) == ("lambda_gelu", "gelu")
-    with lambda_keys_as(model, "relu"):
+    with hlg.gates_as_relu(model):
         assert [c.hidden_act for c in configs] == ["relu", "gelu"]
     batch = {"input_ids": torch.tensor([[3, 4, 5]])}
     if name == "decoder":

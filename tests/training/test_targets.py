@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import RemoveColumnsCollator
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.training.switch import calibrated_targets
+from hf_lambda_gelu.training.switch import SwitchData, calibrated_targets
 
 
 def error_as_relu(x: np.ndarray, hardness: float) -> float:
@@ -112,7 +112,7 @@ def test_calibrated_targets_do_not_depend_on_the_random_state() -> None:
         model.train(seed == 2)
         args = hlg.LambdaGELUTrainingArguments(use_cpu=True)
         wrapped = RemoveColumnsCollator(collator, ["input_ids", "labels"])
-        found.append(calibrated_targets(model, args, NoisyRows(), wrapped))
+        found.append(calibrated_targets(model, args, SwitchData(NoisyRows(), wrapped, lambda batch: [batch])))
     assert found[0] == found[1]
     assert torch.equal(collator.generator.get_state(), Masking().generator.get_state())
 
@@ -123,7 +123,8 @@ def test_calibrated_targets_are_those_of_the_first_process(monkeypatch: pytest.M
         "hf_lambda_gelu.training.switch.broadcast_object_list", lambda objects: [dict.fromkeys(objects[0], 7.0)]
     )
     args = hlg.LambdaGELUTrainingArguments(use_cpu=True)
-    assert calibrated_targets(converted(), args, Rows(), default_collate) == dict.fromkeys(SITES, 7.0)
+    data = SwitchData(Rows(), default_collate, lambda batch: [batch])
+    assert calibrated_targets(converted(), args, data) == dict.fromkeys(SITES, 7.0)
 
 
 def test_a_calibrated_target_below_the_learned_hardness(tmp_path: Path) -> None:
