@@ -17,10 +17,15 @@ def frame_mask(model: nn.Module, mask: Tensor, frames: int) -> Tensor | None:
     lengths = mask.sum(-1)
     whole = torch.full_like(lengths[:1], mask.shape[-1])
     for convolved in _front_ends(model):
-        if int(convolved(whole)) == frames:
-            kept = convolved(lengths).clamp(0, frames)
+        if int(_last(convolved(whole))) == frames:
+            kept = _last(convolved(lengths)).clamp(0, frames)
             return torch.arange(frames, device=mask.device) < kept[:, None]
     return None
+
+
+def _last(lengths: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The lengths after the last of several stages (Qwen2-Audio's convolution and pooling)."""
+    return lengths[-1] if isinstance(lengths, tuple) else lengths
 
 
 class _Convolutions:
@@ -35,7 +40,7 @@ class _Convolutions:
         return lengths
 
 
-def _front_ends(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+def _front_ends(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor | tuple[Tensor, ...]]]:
     for part in model.modules():
         if not isinstance(part, PreTrainedModel):
             continue

@@ -190,7 +190,9 @@ class Towers:
         if mask is not None:
             mask = _without_past(mask, given)
             return Tower(size, mask, _is_mixed(given), partial(frame_mask, self.model, mask))
-        starts = any(given.get(name) is not None for name in (_INPUTS if isinstance(module, PreTrainedModel) else _PIXELS))
+        whole = isinstance(module, PreTrainedModel)
+        starts = any(given.get(name) is not None for name in (_INPUTS if whole else _PIXELS))
+        starts = starts or (whole and self.current.mixed)  # beside text, what is called without a mask is not the text's
         if starts and not any(given.get(name) is not None for name in _MASKS):
             return Tower(size, self._decoder_mask if module in self._decoder else None)
         return self.current
@@ -252,7 +254,11 @@ def _key_mask(given: Mapping[str, Any], size: int, name: str) -> Tensor | None:
     if mask.dim() == 4 and mask.numel() and bool((mask == mask[:, :1, :1]).all()):  # for every head and query alike
         mask = mask[:, 0, 0]
         mask = mask > _MASKED_OUT if mask.is_floating_point() else mask != 0
-    elif mask.dim() != 2 or (mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all())):
+    elif mask.dim() != 2:
+        return None
+    elif mask.is_floating_point() and (bool((mask < 0).any()) or not bool(mask.any())):  # additive (Longformer)
+        mask = mask > _MASKED_OUT
+    elif mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
         return None
     if not len(mask) or len(mask) % size:
         return None

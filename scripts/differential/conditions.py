@@ -68,6 +68,14 @@ class Case:
     own_wrap: bool = True
 
 
+def without_padding(case: Case) -> None:
+    """Let all tokens count, where it cannot be told from outside which rows are of padding."""
+    for batch in case.batches:
+        if batch.tokens is not None:
+            batch.tokens = torch.ones_like(batch.tokens)
+            batch.inputs["attention_mask"] = torch.ones_like(batch.inputs["attention_mask"])
+
+
 def build(model_type: str, condition: str) -> Case:
     """The case; Inapplicable or CannotBuild where there is none."""
     if condition == "labels":
@@ -223,6 +231,7 @@ def _batches(model: PreTrainedModel) -> list[Batch]:
 def _varied(model: PreTrainedModel, inputs: dict[str, Any], size: int, seed: int) -> Batch:
     """Other numbers and tokens in each batch; special tokens, which stand for images and sounds, stay."""
     generator = torch.Generator().manual_seed(100 + seed)
+    pad: int | None = None
     inputs = {name: copy.deepcopy(value) for name, value in inputs.items()}
     special = special_tokens(model.config)
     for name, value in inputs.items():
@@ -230,13 +239,19 @@ def _varied(model: PreTrainedModel, inputs: dict[str, Any], size: int, seed: int
             continue
         if name in ("input_ids", "decoder_input_ids") and not value.is_floating_point():
             plain = torch.tensor([token for token in range(2, int(value.max()) + 1) if token not in special] or [0])
+            if name == "input_ids" and len(plain) > 1:  # padding has a token of its own, and no row that is a token's too
+                pad, plain = int(plain[0]), plain[1:]
             other = plain[torch.randint(0, len(plain), value.shape, generator=generator)]
             # a decoder's input does not end: its last token would be taken for padding where both have one id
             stays = torch.isin(value, torch.tensor(sorted(special) or [-1])) & (name == "input_ids")
             inputs[name] = torch.where(stays, value, other)
         elif value.is_floating_point() and "mask" not in name and "points" not in name:
             inputs[name] = value + 0.3 * torch.randn(value.shape, generator=generator)
-    return Batch(inputs, size, *_pad(inputs, size, left=seed == 1))
+    tokens, decoder = _pad(inputs, size, left=seed == 1)
+    if tokens is not None and pad is not None:
+        special_here = torch.isin(inputs["input_ids"], torch.tensor(sorted(special) or [-1]))
+        inputs["input_ids"] = torch.where(tokens | special_here, inputs["input_ids"], pad)
+    return Batch(inputs, size, tokens, decoder)
 
 
 def _pad(inputs: dict[str, Any], size: int, left: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import hf_lambda_gelu as hlg
 from scripts.architectures.tiny_models import CannotBuild
-from scripts.differential.conditions import Case, Inapplicable, build, quiet_random
+from scripts.differential.conditions import Case, Inapplicable, build, quiet_random, without_padding
 from scripts.differential.decisions import Decision, recorded
 from scripts.differential.reference import Found, Reference
 from scripts.differential.rows import gates, main_tensor
@@ -24,6 +24,9 @@ REFUSALS = (ValueError, hlg.SoftGateError, hlg.CalibrationError, hlg.ConversionE
 def compare(model_type: str, condition: str) -> dict[str, Any]:
     """The verdict with its numbers. What rounding blows up in fp32 is decided in float64, as rounding differs by design."""
     row = _compare(model_type, condition, torch.float32)
+    if row["verdict"] == "WRONG" and row.get("untold"):  # text beside images in one tower, positions that are pooled
+        row = _compare(model_type, condition, torch.float32, padding=False)
+        row["reason"] = f"without padding, which cannot be told from outside; {row['reason']}".strip("; ")
     if row["verdict"] == "WRONG" and row.pop("exact") and not row.pop("certain"):
         again = _compare(model_type, condition, torch.float64)
         if again["verdict"] != "crash":
@@ -33,9 +36,11 @@ def compare(model_type: str, condition: str) -> dict[str, Any]:
     return row
 
 
-def _compare(model_type: str, condition: str, dtype: torch.dtype) -> dict[str, Any]:
+def _compare(model_type: str, condition: str, dtype: torch.dtype, padding: bool = True) -> dict[str, Any]:
     try:
         case = build(model_type, condition)
+        if not padding:
+            without_padding(case)
         _cast(case, dtype)
         with case.context(), quiet_random(), torch.no_grad():
             case.model(**case.batches[0].inputs)

@@ -22,6 +22,9 @@ Array = NDArray[np.float64]
 NOT_TEXT = re.compile(r"vision|visual|image|audio|speech|video|patch|pixel|qformer")
 
 
+_STACKED = (torch.bmm, torch.matmul, Tensor.bmm, Tensor.matmul, Tensor.__matmul__)  # a product for each expert
+
+
 @dataclass
 class Seen:
     """Of one forward: the calls of each map, and what was at the meeting point after how many calls of the first map.
@@ -44,6 +47,12 @@ class Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        if func in _STACKED and isinstance(args[1], Tensor) and args[1].dim() == 3:
+            with torch._C.DisableTorchFunctionSubclass():
+                for number, place in self.weights.items():
+                    for expert, weight in enumerate(args[1]):
+                        if weight.data_ptr() == place.data_ptr() and weight.shape == place.shape:
+                            self.keep(number, args[0][expert], output[expert])
         if func is F.linear:
             given, weight = args[0], args[1]
             with torch._C.DisableTorchFunctionSubclass():

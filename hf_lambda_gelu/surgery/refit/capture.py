@@ -32,19 +32,20 @@ class Call:
     Attributes:
         arguments: what it was called with.
         autocast: the state of autocast in which it was called: accelerate wraps the model's forward, not its blocks.
-        mask: the mask of its tower.
+        mask, mixed: those of its tower.
         chosen: which tokens it gets, if those are a choice (an expert's).
     """
 
     arguments: Arguments
     autocast: Autocast
     mask: Tensor | None
+    mixed: bool = False
     chosen: Chosen | None = None
 
     @property
-    def parts(self) -> tuple[Arguments, Autocast, Tensor | None, Chosen | None]:
+    def parts(self) -> tuple[Arguments, Autocast, Tensor | None, bool, Chosen | None]:
         """What the call is made of, in order, for a store of nested tuples."""
-        return self.arguments, self.autocast, self.mask, self.chosen
+        return self.arguments, self.autocast, self.mask, self.mixed, self.chosen
 
     @property
     def hidden(self) -> Tensor | None:
@@ -61,7 +62,7 @@ class Call:
 
     def tower(self, size: int) -> Tower:
         """The tower, in a batch of so many examples."""
-        return Tower(size, self.mask)
+        return Tower(size, self.mask, self.mixed)
 
     def has_all_rows(self, size: int) -> bool:
         """Whether the hidden state has rows for all of the batch's examples: an expert gets those routed to it alone."""
@@ -133,11 +134,11 @@ def capture(
 
     def keep(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = hidden_in(args, kwargs)
-        mask = None if towers is None else towers.current.mask
+        tower = Tower(1) if towers is None else towers.current
         chosen = None if towers is None or hidden is None else towers.chosen(hidden)
         places.append(len(calls))
         names.append(name)
-        calls.append(Call(_kept(args, kwargs), Autocast.now(module), mask, chosen))
+        calls.append(Call(_kept(args, kwargs), Autocast.now(module), tower.mask, tower.mixed, chosen))
         samples.append(None)
         if not outputs:
             stop()
