@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_lambda_gelu.measurement.towers import Tower
 from hf_lambda_gelu.surgery.refit import engine
 from hf_lambda_gelu.surgery.refit.ridge import Correction
 from scripts.differential import run
@@ -56,7 +57,7 @@ def test_wrong_weights_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_rows_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding that counts as tokens."""
-    monkeypatch.setattr("scripts.differential.rows._laid_out", lambda leading, size, mask: None)
+    monkeypatch.setattr(Tower, "padded", False)
     row = compare("bert", "padded")
     assert row["verdict"] == "WRONG"
     assert "rows were counted" in row["reason"]
