@@ -18,6 +18,7 @@ import pytest
 import torch
 from support.hub_server import HubServer
 from support.publishing import TOKEN
+from transformers.utils import logging
 
 from scripts.tools.assets import available
 
@@ -44,6 +45,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def progress_bars_as_before() -> Iterator[None]:
+    """transformers' switch is one for the process; the command line, which some tests call in it, sets it for good."""
+    shown = logging.is_progress_bar_enabled()
+    yield
+    switch = logging.enable_progress_bar if shown else logging.disable_progress_bar
+    switch()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture
