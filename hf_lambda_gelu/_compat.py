@@ -7,6 +7,7 @@ One name cannot stand here: transformers sets `_is_hf_initialized` on modules, a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -29,6 +30,7 @@ __all__ = [
     "TorchDispatchMode",
     "attention_implementation",
     "auto_mapping",
+    "compile_stance",
     "finish_current_push",
     "forward_before_accelerate",
     "functorch_active",
@@ -37,6 +39,7 @@ __all__ = [
     "is_compiled",
     "mode_stack",
     "operator_schema",
+    "put_compile_stance",
     "put_mode_stack",
     "pytree",
     "step_pre_hooks",
@@ -72,6 +75,23 @@ def put_mode_stack(before: tuple[list[Any], int, torch.device | None]) -> None:
         for mode in modes:
             _push_mode(mode)
     device_mode.CURRENT_DEVICE = device
+
+
+def compile_stance() -> Any:
+    """What `torch.compiler.set_stance` has set; None before torch.compile was imported."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    return getattr(frames, "_stance", None)
+
+
+def put_compile_stance(before: Any) -> None:
+    """Let the stance be what `compile_stance` returned."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    if frames is None or compile_stance() == before:
+        return
+    if before is None:
+        torch.compiler.set_stance("default")
+    else:
+        frames._set_stance(before)
 
 
 def view_base(tensor: Tensor) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +44,6 @@ def run_batch(model: nn.Module, batch: Mapping[str, Any], index: int) -> Any:
         raise
     except FORWARD_ERRORS as error:
         raise forward_failed(model, index, error) from error
-
-
-def decoder_modules(model: nn.Module) -> set[nn.Module]:
-    """The modules of the decoder of an encoder-decoder model; none for other models."""
-    if not getattr(config_of(model), "is_encoder_decoder", False):
-        return set()
-    decoder: nn.Module | None = cast(PreTrainedModel, model).get_decoder()
-    return set() if decoder is None or decoder is model else set(decoder.modules())  # itself: transformers found none
 
 
 def call(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""What a module of an unknown class computes: one of the four activations, or something else, by its numbers.
+"""What a module of an unknown class, or a function, computes: one of the four activations or something else, by its numbers.
 
 A module is tried only if trying it changes nothing: one that holds or sets state, prints or writes is left alone. It is
 tried on a copy, in both modes and twice: what draws random numbers or depends on the mode is no function.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dis
 import inspect
+from collections.abc import Callable
 from itertools import chain
 from types import CodeType
 from typing import Any
@@ -27,15 +28,34 @@ _RELATIVE = 2e-6  # of |x|: a formula in fp32, with some operations of its own; 
 
 def computed_base(module: nn.Module) -> str | None:
     """The base whose λ = 1 the module computes on numbers from 1e-8 to 1e4 of either sign; None if none, or not tried."""
-    if not _harmless(module):
-        return None
+
+    def forward(x: Tensor, training: bool) -> Any:
+        tried = copy.deepcopy(module)
+        tried.training = training
+        return tried.forward(x)  # not by a call, which would run hooks
+
+    return _base(forward) if _harmless(module) else None
+
+
+def base_of_function(function: Callable[..., Any]) -> str | None:
+    """As `computed_base`, of a function of one tensor."""
+    inner = inspect.unwrap(getattr(function, "__func__", function))
+    code = getattr(inner, "__code__", None)
+    tried = not isinstance(code, CodeType) or _quiet(inner, code)
+    return _base(lambda x, training: function(x)) if tried else None
+
+
+def _base(run: Callable[[Tensor, bool], Any]) -> str | None:
+    """The base that `run`, called with numbers and whether in train mode, computes."""
     explicit: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
     sizes = torch.logspace(-8.0, 4.0, 49, **explicit)
     x = torch.cat([torch.linspace(-12.0, 12.0, 481, **explicit), sizes, -sizes])
     with torch.no_grad(), random_state_kept(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         try:
-            outputs = [_output(module, mode, x, seed) for mode in (False, True) for seed in (0, 1)]
-            some = _output(module, False, x[::3].reshape(-1, 1), 0)
+            outputs = [_output(run, mode, x, seed) for mode in (False, True) for seed in (0, 1)]
+            some = _output(run, False, x[::3].reshape(-1, 1), 0)
+        except (MemoryError, OSError):  # says nothing of what it computes
+            raise
         except Exception:  # not a function of one tensor
             return None
         y = outputs[0]
@@ -47,11 +67,9 @@ def computed_base(module: nn.Module) -> str | None:
         return next((b.name for b in BASES.values() if bool(((y - b.activation(x)).abs() <= bound).all())), None)
 
 
-def _output(module: nn.Module, training: bool, x: Tensor, seed: int) -> Tensor | None:
-    tried = copy.deepcopy(module)
-    tried.training = training
+def _output(run: Callable[[Tensor, bool], Any], training: bool, x: Tensor, seed: int) -> Tensor | None:
     torch.manual_seed(seed)
-    y = tried.forward(x.clone())  # not by a call, which would run hooks
+    y = run(x.clone(), training)
     return y if isinstance(y, Tensor) and y.shape == x.shape and y.is_floating_point() else None
 
 

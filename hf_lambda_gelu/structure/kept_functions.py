@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..activation.bases import BASES
+from .computed_base import base_of_function
 from .config import STOCK_KEYS
 
 _PLACES = ("torch._C._nn", "torch.nn.functional", "torch._ops", "torch.ops", "transformers.activations")
@@ -112,19 +112,6 @@ def _base(module: nn.Module | None, place: str, function: Callable[..., Any]) ->
     if not known and not any(hint in f"{place} {name}".lower() for hint in _HINTS):
         return None
     return base_of_function(function)
-
-
-def base_of_function(function: Callable[..., Any]) -> str | None:
-    """The base whose λ = 1 a function of one tensor computes, by what it makes of numbers."""
-    x = torch.linspace(-6.0, 6.0, 241, dtype=torch.float32, device="cpu")
-    with torch.no_grad(), torch.random.fork_rng(devices=()):
-        try:
-            y = function(x.clone())
-        except Exception:  # not a function of one tensor
-            return None
-        if not isinstance(y, torch.Tensor) or y.shape != x.shape or y.dtype != x.dtype or y.device != x.device:
-            return None
-        return next((b.name for b in BASES.values() if torch.allclose(y, b.activation(x), rtol=0.0, atol=2e-6)), None)
 
 
 def _label(function: Any) -> str:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, initialization
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.utils import logging
 
-from .._compat import mode_stack, put_mode_stack
+from .._compat import compile_stance, mode_stack, put_compile_stance, put_mode_stack
 
 
 def process_state(devices: Iterable[torch.device]) -> list[Callable[[], object]]:
@@ -27,6 +27,7 @@ def process_state(devices: Iterable[torch.device]) -> list[Callable[[], object]]
     accelerators = {device for device in devices if device.type not in ("cpu", "meta")}
     return [
         partial(put_mode_stack, mode_stack()),  # first: a mode that is left over would see all that follows
+        partial(put_compile_stance, compile_stance()),
         partial(torch.set_grad_enabled, torch.is_grad_enabled()),
         partial(torch.set_default_dtype, torch.get_default_dtype()),
         *(_autocast(kind) for kind in sorted({"cpu", *(device.type for device in accelerators)})),

@@ -24,6 +24,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.utils import logging
 
+from hf_lambda_gelu._compat import compile_stance
+
 
 def fingerprint(model: nn.Module, folder: Path) -> dict[str, Any]:
     """{what: its state, to be compared by ==}; `folder` is where temporary files are made."""
@@ -80,6 +82,7 @@ def _process() -> dict[str, Any]:
         "Python's random numbers": _digest(repr(random.getstate()).encode()),
         "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()),
+        "stance of torch.compile": getattr(compile_stance(), "stance", "default"),
         "default dtype": torch.get_default_dtype(),
         "function modes": [id(mode) for mode in _get_current_function_mode_stack()],
         "dispatch modes": [id(mode) for mode in _get_current_dispatch_mode_stack()],

@@ -59,6 +59,27 @@ def test_in_lists_and_dicts_and_classes() -> None:
     assert {item.attribute: item.base for item in kept_functions(OfTheClass())} == {"act": "gelu", "other": "gelu"}
 
 
+def shifted_far_out(x: Tensor) -> Tensor:
+    return F.silu(x) + (x.abs() > 100.0)
+
+
+UNLIKE = {
+    "cut off": lambda x: F.gelu(x).clamp(-10.0, 10.0),
+    "far out": shifted_far_out,
+    "dropout": lambda x: F.dropout(F.gelu(x), 0.5),
+    "not element by element": lambda x: F.gelu(x) if x.dim() == 1 else F.gelu(x).flip(0),
+}
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_like_a_gelu_on_small_numbers_alone(kind: str) -> None:
+    """What a function computes far out counts too: torch's layers, whose function becomes a site, would change."""
+    assert kept_functions(Keeps(act=UNLIKE[kind])) == []
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation=UNLIKE[kind])
+    with pytest.raises(hlg.ConversionError, match="nothing to convert"):
+        hlg.convert(layer)
+
+
 def test_others_are_not_taken_and_what_does_not_speak_of_an_activation_is_not_tried() -> None:
     tried: list[int] = []
 
