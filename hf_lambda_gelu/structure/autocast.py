@@ -14,8 +14,9 @@ from torch import nn
 class Autocast:
     """By device type, whether autocast is on and with which dtype.
 
-    Within `entered` weights are cast anew at each use. Autocast keeps the casts of weights until its outermost block ends,
-    and a weight that is exchanged within it would go on as what it was.
+    Autocast keeps the casts of weights until its outermost block ends, and a weight that changes within it would go on as
+    what it was. Within `entered` weights are cast anew at each use; a block of autocast inside keeps casts again, so whoever
+    changes weights calls `torch.clear_autocast_cache`.
     """
 
     states: tuple[tuple[str, bool, torch.dtype], ...]
@@ -33,12 +34,8 @@ class Autocast:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Within the block, autocast is in this state, without casts of before; none is left behind."""
+        """Within the block, autocast is in this state."""
         with ExitStack() as stack:
             for device, enabled, dtype in self.states:
                 stack.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))
-            torch.clear_autocast_cache()
-            try:
-                yield
-            finally:
-                torch.clear_autocast_cache()
+            yield

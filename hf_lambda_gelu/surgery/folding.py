@@ -164,6 +164,7 @@ def forward(model: nn.Module, inputs: Any) -> Callable[[], Any]:
     """The model's forward on `inputs`, a mapping, a tensor or a tuple; with the same random numbers each time."""
 
     def run() -> Any:
+        torch.clear_autocast_cache()  # weights have changed since
         with same_random_numbers(model):
             if isinstance(inputs, Mapping):
                 return call(model, inputs)

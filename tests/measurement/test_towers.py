@@ -132,6 +132,69 @@ def test_images_and_text_in_one() -> None:
     assert set(seen.values()) == {(4 * 26 - 3, 3)}
 
 
+class Visual(tf.PreTrainedModel):
+    """An image tower that is handed on patches by position, without a mask."""
+
+    config_class = tf.PreTrainedConfig
+
+    def __init__(self, config: tf.PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.up, self.act, self.down = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        y: Tensor = self.down(self.act(self.up(patches)))
+        return y
+
+
+class Both(nn.Module):
+    """As many patches as tokens, and a projector between the towers; each example of both is a row of one length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual, self.embed = Visual(tf.PreTrainedConfig()), nn.Embedding(99, 8)
+        self.visual.requires_grad_(True)
+        self.projector = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Tensor:
+        y: Tensor = self.embed(input_ids) + self.projector(self.visual(pixel_values))
+        return y
+
+
+def test_as_many_patches_as_tokens() -> None:
+    """The tower of images is told by its call; of the projector it cannot be told, whatever the sizes."""
+    batch = {"input_ids": ids(4, 9), "attention_mask": mask(4, 9, 4), "pixel_values": torch.randn(4, 9, 8)}
+    seen = counted(Both(), batch, hard_coded=True)
+    assert seen == {"visual.act": (36, 0), "projector.1": (36, None)}
+
+
+@pytest.mark.parametrize("padding", [None, 0, 5])
+def test_additive_masks(padding: int | None) -> None:
+    """Longformer hands on masks of 0 and large negative numbers, in two dimensions."""
+    config = tf.LongformerConfig(**TEXT, attention_window=4, max_position_embeddings=32, pad_token_id=1)
+    batch = {"input_ids": ids(4, 12)}
+    if padding is not None:
+        batch["attention_mask"] = mask(4, 12, padding)
+    seen = counted(tf.LongformerModel(config, add_pooling_layer=False), batch)
+    assert set(seen.values()) == {(48 - (padding or 0), padding or 0)}
+
+
+def test_packed_texts_are_kept_apart() -> None:
+    """transformers keeps packed texts apart only without a cache, which is how models are trained and measured."""
+    batch = {"input_ids": ids(1, 12), "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4]])}
+    means = []
+    for more in ({}, {"use_cache": False}):
+        torch.manual_seed(0)
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT, num_key_value_heads=2)).eval()
+        hlg.convert(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(8.0)
+        means.append([site.mean for site in hlg.calibrate(model, [{**batch, **more}]).sites])
+        assert model.config.use_cache is True
+    assert means[0] == pytest.approx(means[1], rel=1e-6)
+
+
 def decoder_batches() -> dict[str, Batch]:
     labels = ids(4, 7)
     labels[0, 4:] = -100

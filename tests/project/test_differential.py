@@ -29,6 +29,17 @@ def test_sample() -> None:
     assert process.stdout.count("model_type") + process.stderr.count("model_type") == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "condition"), [("bert", "autocast"), ("t5", "wrapped"), ("mixtral", "cached"), ("xlnet", "chunked")]
+)
+def test_equal_in_a_context(name: str, condition: str) -> None:
+    """Within autocast too to fp32's accuracy: own sums and targets are not of half precision."""
+    row = compare(name, condition)
+    assert row["verdict"] == "equal", row["reason"]
+    assert row["distance"] < 1e-5
+    assert "least_squares" in row["methods"]
+
+
 def test_equal_to_the_reference() -> None:
     row = compare("bert", "padded")
     assert row["verdict"] == "equal", row["reason"]

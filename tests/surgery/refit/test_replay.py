@@ -156,6 +156,43 @@ def test_wrapped_in_autocast(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("name", ["convnext", "t5", "llama"])
+def test_blocks_are_run_apart_within_autocast(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole models are no more than what stands in where blocks fail: in the right context these do not fail."""
+    chains: list[list[str]] = []
+
+    def walk(networks: TwoNetworks, chain: Chain) -> ChainWalk:
+        chains.append(chain.blocks)
+        return ChainWalk(networks, chain)
+
+    monkeypatch.setattr(engine, "ChainWalk", walk)
+    model = converted(name)
+    in_bf16(model)
+    hlg.relu_ize(model, calibration=calibration_set(model), compensate="least_squares")
+    assert chains
+    assert [""] not in chains
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("verb", ["relu_ize", "fold"])
+def test_casts_of_weights_that_have_changed(verb: str, wrapped: bool) -> None:
+    """A user's autocast keeps casts of weights, and a block of autocast within it does: none is used after a change."""
+    differences = []
+    for on in (False, True):
+        model = converted("bert-classifier", 4.0 if verb == "fold" else 1.0)
+        if wrapped:
+            in_bf16(model)
+        batches = calibration_set(model, 8)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on), torch.no_grad():
+            before = model(**batches[0])["logits"].float()
+            if verb == "fold":
+                hlg.fold(model, batches[0])
+            else:
+                hlg.relu_ize(model, calibration=batches, compensate="least_squares")
+            differences.append(tiny.relative_difference([before], [model(**batches[0])["logits"].float()]))
+    assert differences[1] <= 1.2 * differences[0] + 0.03  # two roundings to 8 bits
+
+
 @pytest.mark.parametrize("make", [lambda: converted("bert-classifier"), lambda: converted("t5"), lambda: converted("vit")])
 def test_within_autocast(make: Callable[[], tf.PreTrainedModel]) -> None:
     """Within a user's autocast sums are fp32, weights are cast anew: as good a refit as outside, on the same rows."""
