@@ -139,10 +139,10 @@ class Visual(tf.PreTrainedModel):
 
     def __init__(self, config: tf.PreTrainedConfig) -> None:
         super().__init__(config)
-        self.up, self.act, self.down = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
+        self.ffn = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
 
     def forward(self, patches: Tensor) -> Tensor:
-        y: Tensor = self.down(self.act(self.up(patches)))
+        y: Tensor = self.ffn(patches)
         return y
 
 
@@ -152,11 +152,13 @@ class Both(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.visual, self.embed = Visual(tf.PreTrainedConfig()), nn.Embedding(99, 8)
-        self.visual.requires_grad_(True)
-        self.projector = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.projector = nn.ModuleList(Visual(tf.PreTrainedConfig()).ffn for _ in range(2))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Tensor:
-        y: Tensor = self.embed(input_ids) + self.projector(self.visual(pixel_values))
+        patches: Tensor = self.visual(pixel_values)
+        for layer in self.projector:
+            patches = patches + layer(patches)
+        y: Tensor = self.embed(input_ids) + patches
         return y
 
 
@@ -164,7 +166,7 @@ def test_as_many_patches_as_tokens() -> None:
     """The tower of images is told by its call; of the projector it cannot be told, whatever the sizes."""
     batch = {"input_ids": ids(4, 9), "attention_mask": mask(4, 9, 4), "pixel_values": torch.randn(4, 9, 8)}
     seen = counted(Both(), batch, hard_coded=True)
-    assert seen == {"visual.act": (36, 0), "projector.1": (36, None)}
+    assert seen == {"visual.ffn.1": (36, 0), "projector.0.1": (36, None), "projector.1.1": (36, None)}
 
 
 @pytest.mark.parametrize("padding", [None, 0, 5])

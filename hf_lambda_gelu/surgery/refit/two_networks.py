@@ -106,12 +106,11 @@ class TwoNetworks:
                 f"the model is the {before.value} network: leave that block before it becomes the {network.value}"
             )
         self.state = network
-        torch.clear_autocast_cache()  # it holds casts of the other network's weights
         try:
             yield
         finally:
             self.state = before
-            torch.clear_autocast_cache()
+            torch.clear_autocast_cache()  # it holds casts of this network's weights
 
     def check(self) -> None:
         """RuntimeError where the model is neither network: what it computes there is of no use."""
