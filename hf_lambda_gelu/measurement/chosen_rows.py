@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,6 +33,34 @@ def chosen_rows(chosen: Tensor, whole: Tensor) -> Tensor | None:
     rows = torch.empty_like(places)
     rows[places] = order[first + torch.arange(len(wanted), device=wanted.device) - own_first]
     return rows if torch.equal(chosen, whole[rows]) else None
+
+
+_TAKE = (Tensor.__getitem__, Tensor.index_select, torch.index_select)
+
+
+def taken_rows(func: Any, args: tuple[Any, ...]) -> tuple[Tensor, int] | None:
+    """Which rows an operation takes from a matrix by number, (n,), and of how many; None if it does something else."""
+    if func not in _TAKE or not isinstance(args[0], Tensor) or args[0].dim() != 2 or not args[0].is_floating_point():
+        return None
+    index = args[-1]
+    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype is not torch.long:
+        return None
+    return index.detach().cpu(), len(args[0])
+
+
+def from_taken(given: Tensor, taken: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, int] | None:
+    """Which rows (n, d) are, of the rows taken last: all of them in order, or a part, which lies in memory within the whole.
+
+    Rows that are sorted by expert are taken together, and each expert gets a piece of what was made of them.
+    """
+    if given.dim() != 2 or not given.is_contiguous() or not given.numel():
+        return None
+    whole = given.untyped_storage().nbytes() // (given.element_size() * given.shape[1])
+    start, rest = divmod(int(given.storage_offset()), given.shape[1])
+    for rows, total in reversed(taken):
+        if len(rows) == whole and rest == 0:
+            return rows[start : start + len(given)], total
+    return None
 
 
 def _digests(tensor: Tensor) -> Tensor:

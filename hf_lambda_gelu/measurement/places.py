@@ -128,6 +128,8 @@ def _laid_out(mask: Tensor, leading: Leading, positions_first: bool) -> Tensor |
     """The mask (examples, positions) by row of a tensor of that leading shape; None if it does not fit."""
     if len(leading) == 1:
         return mask.reshape(-1) if leading[0] == mask.numel() else None
+    if leading[1] == 1 != mask.shape[1] and len(leading) > 2:  # a text as an image of height one
+        leading = (leading[0], *leading[2:])
     if not positions_first and leading[:2] == tuple(mask.shape):
         laid_out = mask
     elif leading[1::-1] == tuple(mask.shape):

@@ -88,7 +88,7 @@ class SiteRows:
             self._hand_on(name, x, places(note))
             return
         found = places(note)
-        if not found.told and x.dim() == 3:  # a convolution's channels
+        if not found.told and (x.dim() == 3 or (x.dim() == 4 and x.shape[2] == 1)):  # a convolution's channels
             turned = self.towers.note(moved := x.movedim(1, -1))
             if places(turned).told:
                 x, note, found = moved, turned, places(turned)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf_lambda_gelu.measurement.examples.config_search import special_tokens
@@ -38,12 +39,14 @@ class Batch:
         size: how many examples.
         tokens: (size, length), True at tokens of the text, or of the encoder's input; None where all are.
         decoder: the same of the decoder's input.
+        media: (…, length), the same of what an encoder of sounds or images works on.
     """
 
     inputs: dict[str, Any]
     size: int
     tokens: Tensor | None = None
     decoder: Tensor | None = None
+    media: Tensor | None = None
 
 
 @dataclass
@@ -72,8 +75,24 @@ def without_padding(case: Case) -> None:
     """Let all tokens count, where it cannot be told from outside which rows are of padding."""
     for batch in case.batches:
         if batch.tokens is not None:
-            batch.tokens = torch.ones_like(batch.tokens)
+            length = batch.inputs["attention_mask"].shape[1]
             batch.inputs["attention_mask"] = torch.ones_like(batch.inputs["attention_mask"])
+            batch.tokens = torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens) < length
+
+
+def tell_media(case: Case) -> None:
+    """Say which rows of sounds and key points are padding, as the modelling code has it; call this once all is cast."""
+    model = case.model
+    model_type = "" if isinstance(model, Wrapper) else model.config.model_type
+    for batch in case.batches:
+        mask = batch.inputs.get("input_features_mask")
+        if isinstance(mask, Tensor) and model_type.startswith("audioflamingo3"):  # a convolution of stride 2
+            frames = (batch.inputs["input_features"].shape[-1] - 1) // 2 + 1
+            batch.media = torch.arange(frames) < (mask.sum(-1, keepdim=True) - 1) // 2 + 1
+        if model_type == "lightglue":
+            with case.context(), torch.no_grad():
+                found = model.keypoint_detector(batch.inputs["pixel_values"].flatten(0, 1)).mask
+            batch.media = found.bool()
 
 
 def build(model_type: str, condition: str) -> Case:
@@ -251,6 +270,8 @@ def _varied(model: PreTrainedModel, inputs: dict[str, Any], size: int, seed: int
     if tokens is not None and pad is not None:
         special_here = torch.isin(inputs["input_ids"], torch.tensor(sorted(special) or [-1]))
         inputs["input_ids"] = torch.where(tokens | special_here, inputs["input_ids"], pad)
+    if tokens is not None and model.config.model_type == "longformer":  # it pads to whole windows by itself
+        tokens = F.pad(tokens, (0, -tokens.shape[1] % max(model.config.attention_window)))
     return Batch(inputs, size, tokens, decoder)
 
 

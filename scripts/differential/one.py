@@ -12,28 +12,28 @@ from transformers import PreTrainedModel
 
 import hf_lambda_gelu as hlg
 from scripts.architectures.tiny_models import CannotBuild
-from scripts.differential.conditions import Case, Inapplicable, build, quiet_random, without_padding
+from scripts.differential.conditions import Case, Inapplicable, build, quiet_random, tell_media, without_padding
 from scripts.differential.decisions import Decision, recorded
 from scripts.differential.reference import Found, Reference
 from scripts.differential.rows import gates, main_tensor
 
-EQUAL = 1e-4  # within bf16 autocast too: the rows are the same to the bit, and what is made of them is fp32 or more
+EQUAL = 1e-4  # within bf16 autocast too: the rows are the same to the bit, and what is made of them is fp32
 REFUSALS = (ValueError, hlg.SoftGateError, hlg.CalibrationError, hlg.ConversionError, hlg.FoldError)
 
 
 def compare(model_type: str, condition: str) -> dict[str, Any]:
     """The verdict with its numbers. What rounding blows up in fp32 is decided in float64, as rounding differs by design."""
+    padding, before = True, ""
     row = _compare(model_type, condition, torch.float32)
     if row["verdict"] == "WRONG" and row.get("untold"):  # text beside images in one tower, positions that are pooled
-        row = _compare(model_type, condition, torch.float32, padding=False)
-        row["reason"] = f"without padding, which cannot be told from outside; {row['reason']}".strip("; ")
-    if row["verdict"] == "WRONG" and row.pop("exact") and not row.pop("certain"):
-        again = _compare(model_type, condition, torch.float64)
+        padding, before = False, "without padding, which cannot be told from outside; "
+        row = _compare(model_type, condition, torch.float32, padding)
+    if row["verdict"] == "WRONG" and row["exact"] and not row["certain"]:
+        again = _compare(model_type, condition, torch.float64, padding)
         if again["verdict"] != "crash":
-            row = {**again, "reason": f"in float64; {again['reason']}".strip("; ")}
-    row.pop("exact", None)
-    row.pop("certain", None)
-    return row
+            row, before = again, f"{before}in float64; "
+    row["reason"] = f"{before}{row['reason']}".removesuffix("; ")
+    return {name: value for name, value in row.items() if name not in ("exact", "certain")}
 
 
 def _compare(model_type: str, condition: str, dtype: torch.dtype, padding: bool = True) -> dict[str, Any]:
@@ -44,6 +44,7 @@ def _compare(model_type: str, condition: str, dtype: torch.dtype, padding: bool 
         _cast(case, dtype)
         with case.context(), quiet_random(), torch.no_grad():
             case.model(**case.batches[0].inputs)
+        tell_media(case)
     except (CannotBuild, Inapplicable) as error:
         return {"verdict": "not built" if isinstance(error, CannotBuild) else "makes no sense", "reason": str(error)}
     except Exception as error:
@@ -83,7 +84,8 @@ def _row(case: Case, before: nn.Module, decisions: list[Decision], report: Any) 
     reference = Reference(before, final, case, _decoder(before))
     found: Found = reference.compare(decisions)
     faults = [*found.faults]
-    if found.distance > EQUAL or found.distance != found.distance:
+    equal = EQUAL if case.exact else max(EQUAL, found.rounding)  # an exact case is decided in float64
+    if found.distance > equal or found.distance != found.distance:
         faults.insert(0, f"{found.distance:.1e} at {found.site}")
     named = {site.name.removeprefix("_orig_mod.") for site in report.compensation.sites}
     if named != {decision.site for decision in decisions}:

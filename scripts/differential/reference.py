@@ -29,6 +29,7 @@ class Found:
     Attributes:
         distance: the largest |Δ − Δ'| of a site's weights and biases, in units of the largest |Δ'|.
         site: where.
+        rounding: how far numpy's normal equations in float32 are from it there.
         rows, padding: of all sites.
         faults: what is wrong otherwise: rows that were counted, a choice that is not the best.
         untold: sites whose padding the reference cannot tell.
@@ -36,6 +37,7 @@ class Found:
 
     distance: float = 0.0
     site: str = ""
+    rounding: float = 0.0
     rows: int = 0
     padding: int = 0
     faults: tuple[str, ...] = ()
@@ -137,7 +139,7 @@ class Reference:
                     run = look(lambda: self.run_smooth(**self.case.batches[0].inputs), self.smooth, decision, False)
             finally:
                 vars(site).pop("forward", None)
-            seen.append({number: calls[0][0].double() for number, calls in run.calls.items()})
+            seen.append({number: calls[0].given.double() for number, calls in run.calls.items()})
         first, second, third = seen
         for number in first.keys() & second.keys() & third.keys():
             a, b, c = (found[number] for found in (first, second, third))
@@ -205,6 +207,7 @@ class Reference:
             distance = max(_apart(given_weight, weight), _apart(given_bias, bias) if biased else 0.0)
             if not distance <= found.distance:
                 found.distance, found.site = distance, where
+                found.rounding = _apart(in_float32(r, e, ridge, biased), weight) if method == "least_squares" else 0.0
         if fit.all() or not fit.any():
             return
         found.faults += self._choice(where, r, e, fit, decision, linear)
@@ -250,6 +253,18 @@ def solution(r: Array, e: Array, method: str, ridge: float | None, biased: bool)
     aims = np.concatenate([wanted, np.zeros((r.shape[1], e.shape[1]))])
     weight = np.linalg.lstsq(rows, aims, rcond=None)[0]
     return weight, mean_e - mean_r @ weight
+
+
+def in_float32(r: Array, e: Array, ridge: float | None, biased: bool) -> Array:
+    """The same W from sums in float32: what rounding alone makes of few rows, or of a small ridge."""
+    assert ridge is not None
+    r32, e32 = r.astype(np.float32), e.astype(np.float32)
+    if biased:
+        r32, e32 = r32 - r32.mean(0), e32 - e32.mean(0)
+    gram = r32.T @ r32
+    penalty = np.float32(ridge * np.trace(gram) / len(gram) or 1.0)
+    weight: Array = np.linalg.solve(gram + penalty * np.eye(len(gram), dtype=np.float32), r32.T @ e32)
+    return weight.astype(np.float64)
 
 
 def _apart(one: Array, other: Array) -> float:

@@ -19,10 +19,11 @@ from scripts.differential.conditions import Batch
 from scripts.differential.decisions import Decision, Map
 
 Array = NDArray[np.float64]
-NOT_TEXT = re.compile(r"vision|visual|image|audio|speech|video|patch|pixel|qformer")
-
+NOT_TEXT = re.compile(r"vision|visual|image|audio|speech|video|patch|pixel|qformer|projector")
+EXPERT = re.compile(r"(^|\.)experts?\.")
 
 _STACKED = (torch.bmm, torch.matmul, Tensor.bmm, Tensor.matmul, Tensor.__matmul__)  # a product for each expert
+_GATHERS = (Tensor.__getitem__, Tensor.index_select, torch.index_select)
 
 
 @dataclass
@@ -30,12 +31,43 @@ class Seen:
     """Of one forward: the calls of each map, and what was at the meeting point after how many calls of the first map.
 
     Attributes:
-        calls: number of the map → (input, output, around) of each call, channels last; `around` are the inputs of the
-            modules around the map at that time, innermost first, and the last rows of that many that a linear map got.
+        calls: number of the map → each call of it.
     """
 
-    calls: dict[int, list[tuple[Tensor, Tensor, list[Tensor]]]] = field(default_factory=dict)
+    calls: dict[int, list[Call]] = field(default_factory=dict)
     stream: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Call:
+    """A call of a map, channels last.
+
+    Attributes:
+        given, output: (…, d) and (…, k).
+        around: the inputs of the modules around the map at that time, innermost first, and the last that linear maps got.
+        gathered: (places, rows that they were taken of) of the last choice of rows by index that fits what was given.
+    """
+
+    given: Tensor
+    output: Tensor
+    around: list[Tensor] = field(default_factory=list)
+    gathered: tuple[Tensor, int] | None = None
+
+
+def _fitting(gathers: list[tuple[Tensor, int]], given: Tensor) -> tuple[Tensor, int] | None:
+    """The last choice of rows that has as many as were given, or of which a part, told by its place in memory, was given."""
+    if given.dim() != 2:
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        width = given.shape[1]
+        held = given.untyped_storage().nbytes() // given.element_size() // max(1, width)
+        start = given.storage_offset() // max(1, width)
+        for places, total in reversed(gathers):
+            if len(places) == len(given):
+                return places, total
+            if len(places) == held and given.is_contiguous():
+                return places[start : start + len(given)], total
+    return None
 
 
 class Intercept(TorchFunctionMode):
@@ -44,6 +76,7 @@ class Intercept(TorchFunctionMode):
     def __init__(self, weights: dict[int, Tensor], keep: Callable[[int, Tensor, Tensor], None], rows: list[Tensor]) -> None:
         super().__init__()
         self.weights, self.keep, self.rows = weights, keep, rows
+        self.gathers: list[tuple[Tensor, int]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -51,8 +84,10 @@ class Intercept(TorchFunctionMode):
             with torch._C.DisableTorchFunctionSubclass():
                 for number, place in self.weights.items():
                     for expert, weight in enumerate(args[1]):
-                        if weight.data_ptr() == place.data_ptr() and weight.shape == place.shape:
+                        if weight.data_ptr() == place.data_ptr() and weight.shape in (place.shape, place.T.shape):
                             self.keep(number, args[0][expert], output[expert])
+        if func in _GATHERS:
+            self._gathered(args)
         if func is F.linear:
             given, weight = args[0], args[1]
             with torch._C.DisableTorchFunctionSubclass():
@@ -62,6 +97,13 @@ class Intercept(TorchFunctionMode):
                 self.rows.append(given.detach())
                 del self.rows[:-4]
         return output
+
+    def _gathered(self, args: Any) -> None:
+        index = args[-1][0] if isinstance(args[-1], tuple) and args[-1] else args[-1]
+        if isinstance(index, Tensor) and index.dtype is torch.long and index.dim() == 1 and args[0].dim() == 2:
+            with torch._C.DisableTorchFunctionSubclass():
+                self.gathers.append((index.detach().cpu().clone(), len(args[0])))
+                del self.gathers[:-4]
 
 
 def look(run: Callable[[], Any], model: nn.Module, decision: Decision, stream: bool, grid: bool = True) -> Seen:
@@ -74,7 +116,8 @@ def look(run: Callable[[], Any], model: nn.Module, decision: Decision, stream: b
 
     def keep(number: int, given: Tensor, output: Tensor) -> None:
         outer = [entered[n] for n in around if n in entered]
-        seen.calls.setdefault(number, []).append((given.detach(), output.detach(), [*rows, *outer]))
+        gathered = _fitting(intercept.gathers, given)
+        seen.calls.setdefault(number, []).append(Call(given.detach(), output.detach(), [*rows, *outer], gathered))
 
     def enter(where: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -115,8 +158,9 @@ def look(run: Callable[[], Any], model: nn.Module, decision: Decision, stream: b
     elif stream and decision.module is not None:
         inner = f"{decision.block}.{decision.module}".strip(".")
         handles.append(model.get_submodule(inner).register_forward_pre_hook(meet, with_kwargs=True))
+    intercept = Intercept(intercepted, keep, rows)
     try:
-        with torch.no_grad(), Intercept(intercepted, keep, rows):
+        with torch.no_grad(), intercept:
             run()
     finally:
         for handle in handles:
@@ -180,16 +224,18 @@ class Rows:
     told: bool = True
 
 
-def rows_of(
-    calls: list[tuple[Tensor, Tensor, list[Tensor]]], batch: Batch, linear: Map, chunked: bool, decoder: bool
-) -> Rows:
+def rows_of(calls: list[Call], batch: Batch, linear: Map, chunked: bool, decoder: bool) -> Rows:
     """All calls of a map in one forward as rows, each with its token."""
-    mask = None if NOT_TEXT.search(linear.weight.lower()) else batch.decoder if decoder else batch.tokens
-    if chunked and len(calls) > 1 and all(call[0].dim() > 2 for call in calls):
-        inputs, outputs = (joined([call[i] for call in calls], batch) for i in (0, 1))
-        calls = [(given, output, []) for given, output in zip(inputs, outputs, strict=True)]
-    found = [_places(call, batch.size, mask) for call in calls]
-    given, output = (torch.cat([call[i].reshape(-1, call[i].shape[-1]) for call in calls]) for i in (0, 1))
+    media = batch.tokens is None or NOT_TEXT.search(linear.weight.lower())
+    mask = batch.media if media and not decoder else batch.decoder if decoder else batch.tokens
+    if chunked and len(calls) > 1 and all(call.given.dim() > 2 for call in calls):
+        inputs, outputs = (joined([getattr(call, name) for call in calls], batch) for name in ("given", "output"))
+        calls = [Call(given, output) for given, output in zip(inputs, outputs, strict=True)]
+    expert = linear.index is not None or EXPERT.search(linear.weight) is not None
+    found = [_places(call, batch.size, mask, expert) for call in calls]
+    given, output = (
+        torch.cat([t.reshape(-1, t.shape[-1]) for t in ts]) for ts in zip(*((c.given, c.output) for c in calls), strict=True)
+    )
     example, token, part = (torch.cat([f[i] for f in found]) for i in (0, 1, 2))
     return Rows(given, output, example, token, part, max(f[3] for f in found), all(f[4] for f in found))
 
@@ -211,26 +257,29 @@ def _turned(piece: Tensor, batch: Batch) -> bool:
     return batch.tokens is not None and piece.shape[0] == batch.tokens.shape[1] != batch.size
 
 
-def _places(
-    call: tuple[Tensor, Tensor, list[Tensor]], size: int, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, int, bool]:
-    leading = tuple(call[0].shape[:-1])
+def _places(call: Call, size: int, mask: Tensor | None, expert: bool) -> tuple[Tensor, Tensor, Tensor, int, bool]:
+    leading = tuple(call.given.shape[:-1])
     count = int(np.prod(leading))
     plain = _laid_out(leading, size, mask)
+    if call.gathered is not None and (expert or plain is None):
+        places, total = call.gathered
+        whole = _laid_out((total,), size, mask)
+        if whole is not None:
+            return whole[0][places], whole[1][places], places, total, True
     if plain is not None:
         return *plain, torch.arange(count), count, True
-    for inner in range(len(call[2])):  # a choice of the rows of a module around
-        chosen = call[2][inner]
+    for inner in range(len(call.around)):  # a choice of the rows of a module around
+        chosen = call.around[inner]
         chosen = chosen.reshape(-1, chosen.shape[-1])
         if len(chosen) != count:
             continue
-        for outer in call[2]:
+        for outer in call.around:
             whole = _laid_out(tuple(outer.shape[:-1]), size, mask)
             if whole is None or outer.shape[-1] != chosen.shape[-1]:
                 continue
-            places = _same_rows(chosen, outer.reshape(-1, outer.shape[-1]))
-            if places is not None:
-                return whole[0][places], whole[1][places], places, outer[..., 0].numel(), True
+            same = _same_rows(chosen, outer.reshape(-1, outer.shape[-1]))
+            if same is not None:
+                return whole[0][same], whole[1][same], same, outer[..., 0].numel(), True
     every = torch.ones(count, dtype=torch.bool)
     if mask is not None and count == int(mask.sum()):  # the model took the padding out itself
         return mask.nonzero()[:, 0], every, torch.arange(count), count, True

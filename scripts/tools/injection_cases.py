@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import hf_lambda_gelu as hlg
 
-_SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+_SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 
 
 class Shared(nn.Module):
@@ -112,7 +112,9 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(lambda model, folder: hlg.convert(model), "stock"),
     "relu_ize": Verb(lambda model, folder: hlg.relu_ize(model, force=True)),
     "relu_ize calibration": Verb(lambda model, folder: hlg.relu_ize(model, force=True, calibration=batches(model))),
-    "relu_ize bias": Verb(lambda m, folder: hlg.relu_ize(m, calibration=batches(m), compensate="bias")),
+    "relu_ize bias": Verb(
+        lambda m, folder: hlg.relu_ize(m, calibration=batches(m), compensate="bias"), skips=("llama", "shared")
+    ),  # all but the last step is least_squares'
     "relu_ize least_squares": Verb(lambda m, folder: hlg.relu_ize(m, calibration=batches(m), compensate="least_squares")),
     "fold": Verb(lambda model, folder: hlg.fold(model, _first(model)), skips=("llama",)),
     "calibrate": Verb(lambda model, folder: hlg.calibrate(model, batches(model))),

@@ -75,5 +75,6 @@ def special_tokens(config: PreTrainedConfig) -> set[int]:
     for item in subconfigs(config):
         for name, value in vars(item).items():
             if "token" in name or name.endswith(("_id", "_index")):
-                found |= {v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int)}
+                values = value if isinstance(value, (list, tuple)) else [value]
+                found |= {v for v in values if isinstance(v, int) and not isinstance(v, bool)}
     return found

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...measurement.chosen_rows import from_taken, taken_rows
 from ...measurement.places import chunks
-from ...measurement.towers import Note
+from ...measurement.towers import Chosen, Note
 from ...structure.hooks import Hooks
 from ...structure.linear_calls import LinearCall
 from ...structure.linear_maps import LinearMap, watch_linears
@@ -103,12 +104,21 @@ def observe(run: Run, maps: Sequence[LinearMap], meeting: Meeting | None = None,
     seen, block = Observed(), run.block
     routing: Tensor | None = None
     labels = {linear.key: linear.label for linear in maps}
+    stacked = bool(maps) and maps[0].index is not None
+    taken: list[Chosen] = []
 
     def on_linear(call: LinearCall) -> None:
         label = labels.get(call.key)
         if label is not None:
-            made = MapCall(flat(call.input), flat(call.output), run.towers.note(call.input), routing)
-            seen.calls.setdefault(label, []).append(made)
+            note = run.towers.note(call.input)
+            if stacked and routing is None and note.chosen is None:
+                note = replace(note, chosen=from_taken(call.input, taken))
+            seen.calls.setdefault(label, []).append(MapCall(flat(call.input), flat(call.output), note, routing))
+
+    def on_other(func: Any, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = taken_rows(func, args)
+        if found is not None:
+            taken[:] = [*taken[-3:], found]
 
     def on_meeting(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value, calls = hidden_in(args, kwargs), len(seen.calls.get(maps[0].label, ()))
@@ -125,12 +135,12 @@ def observe(run: Run, maps: Sequence[LinearMap], meeting: Meeting | None = None,
     def on_site(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         seen.gated = seen.gated or output.numel() > 0
 
-    with Hooks() as hooks, watch_linears(on_linear):
+    with Hooks() as hooks, watch_linears(on_linear, on_other if stacked else None):
         if site is not None:
             hooks.after(site, on_site)
         if meeting is not None and meeting.module is not None:
             hooks.before(block.get_submodule(meeting.module), on_meeting)
-        if maps and maps[0].index is not None:
+        if stacked:
             for owner in block.modules():
                 if any(p is maps[0].parameter for p in owner.parameters(recurse=False)):
                     hooks.before(owner, on_experts)

@@ -15,7 +15,10 @@ from ..._compat import pytree
 
 @dataclass
 class Store:
-    """Nested arguments with their tensors in files, so that memory holds one batch at a time."""
+    """Nested arguments with their tensors in files, so that memory holds one batch at a time.
+
+    The dimensions of a tensor keep their order in memory: the same sums round otherwise in another one.
+    """
 
     folder: Path
     device: torch.device
@@ -31,8 +34,9 @@ class Store:
             if isinstance(leaf, Tensor):
                 identity = (leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype)
                 key = seen.setdefault(identity, str(len(seen)))
-                tensors[key] = leaf.detach()
-                leaf = _Stored(key)
+                order = tuple(sorted(range(leaf.dim()), key=leaf.stride, reverse=True))
+                tensors[key] = leaf.detach().permute(order)
+                leaf = _Stored(key, order)
             kept.append(leaf)
         path = self.folder / f"{name}.safetensors"
         save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, path)
@@ -41,7 +45,7 @@ class Store:
     def get(self, name: str) -> Any:
         kept, spec = self._specs[name]
         tensors = load_file(self.folder / f"{name}.safetensors", device=str(self.device))
-        return pytree.tree_unflatten([tensors[x.key] if isinstance(x, _Stored) else x for x in kept], spec)
+        return pytree.tree_unflatten([x.of(tensors[x.key]) if isinstance(x, _Stored) else x for x in kept], spec)
 
     def __contains__(self, name: str) -> bool:
         return name in self._specs
@@ -56,4 +60,15 @@ class Store:
 
 @dataclass(frozen=True)
 class _Stored:
+    """A tensor in the file.
+
+    Attributes:
+        key: its name there.
+        order: its dimensions, from the one with the largest stride on, as they are there.
+    """
+
     key: str
+    order: tuple[int, ...]
+
+    def of(self, stored: Tensor) -> Tensor:
+        return stored.permute(tuple(self.order.index(place) for place in range(len(self.order))))

@@ -35,6 +35,7 @@ def test_store(tmp_path: Path) -> None:
     assert torch.equal(got["rows"], big[1::2])
     assert torch.equal(got["head"], big[:3])
     assert torch.equal(got["turned"], big.T)
+    assert [got[name].stride() for name in ("turned", "head")] == [(1, 64), (64, 1)]
     assert (got["n"], got["s"], got["f"], got["i"].tolist()) == (None, "text", 2.5, [1, 2])
     store.put("b", big)
     store.rename("b", "a")
@@ -43,3 +44,18 @@ def test_store(tmp_path: Path) -> None:
     store.discard("a")
     store.discard("a")
     assert "a" not in store
+
+
+def test_dimensions_keep_their_order_in_memory(tmp_path: Path) -> None:
+    """Images with channels last, a transposed hidden state, and what is expanded: it has a row of its own then."""
+    store = Store(tmp_path, torch.device("cpu"))
+    image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    hidden = torch.randn(2, 8, 6).transpose(1, 2)
+    store.put("a", [image, hidden, torch.ones(1, 4).expand(3, 4), torch.tensor(2.0)])
+    got = store.get("a")
+    assert got[0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(got[0], image)
+    assert got[1].stride() == hidden.stride()
+    assert torch.equal(got[1], hidden)
+    assert torch.equal(got[2], torch.ones(3, 4))
+    assert got[3].shape == ()
