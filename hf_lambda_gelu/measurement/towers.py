@@ -9,10 +9,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -190,6 +191,8 @@ class Towers:
         if mask is not None:
             mask = _without_past(mask, given)
             return Tower(size, mask, _is_mixed(given), partial(frame_mask, self.model, mask))
+        if self.current.mixed and any(_is_of(given.get(name), self.current.mask) for name in _MASKS):
+            return replace(self.current, mixed=False)
         whole = isinstance(module, PreTrainedModel)
         starts = any(given.get(name) is not None for name in (_INPUTS if whole else _PIXELS))
         starts = starts or (whole and self.current.mixed)  # beside text, what is called without a mask is not the text's
@@ -263,6 +266,16 @@ def _key_mask(given: Mapping[str, Any], size: int, name: str) -> Tensor | None:
     if not len(mask) or len(mask) % size:
         return None
     return mask == 0 if name in _INVERTED_MASKS else mask != 0
+
+
+def _is_of(attention: object, mask: Tensor | None) -> bool:
+    """Whether queries that are tokens attend, all together, to the keys that are tokens by the mask, and to no others."""
+    if not isinstance(attention, Tensor) or mask is None or attention.dim() != 4:
+        return False
+    if len(attention) != len(mask) or attention.shape[-2:] != (mask.shape[1], mask.shape[1]):
+        return False
+    allowed = attention > _MASKED_OUT if attention.is_floating_point() else attention != 0
+    return torch.equal((allowed.any(1) & mask[:, :, None]).any(1), mask)
 
 
 def _modules_around(model: nn.Module, inner: Iterable[nn.Module]) -> list[nn.Module]:

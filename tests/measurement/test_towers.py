@@ -169,6 +169,45 @@ def test_as_many_patches_as_tokens() -> None:
     assert seen == {"visual.ffn.1": (36, 0), "projector.0.1": (36, None), "projector.1.1": (36, None)}
 
 
+class Layer(nn.Module):
+    """Attention in name alone: what counts is the mask that it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        y: Tensor = hidden + self.ffn(hidden)
+        return y
+
+
+class Joint(nn.Module):
+    """As Chameleon: images are tokens of the text, and its layers lie in the model that is called with both."""
+
+    def __init__(self, additive: bool) -> None:
+        super().__init__()
+        self.embed, self.text, self.image, self.additive = nn.Embedding(99, 8), Layer(), Layer(), additive
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        seen = (attention_mask[:, None, None] != 0) & torch.ones(length, length).tril().bool()
+        every = torch.ones_like(seen)
+        if self.additive:
+            seen, every = (torch.zeros(m.shape).masked_fill(~m, torch.finfo(torch.float32).min) for m in (seen, every))
+        image = self.image(pixel_values, attention_mask=every)
+        y: Tensor = self.text(self.embed(input_ids) + image, attention_mask=seen)
+        return y
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("additive", [False, True])
+def test_layers_that_are_called_with_the_mask_of_the_text(additive: bool, left: bool) -> None:
+    """Its keys say whose it is; one of the same size that hides no padding belongs to something else."""
+    batch = {"input_ids": ids(4, 9), "attention_mask": mask(4, 9, 4, left), "pixel_values": torch.randn(4, 9, 8)}
+    seen = counted(Joint(additive), batch, hard_coded=True)
+    assert seen == {"text.ffn.1": (32, 4), "image.ffn.1": (36, None)}
+
+
 @pytest.mark.parametrize("padding", [None, 0, 5])
 def test_additive_masks(padding: int | None) -> None:
     """Longformer hands on masks of 0 and large negative numbers, in two dimensions."""
