@@ -190,8 +190,8 @@ class Joint(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Tensor:
         length = input_ids.shape[1]
-        seen = (attention_mask[:, None, None] != 0) & torch.ones(length, length).tril().bool()
-        every = torch.ones_like(seen)
+        every = torch.ones(len(input_ids), 1, length, length).tril().bool()
+        seen = (attention_mask[:, None, None] != 0) & every
         if self.additive:
             seen, every = (torch.zeros(m.shape).masked_fill(~m, torch.finfo(torch.float32).min) for m in (seen, every))
         image = self.image(pixel_values, attention_mask=every)
