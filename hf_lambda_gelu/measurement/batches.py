@@ -132,7 +132,13 @@ def rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def batch_size(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """How many examples a batch holds: labels, or else the main input, or else the first tensor."""
+    """How many examples a batch holds: labels, or else the main input, or else the first tensor.
+
+    Patches of several images in one matrix are told apart by the sizes that come with them.
+    """
     main = getattr(model, "main_input_name", "")  # OneFormer has a list of them
+    grid = batch.get("grid_thw", batch.get("image_grid_thw")) if main == "pixel_values" else None
+    if isinstance(grid, Tensor) and grid.dim() == 2:
+        return max(1, len(grid))
     named = [batch.get(name) for name in ("labels", *([main] if isinstance(main, str) else main))] + list(batch.values())
     return next((max(1, len(value)) for value in named if isinstance(value, Tensor) and value.dim()), 1)

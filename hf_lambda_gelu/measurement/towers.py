@@ -269,13 +269,17 @@ def _key_mask(given: Mapping[str, Any], size: int, name: str) -> Tensor | None:
 
 
 def _is_of(attention: object, mask: Tensor | None) -> bool:
-    """Whether queries that are tokens attend, all together, to the keys that are tokens by the mask, and to no others."""
+    """Whether the queries attend, all together, to the keys that are tokens by the mask, and to no others.
+
+    Queries of padding that attend to everything are left out: transformers writes that where they would attend to nothing.
+    """
     if not isinstance(attention, Tensor) or mask is None or attention.dim() != 4:
         return False
     if len(attention) != len(mask) or attention.shape[-2:] != (mask.shape[1], mask.shape[1]):
         return False
     allowed = attention > _MASKED_OUT if attention.is_floating_point() else attention != 0
-    return torch.equal((allowed.any(1) & mask[:, :, None]).any(1), mask)
+    allowed = allowed.any(1)
+    return torch.equal((allowed & (mask | ~allowed.all(-1))[:, :, None]).any(1), mask)
 
 
 def _modules_around(model: nn.Module, inner: Iterable[nn.Module]) -> list[nn.Module]:

@@ -25,6 +25,8 @@ SIZES = (5, 3, 7)  # examples by batch: no width of a window, no number of heads
 # a few default configurations have ReLU where what people use has not
 ACTIVATIONS = {"t5": {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True}}
 
+_WHOLE = {"longformer": "attention_window", "led": "attention_window", "pegasus_x": "block_size"}
+
 
 class Inapplicable(Exception):
     """The condition makes no sense for the model; says why."""
@@ -270,8 +272,9 @@ def _varied(model: PreTrainedModel, inputs: dict[str, Any], size: int, seed: int
     if tokens is not None and pad is not None:
         special_here = torch.isin(inputs["input_ids"], torch.tensor(sorted(special) or [-1]))
         inputs["input_ids"] = torch.where(tokens | special_here, inputs["input_ids"], pad)
-    if tokens is not None and model.config.model_type == "longformer":  # it pads to whole windows by itself
-        tokens = F.pad(tokens, (0, -tokens.shape[1] % max(model.config.attention_window)))
+    if tokens is not None and model.config.model_type in _WHOLE:  # it pads to whole windows by itself
+        window = getattr(model.config, _WHOLE[model.config.model_type])
+        tokens = F.pad(tokens, (0, -tokens.shape[1] % (window if isinstance(window, int) else max(window))))
     return Batch(inputs, size, tokens, decoder)
 
 

@@ -261,7 +261,7 @@ def _places(call: Call, size: int, mask: Tensor | None, expert: bool) -> tuple[T
     leading = tuple(call.given.shape[:-1])
     count = int(np.prod(leading))
     plain = _laid_out(leading, size, mask)
-    if call.gathered is not None and (expert or plain is None):
+    if call.gathered is not None and expert:
         places, total = call.gathered
         whole = _laid_out((total,), size, mask)
         if whole is not None:

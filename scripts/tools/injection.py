@@ -35,6 +35,7 @@ from .fingerprint import fingerprint
 from .injection_cases import MODELS, VERBS, Verb
 from .tables import append, read
 
+RESULTS = Path(__file__).parent / "results" / "injection.csv"
 FIELDS = ["verb", "model", "points", "tried", "raised", "absorbed", "changed", "seconds", "first"]
 _ERRORS: tuple[type[BaseException], ...] = (KeyboardInterrupt, MemoryError, OSError)
 _RESUME = dis.opmap["RESUME"]
@@ -195,7 +196,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="stop at every n-th point alone")
     parser.add_argument("--offset", type=int, default=0, help="from this one on")
     parser.add_argument("--lines", action="store_true", help="stop at every line of the package too")
-    parser.add_argument("--out", type=Path, default=Path("runs/injection.csv"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if not _MEMORY.items() <= os.environ.items():
         os.execve(

@@ -20,8 +20,10 @@ from hf_lambda_gelu.checkpoints.folders import whole_folder
 from hf_lambda_gelu.structure import config_probe
 from hf_lambda_gelu.structure.transaction import keep, transaction
 from scripts.tools.fingerprint import fingerprint
+from scripts.tools.injection import RESULTS
 from scripts.tools.injection_cases import MODELS, batches
 from scripts.tools.processes import run_module
+from scripts.tools.tables import read
 
 
 def _converted(name: str) -> nn.Module:
@@ -41,6 +43,15 @@ def test_a_sample_of_all_stops(tmp_path: Path) -> None:
     assert len(lines) == len(verbs)
     assert all(" 0 changed of " in line for line in lines)
     assert sum(int(line.split(" changed of ")[1].split()[0]) for line in lines) > 15
+
+
+def test_table_of_the_stops_that_were_tried() -> None:
+    """Each row is a verb on a model, stopped at every call; the table grows until it has all of them."""
+    rows = read(RESULTS)
+    assert sum(int(row["tried"]) for row in rows) > 200_000
+    for row in rows:
+        assert int(row["tried"]) == int(row["points"]) == int(row["raised"]) + int(row["absorbed"])
+        assert (row["changed"], row["first"]) == ("0", "")
 
 
 def test_what_a_failing_verb_changed_is_put_back(tmp_path: Path) -> None:
