@@ -99,9 +99,12 @@ class Verb:
 
 
 def _gates(model: nn.Module, folder: Path) -> None:
-    batch = batches(model)[0]
-    with hlg.gates_as_relu(model):
-        model(**batch) if isinstance(batch, dict) else model(batch)
+    batch, gradients = batches(model)[0], torch.is_grad_enabled()
+    try:
+        with hlg.gates_as_relu(model):
+            model(**batch) if isinstance(batch, dict) else model(batch)
+    finally:  # the block is the caller's, and so is what a stop within Llama's own no_grad leaves there
+        torch.set_grad_enabled(gradients)
 
 
 def _first(model: nn.Module) -> Any:
