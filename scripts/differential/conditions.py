@@ -83,7 +83,7 @@ def without_padding(case: Case) -> None:
 
 
 def tell_media(case: Case) -> None:
-    """Say which rows of sounds and key points are padding, as the modelling code has it; call this once all is cast."""
+    """Say which rows of sounds, key points and regions are padding, as the model has it; call this once all is cast."""
     model = case.model
     model_type = "" if isinstance(model, Wrapper) else model.config.model_type
     for batch in case.batches:
@@ -95,6 +95,15 @@ def tell_media(case: Case) -> None:
             with case.context(), torch.no_grad():
                 found = model.keypoint_detector(batch.inputs["pixel_values"].flatten(0, 1)).mask
             batch.media = found.bool()
+    if model_type == "pp_doclayout_v2":
+        model.reading_order.register_forward_pre_hook(partial(_tell_regions, case.batches), with_kwargs=True)
+
+
+def _tell_regions(batches: list[Batch], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A start, the regions that the model is sure enough of in this run, an end; the rest is padding."""
+    sure = kwargs["mask"]
+    (batch,) = (batch for batch in batches if batch.size == len(sure))
+    batch.media = torch.arange(sure.shape[1] + 2) < sure.sum(1, keepdim=True) + 2
 
 
 def build(model_type: str, condition: str) -> Case:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...measurement.batches import CalibrationError
 from ...measurement.places import chunks, places, routed
 from ...measurement.site_rows import Count
+from ...measurement.towers import Note
 from ...structure.linear_maps import LinearMap
 from .held_out import Examples, split
 from .meeting_point import MapCall, Meeting, Observed, Stream
@@ -55,11 +56,12 @@ class Evidence:
         """Add the rows of one run: what the substituted network computed, and what is wanted in its place.
 
         Raises:
-            MeetingError: what is at the meeting point are not the rows of the map.
+            MeetingError: what is at the meeting point are not the rows of the map, or other rows are padding there, as in
+                a model that finds its tokens (regions of an image) itself.
         """
         for linear in self.maps:
             given, aim = (observed.calls.get(linear.label, []) for observed in (substituted, wanted))
-            if [call.note.leading for call in given] != [call.note.leading for call in aim]:
+            if len(given) != len(aim) or not all(_alike(g.note, a.note) for g, a in zip(given, aim, strict=True)):
                 raise MeetingError
             if given:  # else an expert to which nothing was routed
                 change = self._change(given, aim, substituted.stream, wanted.stream)
@@ -100,6 +102,14 @@ class Evidence:
                 f"{self.site}: what it puts out on the calibration batches, or the stream that it is added to, is not "
                 "finite. Does the model overflow in half precision?"
             )
+
+
+def _alike(one: Note, other: Note) -> bool:
+    """Whether rows that were seen at two places are the same tokens."""
+    masks = one.tower.mask, other.tower.mask
+    if masks[0] is None or masks[1] is None:
+        return one.leading == other.leading and masks[0] is masks[1]
+    return one.leading == other.leading and torch.equal(masks[0], masks[1])
 
 
 def _wide(tensor: Tensor) -> Tensor:
