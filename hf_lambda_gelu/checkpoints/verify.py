@@ -11,17 +11,17 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._compat import attention_implementation
+from .._compat import attention_implementation, pytree
 from ..measurement.audit.audit import audit
 from ..measurement.examples.choice import example_inputs
-from ..measurement.forward import evaluating, in_own_precision, main_output, same_random_numbers
+from ..measurement.forward import evaluating, in_own_precision, same_random_numbers
 from ..structure.offloading import check_not_offloaded
 from ..structure.scratch import scratch_folder
 from ..structure.smooth_activations import smooth_activations
@@ -62,7 +62,9 @@ for parameter in model.parameters():  # mapped memory is aligned otherwise, whic
 torch.manual_seed(0); random.seed(0); numpy.random.seed(0)  # as `same_random_numbers` does
 with torch.no_grad():
     output = model.eval()(**load_file(inputs))
-save_file({k: v.contiguous() for k, v in output.items() if isinstance(v, torch.Tensor)}, outputs)
+leaves = torch.utils._pytree.tree_leaves(list(output.values()))  # as `_tensors` does
+found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+save_file({f"{index:06}": tensor.contiguous().clone() for index, tensor in enumerate(found)}, outputs)
 def digest(tensor):
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
 print(json.dumps({name: digest(tensor) for name, tensor in model.state_dict().items()}))
@@ -70,9 +72,9 @@ print(json.dumps({name: digest(tensor) for name, tensor in model.state_dict().it
 
 
 class _Stock(NamedTuple):
-    """What stock transformers makes of a folder: its main output, and a digest of each tensor."""
+    """What stock transformers makes of a folder: all that its forward puts out, and a digest of each tensor."""
 
-    output: Tensor
+    outputs: list[Tensor]
     digests: dict[str, str]
 
 
@@ -91,7 +93,7 @@ def verify_relu_pretrained(
         inputs: a batch for the model's forward; by default a small one made to fit it.
 
     Returns:
-        max |difference| over the main output, in its units: 0.0 on the same machine.
+        max |difference| over all floating point tensors of the output: 0.0 on the same machine.
 
     Raises:
         VerificationError: it does not load, keys do not fit, or outputs differ by more than 1e-6 of their scale.
@@ -110,15 +112,9 @@ def verify_relu_pretrained(
         model = copy.deepcopy(model).cpu()
     inputs = {k: v.cpu() for k, v in (inputs or example_inputs(model)).items()}
     with evaluating(model), in_own_precision(model), same_random_numbers(model):
-        expected = main_output(model(**inputs)).double()
+        expected = _tensors(model(**inputs))
     stock = _reloaded(model, Path(folder), inputs)
-    difference = float((stock.output.double() - expected).abs().max())
-    scale = float(expected.abs().max())
-    if not difference <= 1e-6 * max(scale, 1e-12):
-        raise VerificationError(
-            f"{str(folder)!r} computes something else in stock transformers: outputs differ by {difference:.3g} at a scale "
-            f"of {scale:.3g}. Was the model edited after relu_ize, or cast (which rounds buffers that a reload computes)?"
-        )
+    difference, scale = _compare(expected, stock.outputs, folder)
     # what the batch does not reach, such as most rows of an embedding, is compared too
     other = [name for name, tensor in model.state_dict().items() if stock.digests.get(name) != _digest(tensor)]
     if other:
@@ -128,6 +124,40 @@ def verify_relu_pretrained(
     outputs = {"largest_difference_of_outputs": difference, "scale_of_outputs": scale}
     _record_checks(Path(folder), model, inputs, {**outputs, "identical_tensors": len(stock.digests)})
     return difference
+
+
+def _tensors(output: Mapping[str, Any]) -> list[Tensor]:
+    """All floating point tensors that a forward puts out, in its order."""
+    leaves = pytree.tree_leaves(list(output.values()))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _compare(expected: list[Tensor], got: list[Tensor], folder: str | os.PathLike[str]) -> tuple[float, float]:
+    """The largest difference, and the scale of the first output; VerificationError where the outputs are not the same."""
+    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, got)]
+    if not expected or shapes[0] != shapes[1]:
+        raise VerificationError(
+            f"{str(folder)!r} puts out tensors of shapes {shapes[1]} in stock transformers, the model {shapes[0]}. "
+            "Is the model of another configuration than the folder?"
+        )
+    largest = 0.0
+    for one, other in zip(expected, got, strict=True):
+        apart = torch.where(one == other, 0.0, (other.double() - one.double()).abs())  # where both are −∞ too
+        difference, scale = float(apart.max()) if apart.numel() else 0.0, _scale(one)
+        if not difference <= 1e-6 * max(scale, 1e-12):
+            raise VerificationError(
+                f"{str(folder)!r} computes something else in stock transformers: outputs differ by {difference:.3g} at a "
+                f"scale of {scale:.3g}. Was the model edited after relu_ize, or cast (which rounds buffers that a reload "
+                "computes)?"
+            )
+        largest = max(largest, difference)
+    return largest, _scale(expected[0])
+
+
+def _scale(tensor: Tensor) -> float:
+    """The largest finite magnitude."""
+    finite = tensor[tensor.isfinite()].double().abs()
+    return float(finite.max()) if finite.numel() else 0.0
 
 
 def _reloaded(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor]) -> _Stock:
@@ -153,7 +183,8 @@ def _reloaded(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor]
         if process.returncode:
             lines = process.stderr.strip().splitlines() or ["no message"]
             raise VerificationError(f"stock transformers does not load {str(folder)!r}: {lines[-1]}")
-        return _Stock(main_output(load_file(result)), json.loads(process.stdout.splitlines()[-1]))
+        found = load_file(result)
+        return _Stock([found[name] for name in sorted(found)], json.loads(process.stdout.splitlines()[-1]))
 
 
 def _homes_of_packages(folder: Path) -> str:

@@ -18,6 +18,7 @@ from support.models import relu_model
 from torch import Tensor
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.checkpoints.verify import _compare
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -51,6 +52,7 @@ def say_gelu(folder: Path) -> None:
 
 CASES: dict[str, Callable[[Path], None]] = {
     "good": lambda folder: None,
+    "good encoder-decoder": lambda folder: None,
     "perturbed": perturb,
     "perturbed elsewhere": perturb_rest,
     "tensor missing": drop,
@@ -73,7 +75,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float | Exce
         finally:
             assert model.training
 
-    models = {case: relu_model("bert-classifier") for case in CASES}
+    models = {case: relu_model("whisper" if "decoder" in case else "bert-classifier") for case in CASES}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         for case, model in models.items():
@@ -83,8 +85,8 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float | Exce
 
 
 def test_verify(verdicts: dict[str, float | Exception]) -> None:
-    """A good folder has difference 0.0."""
-    assert verdicts["good"] == 0.0
+    """A good folder has difference 0.0, whatever the order of its outputs' names."""
+    assert verdicts["good"] == verdicts["good encoder-decoder"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,34 @@ def test_verify_fails(case: str, message: str, verdicts: dict[str, float | Excep
     """Damage to the folder is found, and named."""
     assert isinstance(verdicts[case], hlg.VerificationError)
     assert re.search(message, str(verdicts[case]), re.DOTALL)
+
+
+HIDDEN = torch.linspace(-2.0, 2.0, 12).reshape(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("got", "message"),
+    [
+        ([HIDDEN, HIDDEN + 1e-3], "outputs differ by 0.001 at a scale of 2"),
+        ([HIDDEN], r"shapes \[\(3, 4\)\] in stock transformers, the model \[\(3, 4\), \(3, 4\)\]"),
+        ([HIDDEN, HIDDEN[:, :1]], "puts out tensors of shapes"),
+        ([HIDDEN, HIDDEN.where(HIDDEN < 2.0, torch.nan)], "outputs differ by nan"),
+        ([HIDDEN, HIDDEN.where(HIDDEN < 2.0, -torch.inf)], "outputs differ by inf"),
+    ],
+)
+def test_every_output_counts(got: list[Tensor], message: str) -> None:
+    with pytest.raises(hlg.VerificationError, match=message):
+        _compare([HIDDEN, HIDDEN], got, "folder")
+
+
+def test_outputs_that_are_infinite() -> None:
+    """Logits that a model masks out are −∞ on both sides; they neither count as different nor hide what differs."""
+    masked = HIDDEN.where(HIDDEN > 0, -torch.inf)
+    assert _compare([masked], [masked.clone()], "folder") == (0.0, 2.0)
+    with pytest.raises(hlg.VerificationError, match=r"differ by 0\.1 at a scale of 2"):
+        _compare([masked], [masked.where(masked < 2.0, 1.9)], "folder")
+    with pytest.raises(hlg.VerificationError, match="shapes"):
+        _compare([], [], "folder")
 
 
 def test_verify_message(verdicts: dict[str, float | Exception]) -> None:
