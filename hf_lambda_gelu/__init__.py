@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .checkpoints.remote_code import save_with_code
     from .checkpoints.save import save_relu_pretrained
     from .checkpoints.verify import VerificationError, verify_relu_pretrained
+    from .downstream.sparsity import ActivationSparsityReport, activation_sparsity
     from .measurement.audit.audit import AuditReport, audit
     from .measurement.batches import CalibrationError
     from .measurement.calibration import CalibrationReport, SiteStatistics, calibrate
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
 __version__ = "0.2.0"
 
 __all__ = [
+    "ActivationSparsityReport",
     "AuditReport",
     "CalibrationError",
     "CalibrationReport",
@@ -62,6 +64,7 @@ __all__ = [
     "SoftGateError",
     "SubstitutionReport",
     "VerificationError",
+    "activation_sparsity",
     "attach_hardness_update",
     "audit",
     "calibrate",
@@ -89,6 +92,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ActivationSparsityReport": ".downstream.sparsity",
     "AuditReport": ".measurement.audit.audit",
     "CalibrationError": ".measurement.batches",
     "CalibrationReport": ".measurement.calibration",
@@ -111,6 +115,7 @@ _MODULES = {
     "SoftGateError": ".surgery.gates",
     "SubstitutionReport": ".surgery.report",
     "VerificationError": ".checkpoints.verify",
+    "activation_sparsity": ".downstream.sparsity",
     "attach_hardness_update": ".training.optimizer",
     "audit": ".measurement.audit.audit",
     "calibrate": ".measurement.calibration",
