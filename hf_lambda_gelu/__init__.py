@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .checkpoints.remote_code import save_with_code
     from .checkpoints.save import save_relu_pretrained
     from .checkpoints.verify import VerificationError, verify_relu_pretrained
+    from .downstream.pruning import PruningReport, prune_dead_units
     from .downstream.sparsity import ActivationSparsityReport, activation_sparsity
     from .measurement.audit.audit import AuditReport, audit
     from .measurement.batches import CalibrationError
@@ -57,6 +58,7 @@ __all__ = [
     "LambdaGELU",
     "LambdaGELUTrainer",
     "LambdaGELUTrainingArguments",
+    "PruningReport",
     "PushError",
     "SensitivityReport",
     "SiteSensitivity",
@@ -78,6 +80,7 @@ __all__ = [
     "lambda_gelu_reference",
     "plot_hardness",
     "plot_sensitivity",
+    "prune_dead_units",
     "push_relu_to_hub",
     "register",
     "relu_ize",
@@ -108,6 +111,7 @@ _MODULES = {
     "LambdaGELU": ".activation.module",
     "LambdaGELUTrainer": ".training.trainer",
     "LambdaGELUTrainingArguments": ".training.arguments",
+    "PruningReport": ".downstream.pruning",
     "PushError": ".checkpoints.hub",
     "SensitivityReport": ".measurement.sensitivity",
     "SiteSensitivity": ".measurement.sensitivity",
@@ -129,6 +133,7 @@ _MODULES = {
     "lambda_gelu_reference": ".activation.functional",
     "plot_hardness": ".measurement.plots",
     "plot_sensitivity": ".measurement.plots",
+    "prune_dead_units": ".downstream.pruning",
     "push_relu_to_hub": ".checkpoints.hub",
     "relu_ize": ".surgery.substitution",
     "relu_ize_checkpoint": ".checkpoints.on_disk",
