@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .checkpoints.save import save_relu_pretrained
     from .checkpoints.verify import VerificationError, verify_relu_pretrained
     from .downstream.pruning import PruningReport, prune_dead_units
+    from .downstream.sparse_ffn import SparseFFNReport, sparsify_ffn
     from .downstream.sparsity import ActivationSparsityReport, activation_sparsity
     from .measurement.audit.audit import AuditReport, audit
     from .measurement.batches import CalibrationError
@@ -64,6 +65,7 @@ __all__ = [
     "SiteSensitivity",
     "SiteStatistics",
     "SoftGateError",
+    "SparseFFNReport",
     "SubstitutionReport",
     "VerificationError",
     "activation_sparsity",
@@ -89,6 +91,7 @@ __all__ = [
     "save_with_code",
     "sensitivity",
     "set_kernels",
+    "sparsify_ffn",
     "sup_error",
     "target_hardness",
     "verify_relu_pretrained",
@@ -117,6 +120,7 @@ _MODULES = {
     "SiteSensitivity": ".measurement.sensitivity",
     "SiteStatistics": ".measurement.calibration",
     "SoftGateError": ".surgery.gates",
+    "SparseFFNReport": ".downstream.sparse_ffn",
     "SubstitutionReport": ".surgery.report",
     "VerificationError": ".checkpoints.verify",
     "activation_sparsity": ".downstream.sparsity",
@@ -141,6 +145,7 @@ _MODULES = {
     "save_with_code": ".checkpoints.remote_code",
     "sensitivity": ".measurement.sensitivity",
     "set_kernels": ".activation.kernels.dispatch",
+    "sparsify_ffn": ".downstream.sparse_ffn",
     "sup_error": ".activation.hardness",
     "target_hardness": ".activation.hardness",
     "verify_relu_pretrained": ".checkpoints.verify",

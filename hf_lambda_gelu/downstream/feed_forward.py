@@ -32,12 +32,14 @@ class FeedForward:
         after: the map that takes up its units, W₂.
         gate: the map before the ReLU, W₁.
         up: the map that is multiplied in, W₃; None in a block without gating.
+        up_last: whether `up` runs after the ReLU.
     """
 
     site: str
     after: LinearMap
     gate: LinearMap
     up: LinearMap | None = None
+    up_last: bool = False
 
     @property
     def units(self) -> int:
@@ -95,7 +97,8 @@ class _Walk:
     """One forward pass in which the output of each linear map is a leaf of autograd's graph."""
 
     def __init__(self) -> None:
-        self._leaves: dict[int, LinearCall] = {}
+        self._leaves: dict[int, LinearCall] = {}  # in the order in which they ran
+        self._ran: dict[str, int] = {}  # site → how many linear maps ran before its last call
         self._sites: dict[Any, str] = {}  # the node that a ReLU's output comes from
         self._kept: list[Any] = []  # or another object might get the id of one that is gone
         self._found: dict[str, dict[tuple[Key, ...], _Calls]] = {}
@@ -104,6 +107,7 @@ class _Walk:
 
     def on_site(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         self._found.setdefault(name, {})
+        self._ran[name] = len(self._leaves)
         if output.grad_fn is not None:
             self._sites[output.grad_fn] = name
             self._kept.append(output.grad_fn)
@@ -170,7 +174,10 @@ class _Walk:
         after, *before = next(iter(self._found[name].values()))
         if any(self._users.get(call.key) != {after.key} for call in before):
             raise _Obstacle("what the map before it puts out is used elsewhere too")
-        return FeedForward(name, *(_own_map(call, parameters) for call in (after, *before)))
+        w2, w1, *w3 = (_own_map(call, parameters) for call in (after, *before))
+        ran_later = list(self._leaves.values())[self._ran[name] :]
+        up_last = bool(w3) and any(call is before[-1] for call in ran_later)
+        return FeedForward(name, w2, w1, w3[0] if w3 else None, up_last)
 
 
 def _own_map(call: LinearCall, parameters: Parameters) -> LinearMap:
