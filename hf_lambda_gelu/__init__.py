@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .checkpoints.remote_code import save_with_code
     from .checkpoints.save import save_relu_pretrained
     from .checkpoints.verify import VerificationError, verify_relu_pretrained
+    from .downstream.pruning import PruningReport, prune_dead_units
+    from .downstream.sparse_ffn import SparseFFNReport, sparsify_ffn
+    from .downstream.sparsity import ActivationSparsityReport, activation_sparsity
     from .measurement.audit.audit import AuditReport, audit
     from .measurement.batches import CalibrationError
     from .measurement.calibration import CalibrationReport, SiteStatistics, calibrate
@@ -40,6 +43,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
 __version__ = "0.2.0"
 
 __all__ = [
+    "ActivationSparsityReport",
     "AuditReport",
     "CalibrationError",
     "CalibrationReport",
@@ -55,13 +59,16 @@ __all__ = [
     "LambdaGELU",
     "LambdaGELUTrainer",
     "LambdaGELUTrainingArguments",
+    "PruningReport",
     "PushError",
     "SensitivityReport",
     "SiteSensitivity",
     "SiteStatistics",
     "SoftGateError",
+    "SparseFFNReport",
     "SubstitutionReport",
     "VerificationError",
+    "activation_sparsity",
     "attach_hardness_update",
     "audit",
     "calibrate",
@@ -75,6 +82,7 @@ __all__ = [
     "lambda_gelu_reference",
     "plot_hardness",
     "plot_sensitivity",
+    "prune_dead_units",
     "push_relu_to_hub",
     "register",
     "relu_ize",
@@ -83,12 +91,14 @@ __all__ = [
     "save_with_code",
     "sensitivity",
     "set_kernels",
+    "sparsify_ffn",
     "sup_error",
     "target_hardness",
     "verify_relu_pretrained",
 ]
 
 _MODULES = {
+    "ActivationSparsityReport": ".downstream.sparsity",
     "AuditReport": ".measurement.audit.audit",
     "CalibrationError": ".measurement.batches",
     "CalibrationReport": ".measurement.calibration",
@@ -104,13 +114,16 @@ _MODULES = {
     "LambdaGELU": ".activation.module",
     "LambdaGELUTrainer": ".training.trainer",
     "LambdaGELUTrainingArguments": ".training.arguments",
+    "PruningReport": ".downstream.pruning",
     "PushError": ".checkpoints.hub",
     "SensitivityReport": ".measurement.sensitivity",
     "SiteSensitivity": ".measurement.sensitivity",
     "SiteStatistics": ".measurement.calibration",
     "SoftGateError": ".surgery.gates",
+    "SparseFFNReport": ".downstream.sparse_ffn",
     "SubstitutionReport": ".surgery.report",
     "VerificationError": ".checkpoints.verify",
+    "activation_sparsity": ".downstream.sparsity",
     "attach_hardness_update": ".training.optimizer",
     "audit": ".measurement.audit.audit",
     "calibrate": ".measurement.calibration",
@@ -124,6 +137,7 @@ _MODULES = {
     "lambda_gelu_reference": ".activation.functional",
     "plot_hardness": ".measurement.plots",
     "plot_sensitivity": ".measurement.plots",
+    "prune_dead_units": ".downstream.pruning",
     "push_relu_to_hub": ".checkpoints.hub",
     "relu_ize": ".surgery.substitution",
     "relu_ize_checkpoint": ".checkpoints.on_disk",
@@ -131,6 +145,7 @@ _MODULES = {
     "save_with_code": ".checkpoints.remote_code",
     "sensitivity": ".measurement.sensitivity",
     "set_kernels": ".activation.kernels.dispatch",
+    "sparsify_ffn": ".downstream.sparse_ffn",
     "sup_error": ".activation.hardness",
     "target_hardness": ".activation.hardness",
     "verify_relu_pretrained": ".checkpoints.verify",

@@ -33,6 +33,7 @@ __all__ = [
     "compile_stance",
     "finish_current_push",
     "forward_before_accelerate",
+    "function_modes",
     "functorch_active",
     "generation_config_in_config",
     "has_peft_config",
@@ -50,6 +51,9 @@ __all__ = [
 
 # Whether torch.func (grad, vmap, jvp …) transforms the code that runs. Not wrapped: it runs at every call of an activation.
 functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+# How many function modes are on, each of which sees every operation. Not wrapped either.
+function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 
 
 def without_torch_function() -> AbstractContextManager[Any]:

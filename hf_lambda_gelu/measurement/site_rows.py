@@ -1,4 +1,4 @@
-"""The pre-activations of every λ-GELU over a forward pass, call by call, without those of padding."""
+"""What enters every activation over a forward pass, call by call, without the rows of padding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activation.module import LambdaGELU
 from ..structure.hooks import Hooks
 from ..structure.tracing import with_more
 from .batches import FORWARD_ERRORS, CalibrationError, batch_size
@@ -47,13 +46,16 @@ class SiteRows:
     A call on part of a sequence waits until the forward pass is over, since only then is known which part it was.
 
     Attributes:
+        sites: the activations by name, λ-GELUs or others.
         take: called with a site's name and rows.
+        features: which dimension of what enters a site its features are; the last one, where it is not given.
         counts: by site.
     """
 
     model: nn.Module
-    sites: Mapping[str, LambdaGELU]
+    sites: Mapping[str, nn.Module]
     take: Callable[[str, Tensor], None]
+    features: Callable[[Tensor], int] | None = None
     counts: dict[str, Count] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,7 +84,7 @@ class SiteRows:
         self._waiting = {}
 
     def _on_site(self, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0]
+        x = args[0] if self.features is None else args[0].movedim(self.features(args[0]), -1)
         note = self.towers.note(x)
         if not note.tower.padded:
             self._hand_on(name, x, places(note))

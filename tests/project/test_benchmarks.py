@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
 import hf_lambda_gelu as hlg
-from scripts.benchmarks import cases, run
+from scripts.benchmarks import cases, run, sparse_ffn
 
 
 @pytest.fixture
@@ -93,3 +93,19 @@ def test_unknown_section(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["run.py", "--only", "speed"])
     with pytest.raises(SystemExit, match="unknown section speed: expected activation, compile, step or conversion"):
         run.main()
+
+
+def test_sparse_blocks_and_tokens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for every block and model; the zeros that were counted are about those that were asked for."""
+    interleave = cases.interleave
+    monkeypatch.setattr(sparse_ffn, "interleave", lambda *args, seconds: interleave(*args, seconds=0.0))
+    monkeypatch.setattr(cases, "REPEATS", 2)
+    for name, value in {"SHAPES": [(64, 256)], "MEGABYTES": 0.3, "WIDTH": 64, "UNITS": 256, "LAYERS": 2, "HEADS": 2}.items():
+        monkeypatch.setattr(sparse_ffn, name, value)
+    monkeypatch.setattr(sparse_ffn, "VOCABULARY", {"llama": 2000, "whisper": 2000})
+    monkeypatch.setattr("sys.argv", ["sparse_ffn.py", "--zeros", "0.9", "--dtypes", "float32", "--threads", "1"])
+    sparse_ffn.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [row[0] for row in rows] == ["FFN 64–256", "gated FFN 64–256", "Llama, a token", "Whisper decoder, a token"]
+    assert {row[1] for row in rows} == {"float32"}
+    assert all(80 <= int(row[2].rstrip("%")) <= 97 for row in rows)

@@ -15,7 +15,7 @@ from support.kernel_runs import OP, check, draw, run
 from support.processes import in_fresh_process
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.activation.kernels import cpu, dispatch
+from hf_lambda_gelu.activation.kernels import compiled, cpu, dispatch
 
 
 def test_hardness_that_no_view_takes() -> None:
@@ -96,7 +96,7 @@ def test_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.Mo
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(blocked))
-    folder = cpu._folder()
+    folder = compiled.folder()
     assert folder.is_dir()
     assert blocked not in folder.parents
     folder.rmdir()

@@ -1,0 +1,205 @@
+"""Finds the feed-forward blocks of a ReLU network: the maps before and after each ReLU, by following autograd's graph.
+
+Nothing is assumed of names. A block is h = max(0, W₁x + b₁), perhaps times W₃x + b₃, and the map W₂ that takes up h; between
+them stand products of equals and views alone, so that unit j of one is unit j of all. [derived]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..structure.hooks import Hooks
+from ..structure.linear_calls import Key, LinearCall
+from ..structure.linear_maps import LinearMap, Parameters, eager_experts, watch_linears
+from ..structure.unread_maps import differentiable, operation_of
+
+# operations that leave each unit where it is: views too, as what they connect has the same shape in the end
+_UNITWISE = frozenset({"Relu", "Mul", "Clone", "Alias", "View", "UnsafeView", "ReshapeAlias", "Contiguous", "ToCopy"})
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """One block.
+
+    Attributes:
+        site: name of its ReLU.
+        after: the map that takes up its units, W₂.
+        gate: the map before the ReLU, W₁.
+        up: the map that is multiplied in, W₃; None in a block without gating.
+        up_last: whether `up` runs after the ReLU.
+    """
+
+    site: str
+    after: LinearMap
+    gate: LinearMap
+    up: LinearMap | None = None
+    up_last: bool = False
+
+    @property
+    def units(self) -> int:
+        """How many it has now."""
+        return self.after.shape[0]
+
+    @property
+    def before(self) -> tuple[LinearMap, ...]:
+        """The maps that make its units."""
+        return (self.gate,) if self.up is None else (self.gate, self.up)
+
+    @property
+    def parameters(self) -> list[tuple[nn.Parameter, int]]:
+        """Each parameter with units in it, and which of its dimensions they are."""
+        found = [(self.after.parameter, 0 if self.after.transposed else 1)]
+        for made in self.before:
+            found.append((made.parameter, 1 if made.transposed else 0))
+            if made.bias is not None:
+                found.append((made.bias, 0))
+        return found
+
+
+@dataclass
+class Blocks:
+    """What one forward pass showed: the blocks by site, and why the other sites have none that can be told."""
+
+    found: dict[str, FeedForward] = field(default_factory=dict)
+    obstacles: dict[str, str] = field(default_factory=dict)
+
+
+def feed_forwards(model: nn.Module, sites: Mapping[str, nn.Module], forward: Callable[[], Any]) -> Blocks:
+    """The blocks around `sites`, the model's ReLUs; runs `forward` once, with gradients."""
+    walk = _Walk()
+    with Hooks() as hooks, eager_experts(model), torch.enable_grad(), differentiable(model), watch_linears(walk.on_linear):
+        for name, site in sites.items():
+            hooks.after(site, partial(walk.on_site, name))
+        forward()
+    result, parameters = Blocks(), Parameters(model)
+    for name in sites:
+        try:
+            result.found[name] = walk.block(name, parameters)
+        except _Obstacle as obstacle:
+            result.obstacles[name] = str(obstacle)
+    return result
+
+
+class _Obstacle(Exception):
+    """Why a site's block cannot be told."""
+
+
+_Calls = tuple[LinearCall, ...]  # of a block: after, gate, and up where it is gated
+
+
+class _Walk:
+    """One forward pass in which the output of each linear map is a leaf of autograd's graph."""
+
+    def __init__(self) -> None:
+        self._leaves: dict[int, LinearCall] = {}  # in the order in which they ran
+        self._ran: dict[str, int] = {}  # site → how many linear maps ran before its last call
+        self._sites: dict[Any, str] = {}  # the node that a ReLU's output comes from
+        self._kept: list[Any] = []  # or another object might get the id of one that is gone
+        self._found: dict[str, dict[tuple[Key, ...], _Calls]] = {}
+        self._obstacles: dict[str, str] = {}
+        self._users: dict[Key, set[Key]] = {}  # map → the maps that take up what it puts out
+
+    def on_site(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._found.setdefault(name, {})
+        self._ran[name] = len(self._leaves)
+        if output.grad_fn is not None:
+            self._sites[output.grad_fn] = name
+            self._kept.append(output.grad_fn)
+
+    def on_linear(self, call: LinearCall) -> Tensor | None:
+        if not call.output.is_floating_point():
+            return None
+        nodes = list(_nodes(call.input.grad_fn))
+        names = {self._sites[node] for node in nodes if node in self._sites}
+        for name in names:
+            try:
+                block = self._block(call, nodes, names)
+                self._found[name][tuple(c.key for c in block)] = block
+            except _Obstacle as obstacle:
+                self._obstacles.setdefault(name, str(obstacle))
+        for node in nodes:
+            made = self._leaves.get(id(getattr(node, "variable", None)))
+            if made is not None:
+                self._users.setdefault(made.key, set()).add(call.key)
+        leaf = call.output.detach().requires_grad_()
+        self._kept.append(leaf)
+        self._leaves[id(leaf)] = call
+        return leaf.clone()  # the model may change it in place, which a leaf does not allow
+
+    def _block(self, call: LinearCall, nodes: list[Any], names: set[str]) -> _Calls:
+        if call.obstacle:
+            raise _Obstacle(call.obstacle)
+        if len(names) > 1:
+            raise _Obstacle(f"the map after it takes up {', '.join(sorted(names))} together")
+        makers = self._makers(nodes)
+        inside = [node for site in nodes if site in self._sites for node in _nodes(site)]
+        gates = self._makers(inside)
+        ups = [made for made in makers if not any(made is gate for gate in gates)]
+        if len(gates) != 1 or len(ups) > 1:
+            raise _Obstacle(f"{len(makers)} linear maps make its units: expected one, or two where it is gated")
+        for maker in makers:
+            if maker.obstacle or maker.output.shape != call.input.shape:
+                raise _Obstacle("the maps before and after it have unlike shapes")
+        return (call, *gates, *ups)
+
+    def _makers(self, nodes: Iterable[Any]) -> list[LinearCall]:
+        """The calls whose outputs these nodes begin with."""
+        found: dict[int, LinearCall] = {}
+        for node in nodes:
+            variable = getattr(node, "variable", None)
+            if variable is None:
+                if operation_of(node) not in _UNITWISE:
+                    raise _Obstacle(f"{operation_of(node)} stands between the maps around it")
+            elif id(variable) in self._leaves:
+                found[id(variable)] = self._leaves[id(variable)]
+            else:
+                raise _Obstacle("a parameter that is no linear map is multiplied in")
+        return list(found.values())
+
+    def block(self, name: str, parameters: Parameters) -> FeedForward:
+        """That of a site; _Obstacle if there is none that can be told."""
+        if name not in self._found:
+            raise _Obstacle("no input reached it")
+        if name in self._obstacles:
+            raise _Obstacle(self._obstacles[name])
+        if len(self._found[name]) != 1:
+            count = len(self._found[name])
+            raise _Obstacle(f"{count} blocks share it" if count else "no linear map takes up its output")
+        after, *before = next(iter(self._found[name].values()))
+        if any(self._users.get(call.key) != {after.key} for call in before):
+            raise _Obstacle("what the map before it puts out is used elsewhere too")
+        w2, w1, *w3 = (_own_map(call, parameters) for call in (after, *before))
+        ran_later = list(self._leaves.values())[self._ran[name] :]
+        up_last = bool(w3) and any(call is before[-1] for call in ran_later)
+        return FeedForward(name, w2, w1, w3[0] if w3 else None, up_last)
+
+
+def _own_map(call: LinearCall, parameters: Parameters) -> LinearMap:
+    """The map of a call, whose weight and bias belong to it alone."""
+    found = parameters.find(call)
+    if found is None or found.index is not None:
+        raise _Obstacle("a map around it is an expert's, or its weight is computed")
+    for parameter in (found.parameter, found.bias):
+        names = [] if parameter is None else parameters.names[parameter]
+        if len(names) > 1:
+            raise _Obstacle(f"{names[0]} is tied to {names[1]}")
+    return found
+
+
+def _nodes(start: Any) -> Iterator[Any]:
+    """The nodes of autograd's graph from `start` back, each once."""
+    seen: set[Any] = set()
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack += [parent for parent, _ in node.next_functions]

@@ -1,0 +1,120 @@
+"""Which numbers in a config are the widths of feed-forward blocks: found by building the model's class again, one wider."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..structure.config import owner_of
+from ..structure.config_probe import config_places
+from .feed_forward import FeedForward
+
+# words in the names of widths that a config leaves to a default (GPT-2's `n_inner`)
+_WORDS = ("inner", "ffn", "intermediate")
+
+
+@dataclass(frozen=True)
+class Width:
+    """A number in a config, and the blocks whose width it is.
+
+    Attributes:
+        path: the attribute as a dotted path from the config, e.g. "text_config.intermediate_size".
+        value: the width, also where the config leaves it to a default.
+        sites: of the blocks.
+        obstacle: why it cannot be changed: something else is as wide; empty if it can.
+    """
+
+    path: str
+    value: int
+    sites: tuple[str, ...]
+    obstacle: str = ""
+
+
+def widths(part: PreTrainedModel, blocks: Mapping[str, FeedForward]) -> list[Width]:
+    """The widths of these blocks, which are in `part`, as its config has them; each block in one of them at most."""
+    found: list[Width] = []
+    free = dict(blocks)
+    for path, value in _candidates(part.config, {block.units for block in blocks.values()}):
+        rebuilt = rebuild(part, path, value + 1)
+        width = None if rebuilt is None else _width(part, rebuilt, path, value, free)
+        if width is not None:
+            found.append(width)
+            free = {name: block for name, block in free.items() if name not in width.sites}
+    return found
+
+
+def _candidates(config: PreTrainedConfig, values: set[int], prefix: str = "") -> Iterator[tuple[str, int]]:
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _candidates(value, values, f"{prefix}{name}.")
+        elif type(value) is int and value in values:
+            yield f"{prefix}{name}", value
+        elif value is None and any(word in name for word in _WORDS):
+            yield from ((f"{prefix}{name}", width) for width in sorted(values))
+
+
+def _width(
+    part: PreTrainedModel, rebuilt: PreTrainedModel, path: str, value: int, blocks: Mapping[str, FeedForward]
+) -> Width | None:
+    """The blocks that are one wider in `rebuilt`, and nothing else of them changed; None if there are none."""
+    names = {parameter: name for name, parameter in part.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in rebuilt.named_parameters()}
+    group, explained = [], set()
+    for site, block in blocks.items():
+        wider = {}
+        for parameter, dim in block.parameters:
+            shape = list(parameter.shape)
+            shape[dim] += 1
+            wider[names[parameter]] = tuple(shape)
+        if block.units == value and all(shapes.get(name) == shape for name, shape in wider.items()):
+            group.append(site)
+            explained |= set(wider)
+    if not group:
+        return None
+    others = [n for p, n in names.items() if n not in explained and shapes.get(n) != tuple(p.shape)]
+    obstacle = f"config.{path} is the width of {others[0]} too, in no block that can be told" if others else ""
+    return Width(path, value, tuple(group), obstacle)
+
+
+def rebuild(part: PreTrainedModel, path: str | None = None, value: int = 0) -> PreTrainedModel | None:
+    """What stock transformers builds from the config, with another value at `path`, on the meta device; None if nothing."""
+    config = copy.deepcopy(part.config)
+    if path is not None:
+        owner, leaf = owner_of(config, path)
+        setattr(owner, leaf, value)
+    try:
+        config = type(config).from_dict(config.to_dict())  # as it is after a reload
+        with torch.device("meta"), torch.random.fork_rng(devices=()):
+            return type(part)(config)
+    except (MemoryError, OSError):  # says nothing of the class
+        raise
+    except Exception:  # a class that does not take the value
+        return None
+
+
+def set_width(part: PreTrainedModel, width: Width, value: int) -> None:
+    """Let the config and the copies that modules hold have this value, and numbers that modules took from it.
+
+    The part must have a config of its own. Which configs and numbers these are is seen in a model that is built with the
+    value one larger.
+    """
+    wider = rebuild(part, width.path, width.value + 1)
+    owner, leaf = owner_of(part.config, width.path)
+    setattr(owner, leaf, value)
+    if wider is None:
+        return
+    own = dict(config_places(part, leaf))
+    for place, config in config_places(wider, leaf):
+        if getattr(config, leaf) == width.value + 1 and place in own:
+            setattr(own[place], leaf, value)
+    modules: dict[str, nn.Module] = dict(part.named_modules())
+    for name, module in wider.named_modules():
+        for attribute, number in list(vars(module).items()):
+            held = vars(modules[name]).get(attribute) if name in modules else None
+            if type(number) is int and number == width.value + 1 and type(held) is int and held == width.value:
+                setattr(modules[name], attribute, value)

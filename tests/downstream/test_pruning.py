@@ -1,0 +1,321 @@
+"""`prune_dead_units` against networks in which the same units weigh nothing, and stock transformers on what is saved."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from support import tiny
+from support.models import converted, relu_model
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, EncoderDecoderConfig, EncoderDecoderModel, PreTrainedModel
+
+import hf_lambda_gelu as hlg
+from hf_lambda_gelu.measurement.difference import float_outputs
+
+# name → its FFNs that have one width, their maps before the ReLU and after it, and the config path of the width
+FFNS: dict[str, tuple[list[str], list[str], str, str]] = {
+    "bert": (
+        ["bert.encoder.layer.0", "bert.encoder.layer.1"], ["intermediate.dense"], "output.dense", "intermediate_size",
+    ),
+    "vit": (["vit.layers.0.mlp", "vit.layers.1.mlp"], ["fc1"], "fc2", "intermediate_size"),
+    "gpt2": (["transformer.h.0.mlp", "transformer.h.1.mlp"], ["c_fc"], "c_proj", "n_inner"),
+    "llama": (["model.layers.0.mlp", "model.layers.1.mlp"], ["gate_proj", "up_proj"], "down_proj", "intermediate_size"),
+    "t5": (
+        [f"{side}.block.{i}.layer.{j}.DenseReluDense" for side, j in (("encoder", 1), ("decoder", 2)) for i in (0, 1)],
+        ["wi_0", "wi_1"], "wo", "d_ff",
+    ),
+    "whisper": (["model.decoder.layers.0", "model.decoder.layers.1"], ["fc1"], "fc2", "decoder_ffn_dim"),
+}  # fmt: skip
+
+
+def rows(module: nn.Module) -> Tensor:
+    """The weight as (units, inputs), whichever way it lies."""
+    weight = module.weight.detach()
+    return weight.T if type(module).__name__ == "Conv1D" else weight
+
+
+def kill(model: nn.Module, before: str, units: list[int]) -> None:
+    """Let these units never fire: by their bias, or where there is none by weights of 0."""
+    module = model.get_submodule(before)
+    with torch.no_grad():
+        rows(module)[units] = 0.0
+        if module.bias is not None:
+            module.bias[units] = -1.0
+
+
+def outputs(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return float_outputs(model(**batch))
+
+
+def close(first: list[Tensor], second: list[Tensor], tolerance: float = 1e-6) -> None:
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second, strict=True):
+        assert (a - b).abs().max() <= tolerance * a.abs().max()
+
+
+def batches(model: nn.Module, count: int = 3) -> list[dict[str, Tensor]]:
+    return [tiny.inputs(model, seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize("name", list(FFNS))
+def test_stock_transformers_loads_a_smaller_network(name: str, tmp_path: Path) -> None:
+    """Units that are dead in each layer, more in the first: all keep as many as the last needs, and outputs stay."""
+    places, before, after, path = FFNS[name]
+    model = relu_model(name)
+    for place in places:
+        kill(model, f"{place}.{before[0]}", [1, 2, 36])
+    kill(model, f"{places[0]}.{before[0]}", [0, 3, 4, 9, 30])
+    data = batches(model)
+    dead = {site.name: len(site.dead) for site in hlg.activation_sparsity(model, data).sites}
+    expected = [outputs(model, batch) for batch in data]
+    parameters, width = (
+        sum(p.numel() for p in model.parameters()),
+        len(rows(model.get_submodule(f"{places[0]}.{before[0]}"))),
+    )
+
+    report = hlg.prune_dead_units(model, iter(data))
+
+    assert {site.name: site.dead for site in report.sites} == {site.name: dead[site.name] for site in report.sites}
+    removed = min(dead[site.name] for site in report.sites if any(site.name.startswith(place) for place in places))
+    assert removed >= 3
+    assert report.widths == {path: (width, width - removed)}
+    assert getattr(model.config, path) == width - removed
+    for place in places:
+        assert {len(rows(model.get_submodule(f"{place}.{b}"))) for b in before} == {width - removed}
+        assert rows(model.get_submodule(f"{place}.{after}")).shape[1] == width - removed
+    assert report.parameters == (parameters, sum(p.numel() for p in model.parameters()))
+    for batch, wanted in zip(data, expected, strict=True):
+        close(wanted, outputs(model, batch))
+    hlg.save_relu_pretrained(model, tmp_path / "pruned")
+    reloaded = type(model).from_pretrained(tmp_path / "pruned").eval()
+    for batch in batches(model, 4):
+        close(outputs(model, batch), outputs(reloaded, batch), 0.0)
+
+
+def test_the_right_units() -> None:
+    """On data on which removed units would fire: the network in which they put out 0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 3))
+    data = [torch.randn(5, 6) for _ in range(2)]
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        x = torch.cat(data)
+        for first, second in ((0, 2), (2, 4)):
+            h = x = reference[first](x).clamp(min=0)
+            reference[second].weight[:, (h == 0).all(0)] = 0
+            assert 0 < (h == 0).all(0).sum() < h.shape[1]
+    report = hlg.prune_dead_units(model, data)
+    assert [s.kept for s in report.sites] == [s.units - s.dead for s in report.sites]
+    assert [model[0].out_features, model[2].in_features, model[2].out_features] == [
+        report.sites[0].kept, report.sites[0].kept, report.sites[1].kept,
+    ]  # fmt: skip
+    other = torch.randn(1000, 6) * 3
+    torch.testing.assert_close(model(other), reference(other), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_runs_three_times(tmp_path: Path) -> None:
+    """ALBERT's layers share one FFN: a unit that fires in any of its calls stays."""
+    model = relu_model("albert")
+    kill(model, "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn", [5, 6])
+    data = batches(model)
+    expected = [outputs(model, batch) for batch in data]
+    report = hlg.prune_dead_units(model, data)
+    assert report.widths == {"intermediate_size": (37, 35)}
+    for batch, wanted in zip(data, expected, strict=True):
+        close(wanted, outputs(model, batch))
+    model.save_pretrained(tmp_path)
+    close(outputs(model, data[0]), outputs(type(model).from_pretrained(tmp_path).eval(), data[0]), 0.0)
+
+
+def test_tied_layers_are_left_whole() -> None:
+    """One weight under two names; a third layer, which is not tied, has the same width in the config, and stays too."""
+    model = converted("bert", 160.0, num_hidden_layers=3)
+    hlg.relu_ize(model, force=True)
+    layers = model.bert.encoder.layer
+    layers[1].output.dense.weight = layers[0].output.dense.weight
+    for layer in range(3):
+        kill(model, f"bert.encoder.layer.{layer}.intermediate.dense", [1, 2])
+    before = tiny.snapshot(model)
+    report = hlg.prune_dead_units(model, batches(model))
+    tied = "bert.encoder.layer.0.output.dense.weight is tied to bert.encoder.layer.1.output.dense.weight"
+    assert report.whole["bert.encoder.layer.0.intermediate.intermediate_act_fn"] == tied
+    assert report.whole["bert.encoder.layer.2.intermediate.intermediate_act_fn"].startswith(
+        "config.intermediate_size is the width of bert.encoder.layer.0.intermediate.dense.weight too"
+    )
+    assert not report.widths
+    assert tiny.snapshot(model) == before
+
+
+def test_a_ratio_is_left_whole() -> None:
+    """DINOv2's config has a ratio in place of a width."""
+    model = relu_model("dinov2")
+    kill(model, "dinov2.encoder.layer.0.mlp.fc1", [0])
+    before = tiny.snapshot(model)
+    report = hlg.prune_dead_units(model, batches(model))
+    assert report.whole["dinov2.encoder.layer.0.mlp.activation_fn"].startswith("no number in the config is its width alone")
+    assert [s.kept for s in report.sites] == [64, 64]
+    assert tiny.snapshot(model) == before
+    assert "0 units removed" in str(report)
+
+
+def test_two_configs_of_one_class() -> None:
+    """BERT to BERT: the decoder's width is its own, though it is the same number."""
+    config = tiny.build("bert", hidden_act="relu").config
+    torch.manual_seed(0)
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(config, config)).eval()
+    for layer in (0, 1):
+        kill(model, f"encoder.encoder.layer.{layer}.intermediate.dense", [7])
+        model.get_submodule(f"decoder.bert.encoder.layer.{layer}.intermediate.dense").bias.data.fill_(9.0)
+    ids = torch.arange(10).reshape(2, 5)
+    report = hlg.prune_dead_units(model, [{"input_ids": ids, "decoder_input_ids": ids}])
+    assert list(report.widths) == ["encoder.intermediate_size"]
+    width = len(model.encoder.encoder.layer[1].intermediate.dense.weight)
+    assert width < 37
+    assert (model.config.encoder.intermediate_size, model.config.decoder.intermediate_size) == (width, 37)
+    assert (model.encoder.config.intermediate_size, model.decoder.config.intermediate_size) == (width, 37)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Sums without the zeros may be rounded otherwise, and that is all."""
+    model = relu_model("llama").to(dtype)
+    for layer in (0, 1):
+        kill(model, f"model.layers.{layer}.mlp.gate_proj", list(range(10)))
+    data = batches(model)
+    expected = outputs(model, data[0])
+    report = hlg.prune_dead_units(model, data)
+    assert report.widths == {"intermediate_size": (37, 27)}
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    close(expected[:1], outputs(model, data[0])[:1], 4 * torch.finfo(dtype).eps)
+
+
+def test_hooks_and_a_graph_that_is_alive() -> None:
+    """Hooks on parameters and modules go on with the smaller shapes, also where a graph from before is still there."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    kill(model, "0", [2, 5])
+    first, seen = model[0].weight, []
+    first.register_hook(lambda gradient: seen.append(tuple(gradient.shape)))
+    first.register_post_accumulate_grad_hook(lambda parameter: seen.append(tuple(parameter.grad.shape)))
+    model[2].register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    x = torch.rand(3, 4) + 1
+    alive = model(x).sum()
+    alive.backward(retain_graph=True)
+    assert seen == [(3, 8), (8, 4), (8, 4)]
+    with torch.no_grad():
+        rows(model[0])[[0, 1, 3, 4, 6, 7]] = 1.0
+        model[0].bias.clamp_(max=-1)
+        model[0].bias[[0, 1, 3, 4, 6, 7]] = 1.0
+    hlg.prune_dead_units(model, [x])
+    assert model[0].weight is first
+    assert first.grad is None
+    seen.clear()
+    model(x).sum().backward()
+    assert seen == [(3, 6), (6, 4), (6, 4)]
+    assert {p.grad.shape == p.shape for p in model.parameters()} == {True}
+
+
+def test_all_dead_keeps_one() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    kill(model, "0", list(range(8)))
+    report = hlg.prune_dead_units(model, [torch.rand(3, 4)])
+    assert (report.sites[0].dead, report.sites[0].kept) == (8, 1)
+    assert model[0].weight.shape == (1, 4)
+    torch.testing.assert_close(model(torch.rand(2, 4)), model[2].bias.expand(2, 2))
+
+
+class TwoUses(nn.Module):
+    """Pre-activations that are summed up besides: `times` decides whether that counts."""
+
+    def __init__(self, times: float) -> None:
+        super().__init__()
+        self.first, self.relu, self.second, self.times = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2), times
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.first(x)
+        return self.second(self.relu(h)) + self.times * h.sum(-1, keepdim=True)
+
+
+def test_units_that_something_else_uses() -> None:
+    model = TwoUses(1.0)
+    kill(model, "first", [2, 5])
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match=r"would change by .* something else uses these units.* The model is as it was"):
+        hlg.prune_dead_units(model, [torch.rand(3, 4)])
+    assert tiny.snapshot(model) == before
+    assert model.second.in_features == 8
+    hlg.prune_dead_units(TwoUses(0.0), [torch.rand(3, 4)])
+
+
+def with_adapters() -> nn.Module:
+    config = LoraConfig(target_modules=["intermediate.dense"], r=2)
+    model: nn.Module = get_peft_model(relu_model("bert"), config)
+    return model
+
+
+def quantised() -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(relu_model("bert"), {nn.Linear}, torch.qint8)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: converted("bert"), "call hf_lambda_gelu.relu_ize"),
+        (lambda: tiny.build("bert"), "is smooth"),
+        (lambda: relu_model().to("meta"), "meta device"),
+        (with_adapters, "merge_and_unload"),
+        (quantised, "prune first, then quantise"),
+    ],
+)
+def test_refused(model: Callable[[], PreTrainedModel], message: str) -> None:
+    built = model()
+    with pytest.raises(ValueError, match=message):
+        hlg.prune_dead_units(built, [{"input_ids": torch.ones(1, 4, dtype=torch.long)}])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "yielded no batch"),
+        ([torch.ones(1, 3)], "batch 0: .* raised"),
+        ([torch.ones(1, 4), torch.ones(1, 3)], "batch 1"),
+    ],
+)
+def test_batches_that_cannot_be_used(data: list[Tensor], message: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    before = tiny.snapshot(model)
+    with pytest.raises(hlg.CalibrationError, match=message):
+        hlg.prune_dead_units(model, data)
+    assert tiny.snapshot(model) == before
+
+
+def test_report_as_json() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    kill(model, "0", [2, 5])
+    report = hlg.prune_dead_units(model, [torch.rand(30, 4) + torch.eye(4).repeat(8, 1)[:30]])
+    record = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert record["sites"][0]["units"] == 8
+    assert record["parameters"][0] - record["parameters"][1] == 7 * (8 - record["sites"][0]["kept"])
+    assert str(report).splitlines()[2].split() == ["1", "8", str(report.sites[0].dead), str(report.sites[0].kept)]
+
+
+def test_a_real_model(asset: Callable[[str], Path], tmp_path: Path) -> None:
+    """Of MiniLM with ReLU, on two texts, many units never fire; stock transformers loads what is left."""
+    folder = asset("minilm")
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    hlg.convert(model)
+    hlg.relu_ize(model, force=True)
+    batch = dict(tokenizer(["a quiet film that stays with you", "dull"], padding=True, return_tensors="pt"))
+    expected = outputs(model, batch)
+    report = hlg.prune_dead_units(model, [batch])
+    assert report.parameters[1] < report.parameters[0]
+    close(expected, outputs(model, batch), 1e-5)
+    model.save_pretrained(tmp_path)
+    close(outputs(model, batch), outputs(AutoModel.from_pretrained(tmp_path).eval(), batch), 0.0)
