@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .checkpoints.remote_code import save_with_code
     from .checkpoints.save import save_relu_pretrained
     from .checkpoints.verify import VerificationError, verify_relu_pretrained
+    from .downstream.onnx import export_onnx
+    from .downstream.onnx_report import ExportError, ExportReport
     from .measurement.audit.audit import AuditReport, audit
     from .measurement.batches import CalibrationError
     from .measurement.calibration import CalibrationReport, SiteStatistics, calibrate
@@ -48,6 +50,8 @@ __all__ = [
     "CheckpointReport",
     "ConversionError",
     "ConversionReport",
+    "ExportError",
+    "ExportReport",
     "FoldError",
     "FoldReport",
     "HardeningSchedule",
@@ -67,6 +71,7 @@ __all__ = [
     "calibrate",
     "convert",
     "convert_checkpoint",
+    "export_onnx",
     "fold",
     "gates_as_relu",
     "hardness_profile",
@@ -97,6 +102,8 @@ _MODULES = {
     "CheckpointReport": ".checkpoints.on_disk",
     "ConversionError": ".surgery.conversion",
     "ConversionReport": ".surgery.conversion",
+    "ExportError": ".downstream.onnx_report",
+    "ExportReport": ".downstream.onnx_report",
     "FoldError": ".surgery.folding",
     "FoldReport": ".surgery.folding",
     "HardeningSchedule": ".training.schedule",
@@ -116,6 +123,7 @@ _MODULES = {
     "calibrate": ".measurement.calibration",
     "convert": ".surgery.conversion",
     "convert_checkpoint": ".checkpoints.on_disk",
+    "export_onnx": ".downstream.onnx",
     "fold": ".surgery.folding",
     "gates_as_relu": ".surgery.gates",
     "hardness_profile": ".activation.module",

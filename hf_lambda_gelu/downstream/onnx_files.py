@@ -7,7 +7,7 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,13 @@ def weights_of(path: Path) -> Path:
 def whole_file(path: Path) -> Iterator[Path]:
     """Within the block, a path in a temporary folder beside `path`; what lies there at the end is moved to `path`.
 
-    With it goes its file of weights, if it has one. On an error nothing is left.
+    With it goes its file of weights, if it has one. On an error nothing is left, nor a folder that was made for it.
 
     Raises:
         ValueError: nothing can be written there.
     """
     temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}"
+    new = [folder for folder in path.parents if not folder.exists()]  # the innermost first
     scratch_in_use(temporary)
     try:
         try:
@@ -62,9 +63,8 @@ def whole_file(path: Path) -> Iterator[Path]:
             raise ValueError(f"cannot write into {str(path.parent)!r}: {error}. Choose another folder") from error
         made = temporary / path.name
         yield made
-        weights = weights_of(made)
-        if weights.exists():
-            os.replace(weights, weights_of(path))
+        if weights_of(made).exists():
+            os.replace(weights_of(made), weights_of(path))
         try:
             os.replace(made, path)
         except BaseException:
@@ -72,6 +72,15 @@ def whole_file(path: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for folder in new:
+            with suppress(OSError):  # not empty: the file is there
+                folder.rmdir()
+
+
+def remove(path: Path) -> None:
+    """Both files, if they are there."""
+    for file in (path, weights_of(path)):
+        file.unlink(missing_ok=True)
 
 
 def session(path: Path, optimised: Path | None = None) -> Any:
@@ -101,11 +110,15 @@ def shapes(items: Any) -> dict[str, tuple[int | str, ...]]:
 
 
 def operators(path: Path) -> dict[str, int]:
-    """How often each operator is in the file, the most frequent first."""
+    """How often each operator is in the file, in branches and functions too; the most frequent first."""
     import onnx
 
-    graph = onnx.load(str(path), load_external_data=False).graph
-    return dict(Counter(node.op_type for node in graph.node).most_common())
+    file = onnx.load(str(path), load_external_data=False)
+    waiting, counts = [file.graph, *file.functions], Counter[str]()
+    for block in waiting:
+        counts.update(node.op_type for node in block.node)
+        waiting += [item.g for node in block.node for item in node.attribute if item.type == onnx.AttributeProto.GRAPH]
+    return dict(counts.most_common())
 
 
 def size_of(path: Path) -> int:

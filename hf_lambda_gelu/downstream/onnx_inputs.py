@@ -1,4 +1,4 @@
-"""What an ONNX export feeds: the inputs, the names of the axes whose sizes may change, and the same inputs in other sizes."""
+"""What an ONNX export feeds: the inputs, the names of the sizes that may change, and the same inputs in other sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..measurement.batches import FORWARD_ERRORS, accepted_names, batch_size, model_batches
+from ..measurement.batches import FORWARD_ERRORS, CalibrationError, accepted_names, batch_size, model_batches
 from ..measurement.examples.choice import example_inputs
 from ..measurement.examples.config_search import find
 from ..measurement.forward import call
@@ -42,7 +42,10 @@ def inputs_of(model: nn.Module, given: Any, encoder_of: PreTrainedModel | None =
             example["attention_mask"] = torch.ones_like(ids)
             example["attention_mask"][-1, -2:] = 0
         return example
-    (batch,) = model_batches(model, [given])
+    try:
+        (batch,) = model_batches(model, [given])
+    except CalibrationError as error:  # it tells of a loader's batch
+        raise ValueError(str(error).replace("calibration batch 0", "inputs=…")) from error
     others = [name for name, value in batch.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"inputs[{others[0]!r}] is a {type(batch[others[0]]).__name__}: expected tensors alone")
@@ -50,17 +53,16 @@ def inputs_of(model: nn.Module, given: Any, encoder_of: PreTrainedModel | None =
 
 
 def dynamic_axes(model: nn.Module, batch: Mapping[str, Tensor]) -> Axes:
-    """Which sizes may change: examples, tokens, samples of a sound, and the sides of an image where the model takes others."""
+    """Which sizes may change: examples, tokens, samples of a sound, an image's sides where the model takes others."""
     count = batch_size(model, batch)
-    lengths = {"sequence": _length(batch, _TEXT), "decoder_sequence": _length(batch, _DECODER)}
+    sound = _SOUND in batch and batch[_SOUND].dim() == 2
+    kinds = {"samples" if sound else "sequence": (_SOUND, *_TEXT) if sound else _TEXT, "decoder_sequence": _DECODER}
     axes: Axes = {}
     for name, value in batch.items():
         axes[name] = {0: "batch"} if value.dim() and len(value) == count else {}
-        for kind, names in (("sequence", _TEXT), ("decoder_sequence", _DECODER)):
-            if name in names and value.dim() > 1 and value.shape[1] == lengths[kind]:
+        for kind, names in kinds.items():
+            if name in names and value.dim() > 1 and value.shape[1] == _length(batch, names):
                 axes[name][1] = kind
-    if _SOUND in batch and batch[_SOUND].dim() == 2:
-        axes[_SOUND][1] = "samples"
     if _IMAGE in batch and batch[_IMAGE].dim() == 4:
         sides = {**axes[_IMAGE], 2: "height", 3: "width"}
         other = resized(batch, {_IMAGE: sides}, smaller(model, batch, {_IMAGE: sides}, "height", "width"))
@@ -123,7 +125,7 @@ def smaller(model: nn.Module, batch: Mapping[str, Tensor], axes: Axes, *only: st
 
 
 def distinct(model: nn.Module, batch: Mapping[str, Tensor], axes: Axes) -> dict[str, int]:
-    """A size for each axis to trace with: no two alike and none 1, for torch.export takes equal sizes for one, and 1 as fixed."""
+    """A size for each axis to trace with: no two alike, none 1. torch.export takes equal sizes for one, and 1 as fixed."""
     made: dict[str, int] = {}
     for axis, size in sizes_of(batch, axes).items():
         step = _patch(model) if axis in ("height", "width") else 1

@@ -109,8 +109,8 @@ class LambdaGELUFunction(torch.autograd.Function):
     def symbolic(graph: Any, x: Any, hardness: Any, base: str) -> Any:
         """What torch's older ONNX exporter (dynamo=False) asks for an operator of ONNX: there is none."""
         raise RuntimeError(
-            "ONNX has no operator for λ-GELU, and torch.onnx.export(dynamo=False) cannot take it apart: put λ into the weights "
-            "first, by hlg.fold(model), or call hlg.export_onnx(model, path), which does so on a copy"
+            "ONNX has no operator for λ-GELU, and torch.onnx.export(dynamo=False) cannot take it apart: put λ into the "
+            "weights first, by hlg.fold(model), or call hlg.export_onnx(model, path), which does so on a copy"
         )
 
 
