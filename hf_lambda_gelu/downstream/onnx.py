@@ -216,7 +216,7 @@ def _refused(model: nn.Module, error: Exception, axes: Axes) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without logs and warnings, which tell of packages that are not needed, and the graphs that torch prints on a failure."""
+    """Without logs and warnings, which tell of packages that are not needed, nor the graphs that torch prints on failures."""
     levels = {name: logging.getLogger(name).level for name in _LOGS}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
