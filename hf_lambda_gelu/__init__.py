@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .checkpoints.remote_code import save_with_code
     from .checkpoints.save import save_relu_pretrained
     from .checkpoints.verify import VerificationError, verify_relu_pretrained
-    from .downstream.onnx import export_onnx
-    from .downstream.onnx_report import ExportError, ExportReport
+    from .downstream.onnx.export import export_onnx
+    from .downstream.onnx.report import ExportError, ExportReport
     from .measurement.audit.audit import AuditReport, audit
     from .measurement.batches import CalibrationError
     from .measurement.calibration import CalibrationReport, SiteStatistics, calibrate
@@ -102,8 +102,8 @@ _MODULES = {
     "CheckpointReport": ".checkpoints.on_disk",
     "ConversionError": ".surgery.conversion",
     "ConversionReport": ".surgery.conversion",
-    "ExportError": ".downstream.onnx_report",
-    "ExportReport": ".downstream.onnx_report",
+    "ExportError": ".downstream.onnx.report",
+    "ExportReport": ".downstream.onnx.report",
     "FoldError": ".surgery.folding",
     "FoldReport": ".surgery.folding",
     "HardeningSchedule": ".training.schedule",
@@ -123,7 +123,7 @@ _MODULES = {
     "calibrate": ".measurement.calibration",
     "convert": ".surgery.conversion",
     "convert_checkpoint": ".checkpoints.on_disk",
-    "export_onnx": ".downstream.onnx",
+    "export_onnx": ".downstream.onnx.export",
     "fold": ".surgery.folding",
     "gates_as_relu": ".surgery.gates",
     "hardness_profile": ".activation.module",

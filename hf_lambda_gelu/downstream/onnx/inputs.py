@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..measurement.batches import FORWARD_ERRORS, CalibrationError, accepted_names, batch_size, model_batches
-from ..measurement.examples.choice import example_inputs
-from ..measurement.examples.config_search import find
-from ..measurement.forward import call
+from ...measurement.batches import FORWARD_ERRORS, CalibrationError, accepted_names, batch_size, model_batches
+from ...measurement.examples.choice import example_inputs
+from ...measurement.examples.config_search import find
+from ...measurement.forward import call
 
 Axes = dict[str, dict[int, str]]  # input → {dimension: the name of its size}
 

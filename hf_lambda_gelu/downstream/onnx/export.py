@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activation.module import hardness_sites
-from ..measurement.forward import in_own_precision, measuring
-from ..structure.loading import load_saved
-from ..structure.offloading import check_not_offloaded
-from ..structure.transaction import transaction
-from ..surgery.folding import fold
-from .onnx_comparison import compared, in_a_line, loaded, outputs, shapes_of
-from .onnx_files import check_new_file, need_onnx, operators, remove, shapes, size_of, whole_file
-from .onnx_inputs import Axes, check_axes, distinct, dynamic_axes, inputs_of, resized, sizes_of, smaller
-from .onnx_report import ExportError, ExportReport, runtime_warnings
+from ...activation.module import hardness_sites
+from ...measurement.forward import in_own_precision, measuring
+from ...structure.loading import load_saved
+from ...structure.offloading import check_not_offloaded
+from ...structure.transaction import transaction
+from ...surgery.folding import fold
+from .comparison import compared, in_a_line, loaded, outputs, shapes_of
+from .files import check_new_file, need_onnx, operators, remove, shapes, size_of, whole_file
+from .inputs import Axes, check_axes, distinct, dynamic_axes, inputs_of, resized, sizes_of, smaller
+from .report import ExportError, ExportReport, runtime_warnings
 
 # The first that has Gelu as one operator. What later ones have besides (Attention in 23), fewer tools read.
 OPSET = 20
@@ -216,7 +216,7 @@ def _refused(model: nn.Module, error: Exception, axes: Axes) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without logs and warnings, which tell of packages that are not needed, nor the graphs that torch prints on failures."""
+    """Without logs and warnings, which tell of packages that nobody needs, and the graphs that torch prints on failures."""
     levels = {name: logging.getLogger(name).level for name in _LOGS}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)

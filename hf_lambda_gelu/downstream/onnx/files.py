@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..structure.transaction import scratch_in_use
+from ...structure.transaction import scratch_in_use
 
 
 def need_onnx(verb: str) -> None:

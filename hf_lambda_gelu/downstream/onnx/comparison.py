@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import pytree
-from ..measurement.batches import FORWARD_ERRORS
-from ..measurement.difference import difference
-from ..measurement.forward import call, same_random_numbers
-from .onnx_files import run, session
-from .onnx_report import ExportError
+from ..._compat import pytree
+from ...measurement.batches import FORWARD_ERRORS
+from ...measurement.difference import difference
+from ...measurement.forward import call, same_random_numbers
+from .files import run, session
+from .report import ExportError
 
 # max |onnxruntime − torch| relative to the largest output: 1e-5 that `fold` may make of λ in the weights, and as much again
 # for fp32 sums in another order (4e-6 is the most that was met)

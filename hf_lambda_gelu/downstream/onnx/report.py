@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..reports import span, to_dict
-from ..structure.config import config_of
+from ...reports import span, to_dict
+from ...structure.config import config_of
 
 _ACTIVATIONS = ("Relu", "Gelu", "Erf", "Tanh", "Sigmoid", "HardSwish", "Mish")
 
