@@ -26,6 +26,7 @@ def onnx(
     source: o.Source,
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="File to make. It appears when it is complete.")],
     encoder: Annotated[bool, typer.Option("--encoder", help="The encoder of an encoder-decoder model alone.")] = False,
+    cache: Annotated[bool, typer.Option("--cache", help="One step of a decoder, with keys and values in and out.")] = False,
     calibration: o.Calibration = None,
     column: o.Column = None,
     split: o.Split = "train",
@@ -46,7 +47,8 @@ def onnx(
     Examples:
       hf-lambda-gelu export onnx runs/sst2-relu sst2-relu.onnx
       hf-lambda-gelu export onnx runs/sst2-relu sst2-relu.onnx --calibration reviews.txt
-      hf-lambda-gelu export onnx openai/whisper-tiny whisper-encoder.onnx --encoder
+      hf-lambda-gelu export onnx openai/whisper-tiny whisper-encoder.onnx --encoder --cache
+      hf-lambda-gelu export onnx openai/whisper-tiny whisper-decoder.onnx --cache
     """
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
@@ -58,4 +60,4 @@ def onnx(
         found, folder = None if calibration is None else examples(data), resolved(source)
         model = loaded(folder, trust_remote_code).float()
         inputs = None if found is None else next(iter(batches(found, data, model, folder, trust_remote_code)))
-        result.set(hlg.export_onnx(model, target, inputs, encoder=encoder))
+        result.set(hlg.export_onnx(model, target, inputs, encoder=encoder, cache=cache))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,16 @@ from ...measurement.examples.config_search import find
 from ...measurement.forward import call
 
 Axes = dict[str, dict[int, str]]  # input → {dimension: the name of its size}
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Which sizes may change, the inputs that the export is traced with, and those that the file is checked on."""
+
+    axes: Axes
+    traced: dict[str, Tensor]
+    checked: list[dict[str, Tensor]]
+
 
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 _DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
@@ -69,6 +80,14 @@ def dynamic_axes(model: nn.Module, batch: Mapping[str, Tensor]) -> Axes:
         if _runs(model, other):
             axes[_IMAGE] = sides
     return axes
+
+
+def feed(model: nn.Module, batch: dict[str, Tensor], axes: Axes) -> Feed:
+    """The batch in sizes of its own to trace with; to check on, as it is and, if sizes may change, with others."""
+    checked = [batch]
+    if any(axes.values()):
+        checked.append(resized(batch, axes, smaller(model, batch, axes)))
+    return Feed(axes, resized(batch, axes, distinct(model, batch, axes)), checked)
 
 
 def check_axes(axes: Mapping[str, Mapping[int, str]], batch: Mapping[str, Tensor]) -> Axes:

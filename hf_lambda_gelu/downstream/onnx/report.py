@@ -72,7 +72,8 @@ class ExportReport:
         if self.folded:
             lines.append(f"  λ folded into the weights at {len(self.folded)} sites: {span(list(self.folded))}")
         main = next(iter(self.inputs), "")
-        fed = " and ".join(sizes_in_words(shapes[main]) for shapes in self.checked)
+        *others, last = [sizes_in_words(shapes[main]) for shapes in self.checked]
+        fed = f"{', '.join(others)} and {last}" if others else last
         lines.append(f"  onnxruntime computes what torch does within {self.difference:.1e} (relative), with {main} of {fed}")
         return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
 
