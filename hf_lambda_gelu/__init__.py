@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .downstream.pruning import PruningReport, prune_dead_units
     from .downstream.sparse_ffn import SparseFFNReport, sparsify_ffn
     from .downstream.sparsity import ActivationSparsityReport, activation_sparsity
+    from .downstream.onnx.export import export_onnx
+    from .downstream.onnx.report import ExportError, ExportReport
     from .measurement.audit.audit import AuditReport, audit
     from .measurement.batches import CalibrationError
     from .measurement.calibration import CalibrationReport, SiteStatistics, calibrate
@@ -52,6 +54,8 @@ __all__ = [
     "CheckpointReport",
     "ConversionError",
     "ConversionReport",
+    "ExportError",
+    "ExportReport",
     "FoldError",
     "FoldReport",
     "HardeningSchedule",
@@ -74,6 +78,7 @@ __all__ = [
     "calibrate",
     "convert",
     "convert_checkpoint",
+    "export_onnx",
     "fold",
     "gates_as_relu",
     "hardness_profile",
@@ -107,6 +112,8 @@ _MODULES = {
     "CheckpointReport": ".checkpoints.on_disk",
     "ConversionError": ".surgery.conversion",
     "ConversionReport": ".surgery.conversion",
+    "ExportError": ".downstream.onnx.report",
+    "ExportReport": ".downstream.onnx.report",
     "FoldError": ".surgery.folding",
     "FoldReport": ".surgery.folding",
     "HardeningSchedule": ".training.schedule",
@@ -129,6 +136,7 @@ _MODULES = {
     "calibrate": ".measurement.calibration",
     "convert": ".surgery.conversion",
     "convert_checkpoint": ".checkpoints.on_disk",
+    "export_onnx": ".downstream.onnx.export",
     "fold": ".surgery.folding",
     "gates_as_relu": ".surgery.gates",
     "hardness_profile": ".activation.module",

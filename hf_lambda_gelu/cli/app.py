@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from .demo import demo
+from .export import export
 from .measure import audit, calibrate, sensitivity
 from .publish import push, verify
 from .transform import convert, fold, relu_ize
@@ -90,4 +91,5 @@ app.command()(calibrate)
 app.command()(sensitivity)
 app.command()(verify)
 app.command()(push)
+app.add_typer(export, name="export")
 app.command()(demo)

@@ -10,6 +10,7 @@ from ..checkpoints.folders import check_new, whole_folder
 from ..checkpoints.hub import check_processor, check_target
 from ..checkpoints.published_files import published_files
 from ..checkpoints.save import check_relu
+from ..downstream.onnx.files import check_new_file
 from ..measurement.batches import model_batches, rows, token_mask
 from ..measurement.forward import call, main_output
 from ..structure.loading import load_saved
@@ -18,6 +19,7 @@ __all__ = [
     "REPORT_NAME",
     "call",
     "check_new",
+    "check_new_file",
     "check_processor",
     "check_relu",
     "check_target",

@@ -85,8 +85,8 @@ def explained(error: BaseException) -> tuple[int | None, str]:
         return INTERRUPTED, "interrupted: nothing was left half done"
     if isinstance(error, (UsageError, hlg.ConversionError, hlg.CalibrationError)) or type(error) is ValueError:
         return USE, message  # the package says by ValueError that an argument is wrong
-    failures = (WorkFailed, hlg.CheckpointError, hlg.FoldError, hlg.PushError, hlg.SoftGateError, hlg.VerificationError)
-    if isinstance(error, failures):
+    failures = (hlg.CheckpointError, hlg.ExportError, hlg.FoldError, hlg.PushError, hlg.SoftGateError, hlg.VerificationError)
+    if isinstance(error, (WorkFailed, *failures)):
         return FAILED, message
     if isinstance(error, Exception):
         return FAILED, f"{type(error).__name__}: {message or 'no message'}. --debug shows where"

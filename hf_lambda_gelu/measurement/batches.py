@@ -48,7 +48,7 @@ def model_batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[dict[str,
         CalibrationError: a batch that holds no tensor that the model takes, or has another dtype or device than the first;
             a loader that yields nothing, or nothing but padding.
     """
-    accepted = _accepted(model)
+    accepted = accepted_names(model)
     main = getattr(model, "main_input_name", None)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     first: dict[str, tuple[torch.dtype, torch.device]] = {}
@@ -87,13 +87,13 @@ def model_batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[dict[str,
         raise CalibrationError("the calibration set holds only padding: its attention mask is 0 everywhere")
 
 
-def _accepted(model: nn.Module) -> list[str] | None:
+def accepted_names(model: nn.Module) -> list[str] | None:
     """The names of forward's arguments, in order; None if it takes any."""
     parameters = inspect.signature(model.forward).parameters
     names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and n != "return_dict"]
     wraps = getattr(model, "get_base_model", None)  # PEFT passes on whatever it is given
     if wraps is not None:
-        names += _accepted(wraps()) or []
+        names += accepted_names(wraps()) or []
     elif not names and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return None
     return names

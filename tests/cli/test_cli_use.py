@@ -26,6 +26,7 @@ from hf_lambda_gelu.cli import app
 from hf_lambda_gelu.cli.work import to_dict
 
 COMMANDS = ["convert", "relu-ize", "fold", "audit", "calibrate", "sensitivity", "verify", "push", "demo"]
+GROUPS = {"export": ["onnx"]}  # commands of a group's own
 
 # The package's own __init__ registers λ-GELU with transformers, and so needs it; the command line itself does not.
 LIGHT = """
@@ -53,16 +54,18 @@ def light(*arguments: str, **env: str) -> str:
 def test_help_is_light_and_has_examples_that_parse() -> None:
     """The group's help names every command; each command's example is a line that the command takes."""
     shown = light("--help")
-    assert [line.split()[0] for line in shown.partition("Commands:")[2].splitlines() if line.strip()] == COMMANDS
+    listed = [line.split()[0] for line in shown.partition("Commands:")[2].splitlines() if line.strip()]
+    assert listed == [*COMMANDS, *GROUPS]
     assert "..." not in shown.partition("Commands:")[2], "a description that was cut"
     group: Any = typer.main.get_command(app)
-    for name in COMMANDS:
-        shown = invoke(name, "--help").stdout
+    within = {f"{name} {inner}": group.commands[name].commands[inner] for name, inners in GROUPS.items() for inner in inners}
+    for name, single in {**{name: group.commands[name] for name in COMMANDS}, **within}.items():
+        shown = invoke(*name.split(), "--help").stdout
         joined = shown.replace("\\\n", " ")
         lines = [line for line in joined.splitlines() if line.strip().startswith(f"hf-lambda-gelu {name}")]
         assert lines, shown
         for line in lines:
-            group.commands[name].make_context(name, shlex.split(line)[2:])
+            single.make_context(name, shlex.split(line)[1 + len(name.split()) :])
         for option in ("--json", "--debug"):
             assert option in shown
         assert "token" not in [word for word in shown.split() if word.startswith("--")]
@@ -89,6 +92,8 @@ def test_version() -> None:
         ("convert a b --init-hardness x", "Invalid value for '--init-hardness'"),
         ("relu-ize a b --compensate magic", "is not one of 'least_squares', 'bias'"),
         ("calibrate a --samples 0", "Invalid value for '--samples'"),
+        ("export", "Missing command"),
+        ("export onnx a", "Missing argument 'TARGET'"),
         ("push a", "Missing option '--repo-id'"),
     ],
 )

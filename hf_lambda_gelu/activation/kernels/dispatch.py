@@ -105,6 +105,14 @@ class LambdaGELUFunction(torch.autograd.Function):
             return *eager.gradients(grad, x, hardness, get_base(ctx.base)), None
         return *torch.ops.hf_lambda_gelu.backward(grad, x, hardness, ctx.base), None
 
+    @staticmethod
+    def symbolic(graph: Any, x: Any, hardness: Any, base: str) -> Any:
+        """What torch's older ONNX exporter (dynamo=False) asks for an operator of ONNX: there is none."""
+        raise RuntimeError(
+            "ONNX has no operator for λ-GELU, and torch.onnx.export(dynamo=False) cannot take it apart: put λ into the "
+            "weights first, by hlg.fold(model), or call hlg.export_onnx(model, path), which does so on a copy"
+        )
+
 
 def _operators(x: Tensor) -> bool:
     # a tensor subclass (DTensor) knows torch's operations, not ours

@@ -1,0 +1,65 @@
+"""`export onnx`: the file computes what the checkpoint does, on the tokenizer's own batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from support.cli import answer, bert, checkpoint, files, invoke, sentences, texts
+from transformers import BertTokenizer
+
+import hf_lambda_gelu as hlg
+
+SMALL = {"num_hidden_layers": 1}
+
+
+def test_a_text_model_with_its_tokenizer(tmp_path: Path) -> None:
+    """λ-GELU in bf16: the inputs are the tokenizer's; token types too, which the made-up example has not."""
+    model = bert(tmp_path / "src", hardness=3.0, **SMALL)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "src")
+    arguments = ("--calibration", texts(tmp_path / "texts.txt"), "--batch-size", 5)
+    found = answer("export", "onnx", tmp_path / "src", tmp_path / "out" / "bert.onnx", *arguments)
+    assert found["path"] == str(tmp_path / "out" / "bert.onnx")
+    assert found["inputs"]["token_type_ids"] == ["batch", "sequence"]
+    assert [shapes["input_ids"][0] for shapes in found["checked"]] == [5, 1]
+    assert found["operators"]["Gelu"] == 1
+    assert len(found["folded"]) == 1
+    batch = BertTokenizer.from_pretrained(tmp_path / "src")(sentences(7, seed=9), padding=True, return_tensors="pt")
+    ready = onnxruntime.InferenceSession(found["path"], providers=["CPUExecutionProvider"])
+    got = torch.from_numpy(ready.run(["logits"], {name: value.numpy() for name, value in batch.items()})[0])
+    with torch.no_grad():
+        expected = model.float()(**batch).logits
+    assert float((got - expected).abs().max() / expected.abs().max()) <= 2e-5
+
+
+def test_an_encoder(tmp_path: Path) -> None:
+    """Without data; as text."""
+    checkpoint(tmp_path / "src", "whisper", encoder_layers=1, activation_function="relu")
+    shown = invoke("export", "onnx", tmp_path / "src", tmp_path / "encoder.onnx", "--encoder").stdout
+    assert shown.startswith(f"{tmp_path / 'encoder.onnx'}: ")
+    assert "1 Relu" in shown
+    assert "input_features: batch × 8 × 32" in shown
+
+
+def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong use before anything is loaded; an export that fails is exit code 1. Nothing is left."""
+    checkpoint(tmp_path / "src", "vit", **SMALL)
+    (tmp_path / "there.onnx").write_text("mine")
+    before = files(tmp_path)
+    line = ("export", "onnx", tmp_path / "src")
+    assert "exists: remove it" in invoke(*line, tmp_path / "there.onnx", code=2).stderr
+    assert "there is no folder" in invoke("export", "onnx", tmp_path / "none", tmp_path / "m.onnx", code=2).stderr
+    assert "has no encoder beside a decoder" in invoke(*line, tmp_path / "m.onnx", "--encoder", code=2).stderr
+    data = ("--calibration", tmp_path / "src" / "config.json")
+    assert "columns could hold the examples" in invoke(*line, tmp_path / "m.onnx", *data, code=2).stderr
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: fails())
+    message = "error: torch.onnx.export does not take ViTForImageClassification: RuntimeError: no such operator"
+    assert message in invoke(*line, tmp_path / "m.onnx", code=1).stderr
+    assert issubclass(hlg.ExportError, RuntimeError)
+    assert files(tmp_path) == before
