@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .checkpoints.remote_code import save_with_code
     from .checkpoints.save import save_relu_pretrained
     from .checkpoints.verify import VerificationError, verify_relu_pretrained
+    from .downstream.verification.robustness import verify_robustness
+    from .downstream.verification.verdicts import RobustnessReport
     from .measurement.audit.audit import AuditReport, audit
     from .measurement.batches import CalibrationError
     from .measurement.calibration import CalibrationReport, SiteStatistics, calibrate
@@ -56,6 +58,7 @@ __all__ = [
     "LambdaGELUTrainer",
     "LambdaGELUTrainingArguments",
     "PushError",
+    "RobustnessReport",
     "SensitivityReport",
     "SiteSensitivity",
     "SiteStatistics",
@@ -86,6 +89,7 @@ __all__ = [
     "sup_error",
     "target_hardness",
     "verify_relu_pretrained",
+    "verify_robustness",
 ]
 
 _MODULES = {
@@ -105,6 +109,7 @@ _MODULES = {
     "LambdaGELUTrainer": ".training.trainer",
     "LambdaGELUTrainingArguments": ".training.arguments",
     "PushError": ".checkpoints.hub",
+    "RobustnessReport": ".downstream.verification.verdicts",
     "SensitivityReport": ".measurement.sensitivity",
     "SiteSensitivity": ".measurement.sensitivity",
     "SiteStatistics": ".measurement.calibration",
@@ -134,6 +139,7 @@ _MODULES = {
     "sup_error": ".activation.hardness",
     "target_hardness": ".activation.hardness",
     "verify_relu_pretrained": ".checkpoints.verify",
+    "verify_robustness": ".downstream.verification.robustness",
 }
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of the package's

@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from .network import Array
     from .solvers import Answer, Query
+
+    Columns = NDArray[np.int64]  # their numbers
 
 _TOLERANCE = 1e-9  # of constraints and of integrality; HiGHS allows no less than 1e-10
 
@@ -65,13 +69,13 @@ def _answer(solver: Any, statuses: Any, features: int) -> Answer:
     return "failed", f"HiGHS ended with the status {solver.modelStatusToString(status)!r}"
 
 
-def _equal(model: _Model, x: Array, weight: Array, bias: Array, pre: tuple[Array, Array]) -> Array:
+def _equal(model: _Model, x: Columns, weight: Array, bias: Array, pre: tuple[Array, Array]) -> Columns:
     z = model.columns(*pre)
     model.rows(np.hstack([weight, -np.eye(len(z))]), [x, z], -bias, -bias)
     return z
 
 
-def _relu(model: _Model, x: Array, weight: Array, bias: Array, pre: tuple[Array, Array]) -> Array:
+def _relu(model: _Model, x: Columns, weight: Array, bias: Array, pre: tuple[Array, Array]) -> Columns:
     """Columns for h = max(0, W x + b)."""
     low, high = pre
     h = model.columns(np.maximum(low, 0.0), np.maximum(high, 0.0))
@@ -97,14 +101,14 @@ class _Model:
         self.integer = np.empty(0, dtype=bool)
         self._rows: list[tuple[Any, Any, float, float]] = []
 
-    def columns(self, lower: Array, upper: Array, integer: bool = False) -> Any:
+    def columns(self, lower: Array, upper: Array, integer: bool = False) -> Columns:
         """The numbers of new columns with these bounds."""
         first = len(self.lower)
         self.lower, self.upper = np.concatenate([self.lower, lower]), np.concatenate([self.upper, upper])
         self.integer = np.concatenate([self.integer, np.full(len(lower), integer)])
         return np.arange(first, len(self.lower))
 
-    def rows(self, matrix: Array, columns: list[Any], lower: Array, upper: Array) -> None:
+    def rows(self, matrix: Array, columns: list[Columns], lower: Array, upper: Array) -> None:
         """lower ≤ matrix · columns ≤ upper."""
         numbers = np.concatenate(columns)
         for values, low, high in zip(matrix, lower, upper, strict=True):

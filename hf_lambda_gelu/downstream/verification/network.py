@@ -143,4 +143,6 @@ def _add_relu(layers: list[Layer], name: str) -> None:
 
 def _check_flatten(name: str, module: nn.Flatten, first: bool) -> None:
     if first and (module.start_dim, module.end_dim) != (1, -1):
-        raise ValueError(f"{name} flattens dimensions {module.start_dim} to {module.end_dim}: expected 1 to -1, all of an input")
+        raise ValueError(
+            f"{name} flattens dimensions {module.start_dim} to {module.end_dim}: expected 1 to -1, all of an input"
+        )
