@@ -60,7 +60,8 @@ def read_network(model: nn.Module) -> list[Layer]:
 
 def in_float64(model: nn.Module) -> nn.Module:
     """A copy on the CPU that computes in float64."""
-    return copy.deepcopy(model).to("cpu", torch.float64).eval().requires_grad_(False)
+    with torch.inference_mode(False):  # gradients to its inputs will be asked for
+        return copy.deepcopy(model).to("cpu", torch.float64).eval().requires_grad_(False)
 
 
 def check_as_read(model: nn.Module, layers: list[Layer], inputs: Tensor) -> None:

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ...reports import finite_or_none, table, to_dict
+from .solvers import SOLVERS
 
 VERDICTS = ("robust", "refuted", "timeout", "unknown")
+_BEFORE_SOLVERS = ("the input itself", "intervals", "linear bounds", "search")
 _COLUMNS = (
     "index",
     "label",
@@ -89,7 +91,7 @@ class RobustnessReport:
 
     def __str__(self) -> str:
         within = "" if self.clip is None else f", values in [{self.clip[0]:g}, {self.clip[1]:g}]"
-        ways = list(dict.fromkeys(v.decided_by for v in sorted(self.verdicts, key=lambda v: v.seconds) if v.decided_by))
+        ways = [way for way in (*_BEFORE_SOLVERS, *SOLVERS) if any(way == v.decided_by for v in self.verdicts)]
         rows = []
         for name in VERDICTS:
             own = [verdict for verdict in self.verdicts if verdict.verdict == name]
