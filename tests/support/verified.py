@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
 import numpy as np
 import torch
+from scipy.optimize import linprog
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from hf_lambda_gelu.downstream.verification.bounds import Box
-from hf_lambda_gelu.downstream.verification.network import Layer
+from hf_lambda_gelu.downstream.verification.bounds import Box, interval_bounds, linear_bounds
+from hf_lambda_gelu.downstream.verification.network import Layer, values
+from hf_lambda_gelu.downstream.verification.robustness import query
+from hf_lambda_gelu.downstream.verification.solvers import Query
 
 
 @cache
@@ -49,3 +53,61 @@ def random_network(generator: np.random.Generator, *widths: int, scale: float = 
 def random_box(generator: np.random.Generator, features: int, radius: float) -> Box:
     centre = generator.standard_normal(features)
     return Box(centre - radius, centre + radius)
+
+
+def as_module(layers: list[Layer]) -> nn.Sequential:
+    """The same network as torch's modules, in float64."""
+    parts: list[nn.Module] = []
+    for layer in layers:
+        linear = nn.Linear(*reversed(layer.weight.shape), dtype=torch.float64)
+        linear.load_state_dict({"weight": torch.from_numpy(layer.weight), "bias": torch.from_numpy(layer.bias)})
+        parts += [linear, nn.ReLU()] if layer.relu else [linear]
+    return nn.Sequential(*parts).eval()
+
+
+def random_query(seed: int) -> Query:
+    """Whether a class can lose to another in a box, of a network with 2 to 5 inputs and one to three hidden layers.
+
+    The margin is moved so that zero lies within what samples reach or not far outside, and about half of the answers are no.
+    """
+    generator = np.random.default_rng(seed)
+    features, classes = int(generator.integers(2, 6)), int(generator.integers(2, 5))
+    widths = [features, *generator.integers(3, 9, int(generator.integers(1, 4))).tolist(), classes]
+    layers = random_network(generator, *widths, scale=1.5)
+    box = random_box(generator, features, float(generator.uniform(0.1, 0.8)))
+    margin = np.zeros(classes)
+    margin[0], margin[1] = 1.0, -1.0
+    x = box.lower + generator.random((4000, features)) * (box.upper - box.lower)
+    reached = values(layers, x) @ margin
+    lowest, spread = float(reached.min()), float(np.ptp(reached))
+    layers[-1].bias[1] += lowest + spread * float(generator.uniform(-0.25, 0.15))
+    return query(layers, linear_bounds(layers, box, interval_bounds(layers, box)), box, margin)
+
+
+def lowest_by_regions(asked: Query) -> float:
+    """The least objective in the box: one linear program for each way in which the unstable units can be on or off.
+
+    By scipy, with no big-M and no branching: independent of the solvers, and slow.
+    """
+    low, high = asked["box"]
+    unstable = [(i, j) for i, (_, _, relu) in enumerate(asked["layers"]) if relu for j in range(len(asked["pre"][i][0]))]
+    unstable = [(i, j) for i, j in unstable if asked["pre"][i][0][j] < 0.0 < asked["pre"][i][1][j]]
+    best = np.inf
+    for signs in itertools.product((0.0, 1.0), repeat=len(unstable)):
+        on = {unit: sign for unit, sign in zip(unstable, signs, strict=True)}
+        a, c = np.eye(len(low)), np.zeros(len(low))
+        rows, limits = [], []
+        for i, (weight, bias, relu) in enumerate(asked["layers"]):
+            a, c = weight @ a, weight @ c + bias
+            if relu:
+                gate = np.array([on.get((i, j), float(asked["pre"][i][0][j] >= 0.0)) for j in range(len(c))])
+                sign = np.where(gate > 0.0, -1.0, 1.0)  # z ≥ 0 where on, z ≤ 0 where off
+                rows.append(sign[:, None] * a)
+                limits.append(-sign * c)
+                a, c = gate[:, None] * a, gate * c
+        row, constant = asked["objective"]
+        bounds = list(zip(low, high, strict=True))
+        found = linprog(row @ a, np.vstack(rows), np.concatenate(limits), bounds=bounds)
+        if found.status == 0:
+            best = min(best, found.fun + float(row @ c) + constant)
+    return best

@@ -4,7 +4,8 @@ Linear relaxation as in CROWN (Zhang et al. 2018, arXiv 1811.00866). Rounding is
 network in real arithmetic, whose weights are the stored ones, and not only for what float64 makes of it. A product with n
 terms that is summed up in any order, with or without fused operations, errs by at most γₙ Σ|aᵢ||bᵢ|, γₙ = n u / (1 − n u),
 u = 2⁻⁵³ (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1). Every product below is charged twice
-that, for the error of the sum of absolute values itself, and what underflows. [derived]
+that, for the error of the sum of absolute values itself, and what underflows. Where float64 overflows, bounds are infinite:
+nothing is proven there. [derived]
 """
 
 from __future__ import annotations
@@ -31,24 +32,35 @@ class Box:
         return np.maximum(np.abs(self.lower), np.abs(self.upper))
 
     def and_also(self, other: Box) -> Box:
-        """Where both hold. Bounds of the same thing overlap, unless they touch and one is rounded by a hair."""
+        """Where both hold: sound bounds of the same thing overlap."""
         return Box(np.maximum(self.lower, other.lower), np.minimum(self.upper, other.upper))
 
 
-def rounding(terms: int, magnitude: Array) -> Array:
-    """How far a sum of `terms` products can be from its exact value, where Σ|aᵢ||bᵢ| was computed as `magnitude`."""
+def rounding(terms: int, magnitude: Array, factor: float | Array = 0.0) -> Array:
+    """How far a sum of `terms` products can be from its exact value, where Σ|aᵢ||bᵢ| was computed as `magnitude`.
+
+    Args:
+        factor: the largest sum of numbers that a product is multiplied by later, and what it lost by underflow with it.
+    """
     n = terms + 4
-    result: Array = 2.0 * n * _UNIT / (1.0 - n * _UNIT) * magnitude + n * _UNDERFLOW
+    result: Array = 2.0 * n * _UNIT / (1.0 - n * _UNIT) * magnitude + n * _UNDERFLOW * (1.0 + factor)
     return result
 
 
+def numbers(lower: Array, upper: Array) -> Box:
+    """The box rounded outwards; infinite where float64 overflowed."""
+    lower, upper = np.nextafter(lower, -np.inf), np.nextafter(upper, np.inf)
+    return Box(np.where(np.isnan(lower), -np.inf, lower), np.where(np.isnan(upper), np.inf, upper))
+
+
+@np.errstate(over="ignore", invalid="ignore")
 def affine_bounds(weight: Array, bias: Array, box: Box) -> Box:
     """Bounds on W x + b for x in the box, by intervals."""
     positive, negative = np.maximum(weight, 0.0), np.minimum(weight, 0.0)
     error = rounding(weight.shape[1], np.abs(weight) @ box.magnitude + np.abs(bias))
     lower = positive @ box.lower + negative @ box.upper + bias - error
     upper = positive @ box.upper + negative @ box.lower + bias + error
-    return Box(np.nextafter(lower, -np.inf), np.nextafter(upper, np.inf))
+    return numbers(lower, upper)
 
 
 def relu_bounds(box: Box) -> Box:
@@ -104,6 +116,7 @@ def lower_bounds(layers: list[Layer], found: list[Box], box: Box, rows: Array, c
     return affine_bounds(rows, constants, box).lower
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def minorant(layers: list[Layer], found: list[Box], box: Box, rows: Array, constants: Array) -> tuple[Array, Array]:
     """A (m, features) and c (m,) with A x + c ≤ rows · h + constants for every x in the box; see `lower_bounds`."""
     for index in range(len(layers) - 1, -1, -1):
@@ -112,7 +125,8 @@ def minorant(layers: list[Layer], found: list[Box], box: Box, rows: Array, const
             rows, constants = _through_relu(rows, constants, found[index])
         product = rows @ layer.weight
         size = np.abs(rows) @ (np.abs(layer.weight) @ before.magnitude + np.abs(layer.bias)) + np.abs(constants)
-        error = rounding(sum(layer.weight.shape), size)
+        later = float(before.magnitude.sum()) + np.abs(rows).sum(1)
+        error = rounding(sum(layer.weight.shape), size, later)
         constants = np.nextafter(rows @ layer.bias + constants - error, -np.inf)
         rows = product
     return rows, constants
@@ -134,5 +148,6 @@ def _through_relu(rows: Array, constants: Array, pre: Box) -> tuple[Array, Array
     offset = np.where(unstable, np.maximum(at_low, at_high), 0.0)
     positive, negative = np.maximum(rows, 0.0), np.minimum(rows, 0.0)
     size = np.abs(rows) @ (pre.magnitude + np.abs(offset)) + np.abs(constants)
-    constants = np.nextafter(negative @ offset + constants - rounding(rows.shape[1], size), -np.inf)
+    error = rounding(rows.shape[1], size, float(pre.magnitude.sum()))
+    constants = np.nextafter(negative @ offset + constants - error, -np.inf)
     return positive * below + negative * slope, constants

@@ -50,6 +50,7 @@ def solve(query: Query, seconds: float) -> Answer:
         "primal_feasibility_tolerance": _TOLERANCE,
         "objective_target": -query["slack"] - constant,  # stops at the first point below it
         "mip_rel_gap": 0.0,
+        "small_matrix_value": 1e-12,  # what is smaller is taken for zero; HiGHS allows no less
     }
     for name, value in options.items():
         solver.setOptionValue(name, value)

@@ -23,7 +23,7 @@ from .network import Array, Layer, check_as_read, in_float64, read_network
 from .solvers import Query, SolverProcess, chosen_solver
 from .verdicts import ResultsFile, RobustnessReport, RobustnessVerdict
 
-_SLACK = 1e-6  # of the logits' size; solvers work with tolerances of 1e-9 of each constraint
+_SLACK = 1e-6  # of the logits' size: far above the 1e-9 by which solvers take a constraint for met, no proof that it suffices
 
 
 def verify_robustness(
@@ -40,30 +40,27 @@ def verify_robustness(
     """Proves or refutes for each input x₀ that every x with |xᵢ − x₀ᵢ| ≤ ε gets the label's logit as the strictly largest.
 
     In order: bounds by intervals, bounds by linear relaxation (CROWN, arXiv 1811.00866), a search along gradients, and an
-    exact solver: Marabou (arXiv 2401.14461), or a big-M mixed-integer model (arXiv 1711.07356) in HiGHS. Bounds are
-    sound against rounding: they hold in real arithmetic for the weights as stored. Solvers compute in floating point: they
-    are asked whether the margin can be below 1e-6 of the logits' size, so that no tolerance of theirs makes an input robust.
-    A counterexample counts only if the model, run by torch in float64, gives the other class the larger logit, and bounds
-    at that point say that rounding does not decide it. The model is left as it was.
+    exact solver: Marabou (arXiv 2401.14461), or a big-M mixed-integer model (arXiv 1711.07356) in HiGHS. What bounds prove
+    holds in real arithmetic for the weights as stored. Solvers compute in floating point: "robust" by a solver is no proof in
+    that sense, but its word that no margin is below 1e-6 of the logits' size. A counterexample counts if the model, run
+    by torch in float64, refutes, and bounds at that point say that rounding does not decide it. The model is left as it was.
 
     Args:
-        model: nn.Sequential of nn.Linear, nn.ReLU, nn.Flatten, nn.Identity and nn.Dropout, nested or not; it is proven in
-            eval mode, as the real function of its stored weights.
+        model: nn.Sequential of nn.Linear, nn.ReLU, nn.Flatten, nn.Identity and nn.Dropout in eval mode, nested or not.
         inputs: (n, …), a first nn.Flatten makes rows of more dimensions; the ball's ε is in their units.
         labels: (n,), the class of each.
         epsilon: ε > 0.
         clip: (low, high), the range that x stays in, such as (0, 1) of pixels.
         solver: "marabou" (wheels up to Python 3.11), "highs", or "auto": Marabou where it is installed, else HiGHS.
         time_limit: seconds > 0 for each input.
-        results: a CSV file. Each verdict is written as it is found, and those that are there already are kept: a run that
-            was stopped goes on. Remove the rows that a longer time limit shall try again.
+        results: a CSV file to which each verdict is written as it is found; one that is there is kept, so a run that was
+            stopped goes on. Remove the rows that a longer time limit shall try again.
 
     Returns:
         The verdicts: "robust", "refuted" with its counterexample, "timeout", or "unknown" with the reason.
 
     Raises:
-        ValueError: a layer that is none of these (a GELU is told apart: exact solvers need piecewise-linear networks), or
-            inputs, labels, ε, range, time limit or results file that cannot be used.
+        ValueError: a layer that is none of these (smooth ones are told apart), or an argument that cannot be used.
         ImportError: the solver is missing (`pip install 'hf_lambda_gelu[verify]'`).
 
     Examples:
@@ -129,7 +126,9 @@ class _Judge:
         found = self.replay.searched(inner, open_.label)
         if found is not None:
             return self._refuted(open_, found, "search")
-        left = [row for row in np.argsort(lowest).tolist() if lowest[row] <= 0.0]
+        if not all(np.isfinite(bounds.magnitude).all() for bounds in pre):
+            return replace(open_, reason="float64 overflows in the bounds: an exact solver needs them finite")
+        left = [row for row in np.argsort(lowest).tolist() if not lowest[row] > 0.0]
         return self._solved(open_, [query(self.layers, pre, outer, margins[row]) for row in left], inner, deadline)
 
     def _solved(self, open_: RobustnessVerdict, queries: list[Query], inner: Box, deadline: float) -> RobustnessVerdict:
@@ -142,7 +141,7 @@ class _Judge:
                 reason = f"{name} had no answer within {self.time_limit:g} s"
                 return replace(open_, verdict="timeout", reason="; ".join(dict.fromkeys([reason, *reasons])))
             if kind == "failed":
-                reasons.append(str(answer))
+                reasons.append(" ".join(str(answer).split()))
             elif kind == "found":
                 x = np.clip(answer, inner.lower, inner.upper)
                 if self.replay.other_class(x, open_.label) is not None:

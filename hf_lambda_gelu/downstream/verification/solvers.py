@@ -87,6 +87,8 @@ class SolverProcess:
             return "timeout", None
         try:
             process = self._process or self._start()
+            if process is None:
+                return "failed", f"{self.name} did not start within {_START:g} s"
             assert process.stdin is not None
             pickle.dump((query, seconds), process.stdin)
             process.stdin.flush()
@@ -103,7 +105,8 @@ class SolverProcess:
             return "failed", self._crash()
         return answer
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> subprocess.Popen[bytes] | None:
+        """The process once it is ready; None if it is not in time."""
         self._answers = queue.Queue()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._process = process = subprocess.Popen(
@@ -114,15 +117,24 @@ class SolverProcess:
             env=environment,
         )
         threading.Thread(target=_read, args=(process, self._answers), daemon=True).start()
-        if isinstance(self._answers.get(timeout=_START), EOFError):
+        try:
+            ready = self._answers.get(timeout=_START)
+        except queue.Empty:
+            self._end()
+            return None
+        if isinstance(ready, EOFError):
             raise EOFError
         return process
 
     def _crash(self) -> str:
         process = self._process
         assert process is not None
-        code = process.wait()
-        self._end()
+        try:
+            code = process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            return f"{self.name} gave an answer that cannot be read"
+        finally:
+            self._end()
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         return f"{self.name} crashed: its process ended {how}"
 

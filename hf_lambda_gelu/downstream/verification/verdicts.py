@@ -61,11 +61,12 @@ class RobustnessReport:
         clip: the range that inputs stay in; None if any number will do.
         solver: "marabou" or "highs", what was asked where bounds and search did not decide.
         verdicts: by input, in order. Each has `index` and `label`; `verdict`, "robust", "refuted", "timeout" or "unknown";
-            `decided_by`, "intervals", "linear bounds", "search", the solver's name, or "the input itself" where the model is
-            wrong without any change; `reason`, of what is neither robust nor refuted; `margin`, a proven lower bound on
-            the label's logit minus the largest other one in the ball, −inf where none was computed; `other`, the class that
-            the counterexample gets; `agrees_in_own_dtype`, whether the model in the dtype that it has also puts that class
-            above the label's; `seconds`; and `counterexample`, float64, of the shape of an input.
+            `decided_by`, "intervals" or "linear bounds", which prove in real arithmetic, "search", the solver's name, which
+            computes in floating point, or "the input itself" where the model is wrong without any change; `reason`, of what
+            is neither robust nor refuted; `margin`, a proven lower bound on the label's logit minus the largest other one in
+            the ball, −inf where none was computed; `other`, the class that the counterexample gets; `agrees_in_own_dtype`,
+            whether the model in the dtype that it has also puts that class above the label's; `seconds`; and
+            `counterexample`, float64, of the shape of an input.
 
     Examples:
         >>> report = hlg.verify_robustness(model, images, labels, 0.02, clip=(0.0, 1.0))  # import hf_lambda_gelu as hlg
@@ -117,6 +118,10 @@ def _any_length() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
+class OtherQuery(ValueError):
+    """A row answers another question than the one asked."""
+
+
 class ResultsFile:
     """Verdicts as rows of a CSV file, each on disk as soon as it is known.
 
@@ -157,8 +162,13 @@ class ResultsFile:
             raise ValueError(
                 f"{path} is no results file of verify_robustness: its first line is {text.partition(chr(10))[0]!r}"
             )
-        for row in rows[1:]:
-            self._take(path, dict(zip(_COLUMNS, row, strict=True)))
+        for number, row in enumerate(rows[1:], 2):
+            try:
+                self._take(path, dict(zip(_COLUMNS, row, strict=True)))
+            except OtherQuery:
+                raise
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(f"{path}: row {number} is no verdict of verify_robustness ({error}): remove it") from error
         if not text:
             whole = ",".join(_COLUMNS) + "\r\n"
         if whole != text:
@@ -166,12 +176,14 @@ class ResultsFile:
 
     def _take(self, path: Path, row: dict[str, str]) -> None:
         index = int(row["index"])
-        if index >= len(self.queries) or row["query"] != self.queries[index]:
-            raise ValueError(
+        if not 0 <= index < len(self.queries) or row["query"] != self.queries[index]:
+            raise OtherQuery(
                 f"{path} has a row of input {index} that is not of this model, input, label, ε and range: give another "
                 "path, or remove the file to begin anew"
             )
         example = torch.tensor(json.loads(row["counterexample"]), dtype=torch.float64) if row["counterexample"] else None
+        if row["verdict"] not in VERDICTS:
+            raise ValueError(f"{row['verdict']!r} is none of {', '.join(VERDICTS)}")
         self.known[index] = RobustnessVerdict(
             index=index,
             label=int(row["label"]),
