@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from hf_lambda_gelu.downstream.verification.bounds import Box, interval_bounds, linear_bounds
-from hf_lambda_gelu.downstream.verification.network import Layer, values
+from hf_lambda_gelu.downstream.verification.network import Array, Layer, values
 from hf_lambda_gelu.downstream.verification.robustness import query
 from hf_lambda_gelu.downstream.verification.solvers import Query
 
@@ -69,19 +69,29 @@ def random_query(seed: int) -> Query:
     """Whether a class can lose to another in a box, of a network with 2 to 5 inputs and one to three hidden layers.
 
     The margin is moved so that zero lies within what samples reach or not far outside, and about half of the answers are no.
+    The box has 2 to 8 units that can be on and off.
     """
     generator = np.random.default_rng(seed)
     features, classes = int(generator.integers(2, 6)), int(generator.integers(2, 5))
     widths = [features, *generator.integers(3, 9, int(generator.integers(1, 4))).tolist(), classes]
     layers = random_network(generator, *widths, scale=1.5)
-    box = random_box(generator, features, float(generator.uniform(0.1, 0.8)))
     margin = np.zeros(classes)
     margin[0], margin[1] = 1.0, -1.0
+    pre: list[Box] = []
+    while not pre or not 2 <= sum(unstable(layer, bounds).sum() for layer, bounds in zip(layers, pre, strict=True)) <= 8:
+        box = random_box(generator, features, float(generator.uniform(0.05, 0.8)))
+        pre = linear_bounds(layers, box, interval_bounds(layers, box))
     x = box.lower + generator.random((4000, features)) * (box.upper - box.lower)
     reached = values(layers, x) @ margin
     lowest, spread = float(reached.min()), float(np.ptp(reached))
     layers[-1].bias[1] += lowest + spread * float(generator.uniform(-0.25, 0.15))
     return query(layers, linear_bounds(layers, box, interval_bounds(layers, box)), box, margin)
+
+
+def unstable(layer: Layer, bounds: Box) -> Array:
+    """Which units of a layer can be on and off."""
+    found: Array = layer.relu & (bounds.lower < 0.0) & (bounds.upper > 0.0)
+    return found
 
 
 def lowest_by_regions(asked: Query) -> float:
@@ -90,17 +100,17 @@ def lowest_by_regions(asked: Query) -> float:
     By scipy, with no big-M and no branching: independent of the solvers, and slow.
     """
     low, high = asked["box"]
-    unstable = [(i, j) for i, (_, _, relu) in enumerate(asked["layers"]) if relu for j in range(len(asked["pre"][i][0]))]
-    unstable = [(i, j) for i, j in unstable if asked["pre"][i][0][j] < 0.0 < asked["pre"][i][1][j]]
+    layers, pre = [Layer(*layer) for layer in asked["layers"]], [Box(*bounds) for bounds in asked["pre"]]
+    units = [(i, int(j)) for i, layer in enumerate(layers) for j in np.flatnonzero(unstable(layer, pre[i]))]
     best = np.inf
-    for signs in itertools.product((0.0, 1.0), repeat=len(unstable)):
-        on = {unit: sign for unit, sign in zip(unstable, signs, strict=True)}
+    for signs in itertools.product((0.0, 1.0), repeat=len(units)):
+        on = dict(zip(units, signs, strict=True))
         a, c = np.eye(len(low)), np.zeros(len(low))
         rows, limits = [], []
-        for i, (weight, bias, relu) in enumerate(asked["layers"]):
-            a, c = weight @ a, weight @ c + bias
-            if relu:
-                gate = np.array([on.get((i, j), float(asked["pre"][i][0][j] >= 0.0)) for j in range(len(c))])
+        for i, layer in enumerate(layers):
+            a, c = layer.weight @ a, layer.weight @ c + layer.bias
+            if layer.relu:
+                gate = np.array([on.get((i, j), float(pre[i].lower[j] >= 0.0)) for j in range(len(c))])
                 sign = np.where(gate > 0.0, -1.0, 1.0)  # z ≥ 0 where on, z ≤ 0 where off
                 rows.append(sign[:, None] * a)
                 limits.append(-sign * c)
