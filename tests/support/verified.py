@@ -44,7 +44,7 @@ def digits_network(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Se
 def random_network(generator: np.random.Generator, *widths: int, scale: float = 1.0) -> list[Layer]:
     """Layers of these widths with ReLU between, none after the last."""
     layers = []
-    for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+    for index, (before, after) in enumerate(itertools.pairwise(widths)):
         weight = scale * generator.standard_normal((after, before)) / np.sqrt(before)
         layers.append(Layer(weight, 0.3 * generator.standard_normal(after), relu=index < len(widths) - 2))
     return layers

@@ -63,7 +63,9 @@ def test_refused(parts: list[nn.Module], message: str) -> None:
 
 
 def test_a_transformers_model_is_refused_with_what_to_take() -> None:
-    with pytest.raises(ValueError, match=r"the model \(BertForSequenceClassification\) is no layer .* by hf_lambda_gelu\.feed_forward"):
+    with pytest.raises(
+        ValueError, match=r"the model \(BertForSequenceClassification\) is no layer .* by hf_lambda_gelu\.feed_forward"
+    ):
         read_network(tiny.build("bert-classifier"))
 
 
