@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .checkpoints.remote_code import save_with_code
     from .checkpoints.save import save_relu_pretrained
     from .checkpoints.verify import VerificationError, verify_relu_pretrained
+    from .downstream.verification.distance import DistanceReport, certified_distance
+    from .downstream.verification.feed_forward import feed_forward
     from .downstream.verification.robustness import verify_robustness
     from .downstream.verification.verdicts import RobustnessReport
     from .measurement.audit.audit import AuditReport, audit
@@ -50,6 +52,7 @@ __all__ = [
     "CheckpointReport",
     "ConversionError",
     "ConversionReport",
+    "DistanceReport",
     "FoldError",
     "FoldReport",
     "HardeningSchedule",
@@ -68,8 +71,10 @@ __all__ = [
     "attach_hardness_update",
     "audit",
     "calibrate",
+    "certified_distance",
     "convert",
     "convert_checkpoint",
+    "feed_forward",
     "fold",
     "gates_as_relu",
     "hardness_profile",
@@ -101,6 +106,7 @@ _MODULES = {
     "CheckpointReport": ".checkpoints.on_disk",
     "ConversionError": ".surgery.conversion",
     "ConversionReport": ".surgery.conversion",
+    "DistanceReport": ".downstream.verification.distance",
     "FoldError": ".surgery.folding",
     "FoldReport": ".surgery.folding",
     "HardeningSchedule": ".training.schedule",
@@ -119,8 +125,10 @@ _MODULES = {
     "attach_hardness_update": ".training.optimizer",
     "audit": ".measurement.audit.audit",
     "calibrate": ".measurement.calibration",
+    "certified_distance": ".downstream.verification.distance",
     "convert": ".surgery.conversion",
     "convert_checkpoint": ".checkpoints.on_disk",
+    "feed_forward": ".downstream.verification.feed_forward",
     "fold": ".surgery.folding",
     "gates_as_relu": ".surgery.gates",
     "hardness_profile": ".activation.module",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +64,14 @@ def in_float64(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).to("cpu", torch.float64).eval().requires_grad_(False)
 
 
-def check_as_read(model: nn.Module, layers: list[Layer], inputs: Tensor) -> None:
-    """ValueError unless the float64 `model` computes what its layers do: a hook may change what a module puts out."""
+def check_as_read(
+    model: nn.Module, layers: list[Layer], inputs: Tensor, compute: Callable[[Array], Array] | None = None
+) -> None:
+    """ValueError unless the float64 `model` computes what its layers do: a hook may change what a module puts out.
+
+    Args:
+        compute: rows → outputs; by default `values` of the layers.
+    """
     with torch.no_grad():
         try:
             outputs = model(inputs)
@@ -81,7 +87,7 @@ def check_as_read(model: nn.Module, layers: list[Layer], inputs: Tensor) -> None
             f"{width} numbers each and outputs (inputs, classes). Images need an nn.Flatten() first; of a network that "
             "works token by token, pass the tokens as rows"
         )
-    expected = values(layers, rows)
+    expected = values(layers, rows) if compute is None else compute(rows)
     if not np.allclose(outputs.numpy(), expected, rtol=1e-9, atol=1e-9 * max(1.0, float(np.abs(expected).max(initial=0.0)))):
         raise ValueError(
             "the model puts out something else than its layers compute, by "

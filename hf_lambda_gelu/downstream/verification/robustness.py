@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...reports import progress
+from .balls import balls, checked_inputs
 from .bounds import Box, interval_bounds, linear_bounds, lower_bounds
 from .counterexamples import Replay
 from .network import Array, Layer, check_as_read, in_float64, read_network
@@ -43,9 +44,9 @@ def verify_robustness(
 
     In order: bounds by intervals, bounds by linear relaxation (CROWN, arXiv 1811.00866), a search along gradients, and an
     exact solver: Marabou (arXiv 2401.14461), or a big-M mixed-integer model (arXiv 1711.07356) in HiGHS. What bounds prove
-    holds in real arithmetic for the weights as stored. Solvers compute in floating point: "robust" by a solver is no proof in
-    that sense, but its word that no margin is below 1e-6 of the logits' size. A counterexample counts if the model, run
-    by torch in float64, refutes, and bounds at that point say that rounding does not decide it. The model is left as it was.
+    holds in real arithmetic for the weights as stored. Solvers compute in floating point: "robust" by one is no such proof,
+    but its word that no margin is below 1e-6 of the logits' size. A counterexample counts if the model, run by torch in
+    float64, refutes, and bounds at that point say that rounding does not decide it. The model is left as it was.
 
     Args:
         model: nn.Sequential of nn.Linear, nn.ReLU, nn.Flatten, nn.Identity and nn.Dropout in eval mode, nested or not.
@@ -66,12 +67,13 @@ def verify_robustness(
         ImportError: the solver is missing (`pip install 'hf_lambda_gelu[verify]'`).
 
     Examples:
-        >>> import hf_lambda_gelu as hlg
-        >>> import torch
+        >>> import hf_lambda_gelu as hlg, torch
+        >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
         >>> inputs = torch.rand(5, 4)
-        >>> report = hlg.verify_robustness(model, inputs, model(inputs).argmax(1), 0.01, clip=(0.0, 1.0))
-        >>> print(report)
+        >>> report = hlg.verify_robustness(model, inputs, model(inputs).argmax(1), 1e-6, clip=(0.0, 1.0))
+        >>> report.counts["robust"]
+        5
     """
     layers = read_network(model)
     rows, targets = _checked(layers, inputs, labels, epsilon, clip, time_limit)
@@ -174,16 +176,6 @@ def query(layers: list[Layer], pre: list[Box], box: Box, margin: Array) -> Query
     }
 
 
-def balls(x: Array, epsilon: float, clip: tuple[float, float] | None) -> tuple[Box, Box]:
-    """The ball about x rounded outwards, for proofs, and inwards, for counterexamples."""
-    outer = Box(np.nextafter(x - epsilon, -np.inf), np.nextafter(x + epsilon, np.inf))
-    inner = Box(np.minimum(np.nextafter(x - epsilon, np.inf), x), np.maximum(np.nextafter(x + epsilon, -np.inf), x))
-    low, high = clip if clip is not None else (-math.inf, math.inf)
-    return Box(np.maximum(outer.lower, low), np.minimum(outer.upper, high)), Box(
-        np.maximum(inner.lower, low), np.minimum(inner.upper, high)
-    )
-
-
 def _checked(
     layers: list[Layer],
     inputs: Tensor,
@@ -196,21 +188,9 @@ def _checked(
     classes = len(layers[-1].bias)
     if classes < 2:
         raise ValueError("the network has one output: expected the logits of two classes or more")
-    if not 0.0 < epsilon < math.inf:
-        raise ValueError(
-            f"epsilon must be a finite number > 0, the radius of the ball in units of the inputs, got {epsilon}"
-        )
     if not time_limit > 0.0:
         raise ValueError(f"time_limit must be a number of seconds > 0 for each input, got {time_limit}")
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.dim() < 2 or not len(inputs):
-        got = f"{tuple(inputs.shape)} of {inputs.dtype}" if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise ValueError(f"inputs must be a floating point tensor of shape (inputs, …) with one input or more, got {got}")
-    rows = inputs.detach().to("cpu", torch.float64).flatten(1).numpy()
-    low, high = clip if clip is not None else (-math.inf, math.inf)
-    if not low < high:
-        raise ValueError(f"clip must be (low, high) with low < high, got {clip}")
-    if not np.isfinite(rows).all() or rows.min() < low or rows.max() > high:
-        raise ValueError(f"inputs must be finite and in the range clip={clip}: they lie in [{rows.min():g}, {rows.max():g}]")
+    rows = checked_inputs(inputs, epsilon, clip)
     targets = torch.as_tensor(labels)
     if targets.shape != (len(rows),) or targets.is_floating_point() or targets.dtype == torch.bool:
         got = f"shape {tuple(targets.shape)} of {targets.dtype}"

@@ -1,4 +1,4 @@
-"""`verify_robustness`: verdicts against a fine grid, counterexamples replayed, what cannot be decided and what is refused."""
+"""`verify_robustness`: verdicts against a fine grid, counterexamples, what cannot be decided and what is refused."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.downstream.verification import robustness, solvers
+from hf_lambda_gelu.downstream.verification.balls import balls
 from hf_lambda_gelu.downstream.verification.network import read_network
-from hf_lambda_gelu.downstream.verification.robustness import balls
 
 SIDE = torch.linspace(-1.0, 1.0, 301, dtype=torch.float64)
 GRID = torch.cartesian_prod(SIDE, SIDE)  # of the square about an input
@@ -117,7 +117,7 @@ def absolute(least: float) -> nn.Sequential:
 def test_within_tolerances_nothing_is_said(
     least: float, expected: str, solver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Solvers err by some 1e-9: a margin within 1e-6 of the logits' size is not called robust, and refuted by torch alone."""
+    """Solvers err by some 1e-9: a margin within 1e-6 of the logits' size is not robust, and refuted by torch alone."""
     monkeypatch.setattr(robustness.Replay, "searched", lambda *_: None)
     point = torch.full((1, 1), 0.3, dtype=torch.float64)
     (verdict,) = hlg.verify_robustness(absolute(least), point, [0], 0.7, solver=solver).verdicts
@@ -172,7 +172,7 @@ def test_in_contexts_without_gradients(context: Any) -> None:
     assert report.counts["refuted"] > 0
 
 
-# -------------------------------------------------------------------------------------- solvers that do not do as they should
+# ------------------------------------------------------------------------------------- solvers that do not do as they should
 
 
 def undecided_by_bounds() -> tuple[nn.Sequential, Tensor, Tensor, float]:

@@ -1,4 +1,4 @@
-"""The report, and the CSV file: a run that was stopped goes on, and rows of another question are not taken for its answers."""
+"""The report, and the CSV file: a run that was stopped goes on, and rows of another question are not taken."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_rows_of_another_question(tmp_path: Path, change: dict[str, object]) -> 
     path = tmp_path / "results.csv"
     verified(path)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="has a row of input . that is not of this model, input, label, ε and range: give"):
+    with pytest.raises(ValueError, match=r"has a row of input . that is not of this model, input, label, ε and range: give"):
         verified(path, **change)  # type: ignore[arg-type]
     assert path.read_bytes() == before
 
@@ -130,7 +130,7 @@ def test_more_inputs_of_the_same_kind(tmp_path: Path, judged: Judged) -> None:
 def test_another_file_is_not_touched(tmp_path: Path, text: str) -> None:
     path = tmp_path / "mine.csv"
     path.write_text(text)
-    with pytest.raises(ValueError, match="is no results file of verify_robustness: its first line is '(a,b|notes)'"):
+    with pytest.raises(ValueError, match=r"is no results file of verify_robustness: its first line is '(a,b|notes)'"):
         verified(path)
     assert path.read_text() == text
 
