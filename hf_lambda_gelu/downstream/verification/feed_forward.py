@@ -103,7 +103,9 @@ def _rows(tensor: Tensor) -> Tensor:
 def _linear(call: LinearCall) -> nn.Linear:
     """The map as a module with a copy of its weights."""
     weight = (call.weight.T if call.transposed else call.weight).detach()
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=call.bias is not None, device=weight.device, dtype=weight.dtype)
+    shape, options = (weight.shape[1], weight.shape[0]), {"device": weight.device, "dtype": weight.dtype}
+    # without initial values, which would take random numbers that are the user's
+    made: nn.Linear = nn.utils.skip_init(nn.Linear, *shape, bias=call.bias is not None, **options)
     with torch.no_grad():
         made.weight.copy_(weight)
         if call.bias is not None:

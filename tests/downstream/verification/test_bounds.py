@@ -109,7 +109,7 @@ def test_rounding_is_accounted_for() -> None:
 
 def test_without_the_account_bounds_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """So the test above can fail: float64 alone, with no error charged, leaves values outside."""
-    monkeypatch.setattr(bounds, "rounding", lambda terms, magnitude: 0.0 * magnitude)
+    monkeypatch.setattr(bounds, "rounding", lambda terms, magnitude, factor=0.0: 0.0 * magnitude)
     monkeypatch.setattr(bounds.np, "nextafter", lambda value, direction: value)
     assert violations(12) > 6
 

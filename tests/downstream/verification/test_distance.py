@@ -112,7 +112,7 @@ def test_each_output_has_bounds_of_its_own() -> None:
     found = difference_bounds(layers, gates, layers, Box(np.full(3, -1.0), np.full(3, 1.0)))
     assert -1e-12 <= found.lower[0] < found.upper[0]
     assert found.lower[1] < found.upper[1] <= 1e-12
-    assert found.upper[0] <= float(model[2].weight[0].abs().sum()) * hlg.sup_error(model[1].hardness.item()) * (1 + 1e-9)
+    assert found.upper[0] <= model[2].weight[0].abs().sum().item() * hlg.sup_error(model[1].hardness.item()) * (1 + 1e-9)
 
 
 def test_a_box_away_from_zero_is_closer() -> None:
@@ -129,7 +129,7 @@ def test_a_box_away_from_zero_is_closer() -> None:
 
 
 def test_a_refit_network() -> None:
-    """Other weights in the ReLU network: the bound holds for what it computes, and is larger than without by what they add."""
+    """Other weights in the ReLU network: the bound holds for what it computes."""
     model = smooth_network(2, 4, 12, 3)
     twin, _ = relu_twin(model)
     refit = copy.deepcopy(twin)

@@ -48,12 +48,12 @@ def test_it_computes_what_the_model_does(kind: str) -> None:
 @pytest.mark.parametrize("solver", ["highs", "auto"])
 def test_a_block_of_a_real_shape_is_verified(kind: str, solver: str) -> None:
     """With a head on it, "robust" holds for what the model's own modules put out; its λ-GELU twin is refused."""
-    torch.manual_seed(0)
     model = tiny.build(kind).eval()
     site = sites(model)[0]
     smooth, _ = hlg.feed_forward(model, site)
     hlg.relu_ize(model, force=True)
     block, rows = hlg.feed_forward(model, site)
+    torch.manual_seed(0)
     head = nn.Linear(block[2].out_features, 3)
     with torch.no_grad():
         head.bias.zero_()
@@ -92,7 +92,9 @@ def test_the_block_is_a_copy_and_the_model_as_it_was() -> None:
     model = tiny.build("bert-classifier").train()
     site = sites(model)[0]
     before = copy.deepcopy(model.state_dict())
+    state = torch.random.get_rng_state()
     block, _ = hlg.feed_forward(model, site)
+    assert torch.equal(torch.random.get_rng_state(), state)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.zero_()
@@ -104,7 +106,7 @@ def test_the_block_is_a_copy_and_the_model_as_it_was() -> None:
 def test_a_gated_block_is_refused() -> None:
     model = tiny.build("llama").eval()
     site = sites(model)[0]
-    with pytest.raises(ValueError, match="no linear map takes up what leaves .* \\(in a gated block it is multiplied"):
+    with pytest.raises(ValueError, match=r"no linear map takes up what leaves .* \(in a gated block it is multiplied"):
         hlg.feed_forward(model, site)
 
 
