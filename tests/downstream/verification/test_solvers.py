@@ -15,6 +15,8 @@ import hf_lambda_gelu as hlg
 from hf_lambda_gelu.downstream.verification import solvers
 from hf_lambda_gelu.downstream.verification.marabou import _objective
 from hf_lambda_gelu.downstream.verification.solvers import SolverProcess, chosen_solver
+from scripts.tools.tables import read
+from scripts.verification import agreement
 
 NAMES = [
     "highs",
@@ -169,3 +171,25 @@ def test_bounds_alone_do_not_hide_it(monkeypatch: pytest.MonkeyPatch) -> None:
     absent(monkeypatch, "maraboupy", "highspy")
     with pytest.raises(ImportError, match="pip install"):
         hlg.verify_robustness(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.zeros(1, 2), [0], 0.1)
+
+
+# ------------------------------------------------------------------------------------------------ the table of agreement
+
+
+def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The committed one has more than 100 questions, and both solvers say the same; a few of them are asked again."""
+    pytest.importorskip("maraboupy", reason="maraboupy has no wheel here")
+    committed = {(row["network"], row["number"]): row for row in read(agreement.RESULTS)}
+    assert len(committed) > 100
+    assert {row["marabou"] for row in committed.values()} == {"none", "found"}
+    assert all(row["marabou"] == row["highs"] for row in committed.values())
+    path = tmp_path / "agreement.csv"
+    monkeypatch.setattr("sys.argv", ["agreement", "--random", "4", "--digits", "3", "--results", str(path)])
+    assert agreement.main() == 0
+    assert "0 of " in capsys.readouterr().out
+    for row in read(path):
+        before = committed[row["network"], row["number"]]
+        assert [row[name] for name in ("features", "marabou", "highs")] == [
+            before[name] for name in ("features", "marabou", "highs")
+        ]
+    assert len(read(path)) == 7
