@@ -21,11 +21,15 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .checkpoints.remote_code import save_with_code
     from .checkpoints.save import save_relu_pretrained
     from .checkpoints.verify import VerificationError, verify_relu_pretrained
+    from .downstream.onnx.export import export_onnx
+    from .downstream.onnx.report import ExportError, ExportReport
     from .downstream.pruning import PruningReport, prune_dead_units
     from .downstream.sparse_ffn import SparseFFNReport, sparsify_ffn
     from .downstream.sparsity import ActivationSparsityReport, activation_sparsity
-    from .downstream.onnx.export import export_onnx
-    from .downstream.onnx.report import ExportError, ExportReport
+    from .downstream.verification.distance import DistanceReport, certified_distance
+    from .downstream.verification.feed_forward import feed_forward
+    from .downstream.verification.robustness import verify_robustness
+    from .downstream.verification.verdicts import RobustnessReport
     from .measurement.audit.audit import AuditReport, audit
     from .measurement.batches import CalibrationError
     from .measurement.calibration import CalibrationReport, SiteStatistics, calibrate
@@ -54,6 +58,7 @@ __all__ = [
     "CheckpointReport",
     "ConversionError",
     "ConversionReport",
+    "DistanceReport",
     "ExportError",
     "ExportReport",
     "FoldError",
@@ -65,6 +70,7 @@ __all__ = [
     "LambdaGELUTrainingArguments",
     "PruningReport",
     "PushError",
+    "RobustnessReport",
     "SensitivityReport",
     "SiteSensitivity",
     "SiteStatistics",
@@ -76,9 +82,11 @@ __all__ = [
     "attach_hardness_update",
     "audit",
     "calibrate",
+    "certified_distance",
     "convert",
     "convert_checkpoint",
     "export_onnx",
+    "feed_forward",
     "fold",
     "gates_as_relu",
     "hardness_profile",
@@ -100,6 +108,7 @@ __all__ = [
     "sup_error",
     "target_hardness",
     "verify_relu_pretrained",
+    "verify_robustness",
 ]
 
 _MODULES = {
@@ -112,6 +121,7 @@ _MODULES = {
     "CheckpointReport": ".checkpoints.on_disk",
     "ConversionError": ".surgery.conversion",
     "ConversionReport": ".surgery.conversion",
+    "DistanceReport": ".downstream.verification.distance",
     "ExportError": ".downstream.onnx.report",
     "ExportReport": ".downstream.onnx.report",
     "FoldError": ".surgery.folding",
@@ -123,6 +133,7 @@ _MODULES = {
     "LambdaGELUTrainingArguments": ".training.arguments",
     "PruningReport": ".downstream.pruning",
     "PushError": ".checkpoints.hub",
+    "RobustnessReport": ".downstream.verification.verdicts",
     "SensitivityReport": ".measurement.sensitivity",
     "SiteSensitivity": ".measurement.sensitivity",
     "SiteStatistics": ".measurement.calibration",
@@ -134,9 +145,11 @@ _MODULES = {
     "attach_hardness_update": ".training.optimizer",
     "audit": ".measurement.audit.audit",
     "calibrate": ".measurement.calibration",
+    "certified_distance": ".downstream.verification.distance",
     "convert": ".surgery.conversion",
     "convert_checkpoint": ".checkpoints.on_disk",
     "export_onnx": ".downstream.onnx.export",
+    "feed_forward": ".downstream.verification.feed_forward",
     "fold": ".surgery.folding",
     "gates_as_relu": ".surgery.gates",
     "hardness_profile": ".activation.module",
@@ -157,6 +170,7 @@ _MODULES = {
     "sup_error": ".activation.hardness",
     "target_hardness": ".activation.hardness",
     "verify_relu_pretrained": ".checkpoints.verify",
+    "verify_robustness": ".downstream.verification.robustness",
 }
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of the package's
