@@ -10,11 +10,12 @@ STAMP = $(VENV)/.installed
 DOCS = $(VENV)/.docs
 OLDEST = .venv-oldest
 
-.PHONY: help demo demo-vision cards test test-oldest assets lint coverage coverage-latest fuzz bench docs clean
+.PHONY: help demo demo-vision cards downstream test test-oldest assets lint coverage coverage-latest fuzz bench docs clean
 
 help:
 	@echo "make demo          MiniLM on movie reviews: fine-tune, harden, substitute, reload in stock transformers"
 	@echo "make demo-vision   DINOv2-small on Fashion-MNIST, likewise      (SIZE=full for more data and epochs)"
+	@echo "make downstream    what ReLU unlocks: each tool on GELU, λ-GELU and ReLU, in one table   (ten minutes on one core)"
 	@echo "make test          set up, fetch the test models, run the test suite offline"
 	@echo "make test-oldest   the suite with the oldest versions that pyproject.toml allows, in $(OLDEST); TORCH=… for another torch"
 	@echo "make cards         the demos' model cards into model_cards/, after both demos"
@@ -60,6 +61,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+
+downstream: $(STAMP) assets
+	$(BIN)/python -m scripts.downstream
 
 coverage: $(STAMP)
 	$(BIN)/python -m scripts.architectures.run
