@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +188,12 @@ def undecided_by_bounds() -> tuple[nn.Sequential, Tensor, Tensor, float]:
     return model, images[rows], labels[rows], 0.05
 
 
-def test_time_over_at_once() -> None:
-    start = time.monotonic()
-    report = hlg.verify_robustness(*undecided_by_bounds(), time_limit=1e-9, solver="highs")
+def test_time_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = undecided_by_bounds()
+    monkeypatch.setattr(solvers.SolverProcess, "_start", lambda _: pytest.fail("a solver is started for no time"))
+    report = hlg.verify_robustness(*arguments, time_limit=1e-9, solver="highs")
     assert report.counts == {"robust": 0, "refuted": 0, "timeout": 2, "unknown": 0}
     assert report.verdicts[0].reason == "highs had no answer within 1e-09 s"
-    assert time.monotonic() - start < 30.0
 
 
 def test_a_solver_that_crashes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
