@@ -124,6 +124,19 @@ def test_within_tolerances_nothing_is_said(
     assert ("that torch does not confirm" in verdict.reason) == (expected == "unknown")
 
 
+def test_where_rounding_decides_nothing_is_refuted() -> None:
+    """10¹⁶ + 1 − 10¹⁶ against 0.5: float64 computes 0, and another class; without rounding it is 1, and the label."""
+    model = nn.Sequential(nn.Linear(3, 2)).double().eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1e16, 1.0, -1e16], [0.0, 0.0, 0.0]]))
+        model[0].bias.copy_(torch.tensor([0.0, 0.5]))
+    point = torch.ones(1, 3, dtype=torch.float64)
+    assert model(point).argmax() == 1
+    (verdict,) = hlg.verify_robustness(model, point, [0], 1e-20).verdicts
+    assert verdict.verdict == "unknown"
+    assert verdict.counterexample is None
+
+
 def test_bounds_that_overflow_prove_nothing() -> None:
     """Logits 1e400 ReLU(x) − 1e400 ReLU(−x) + 1 and 0: the margin is below zero for x < 0, and float64 computes NaN."""
     model = absolute(0.0)
