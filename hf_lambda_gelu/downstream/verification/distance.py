@@ -21,7 +21,7 @@ from ...activation.module import LambdaGELU
 from ...reports import progress, table, to_dict
 from ...structure.modules import probed_base
 from .balls import balls, checked_inputs
-from .bounds import Box, affine_bounds, interval_bounds, linear_bounds, numbers, relu_bounds
+from .bounds import Box, affine_bounds, interval_bounds, linear_bounds, lower_bounds, numbers, relu_bounds
 from .network import Array, Layer, check_as_read, in_float64, read_network
 
 _SAMPLES = 256  # of each ball, half of them corners
@@ -181,25 +181,32 @@ def difference_bounds(own: list[Layer], gates: Sequence[Gate | None], layers: li
         layers: the ReLU network.
     """
     pre = linear_bounds(layers, box, interval_bounds(layers, box))
-    smooth, relu, left = box, box, iter(gates)  # bounds on what enters the layer, in both networks
+    smooth, left = box, iter(gates)  # bounds on what enters the layer in the smooth network
     difference = Box(np.zeros_like(box.lower), np.zeros_like(box.lower))
-    for layer, other, bounds in zip(own, layers, pre, strict=True):
+    for index, (layer, other, bounds) in enumerate(zip(own, layers, pre, strict=True)):
         # V h' + c − (W h + b) = W (h' − h) + (V − W) h' + (c − b)
         moved = affine_bounds(layer.weight, np.zeros_like(layer.bias), difference)
-        refit = affine_bounds(other.weight - layer.weight, other.bias - layer.bias, relu)
+        refit = _refit_bounds(layers[:index], pre, box, Layer(other.weight - layer.weight, other.bias - layer.bias, False))
         difference = numbers(moved.lower + refit.lower, moved.upper + refit.upper)
         smooth = affine_bounds(layer.weight, layer.bias, smooth)
         smooth = smooth.and_also(numbers(bounds.lower - difference.upper, bounds.upper - difference.lower))
-        relu = bounds
         if layer.relu:
             gate = next(left)
             error = gate_error(gate, smooth)
-            relu, kept = relu_bounds(bounds), relu_bounds(smooth)
+            kept = relu_bounds(smooth)
             smooth = numbers(kept.lower - error.upper, kept.upper - error.lower)
             difference = numbers(
                 np.minimum(difference.lower, 0.0) + error.lower, np.maximum(difference.upper, 0.0) + error.upper
             )
     return difference
+
+
+def _refit_bounds(layers: list[Layer], pre: list[Box], box: Box, change: Layer) -> Box:
+    """Bounds on what a change of weights makes of what `layers` put out."""
+    if not layers:
+        return affine_bounds(change.weight, change.bias, box)
+    lower = lower_bounds(layers, pre, box, change.weight, change.bias)
+    return Box(lower, -lower_bounds(layers, pre, box, -change.weight, -change.bias))
 
 
 def gate_error(gate: Gate | None, pre: Box) -> Box:

@@ -84,14 +84,10 @@ def verify_robustness(
     kept = ResultsFile(results, queries, inputs.shape[1:])
     with torch.inference_mode(False), SolverProcess(name) as process:
         judge = _Judge(layers, Replay(model, exact, layers, inputs.shape[1:]), process, time_limit)
-        found = []
         for index in progress(range(len(rows)), "verification"):
-            verdict = kept.known.get(index)
-            if verdict is None:
-                verdict = judge.verdict(index, rows[index], targets[index], epsilon, clip)
-                kept.add(verdict)
-            found.append(verdict)
-    return RobustnessReport(float(epsilon), clip, name, found)
+            if index not in kept.known:
+                kept.add(judge.verdict(index, rows[index], targets[index], epsilon, clip))
+    return RobustnessReport(float(epsilon), clip, name, [kept.known[index] for index in range(len(rows))])
 
 
 class _Judge:

@@ -142,6 +142,7 @@ class ResultsFile:
             self._read(self.path)
 
     def add(self, verdict: RobustnessVerdict) -> None:
+        self.known[verdict.index] = verdict
         if self.path is None:
             return
         row = {name: getattr(verdict, name) for name in _COLUMNS if name not in ("counterexample", "query")}

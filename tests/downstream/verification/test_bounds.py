@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -133,3 +134,12 @@ def test_a_sum_that_cancels() -> None:
     (found,) = interval_bounds(layers, Box(np.ones(3), np.ones(3)))
     assert found.lower[0] <= 1.0 <= found.upper[0]
     assert found.upper[0] - found.lower[0] < 100.0
+
+
+@pytest.mark.parametrize("bounded", [interval_bounds, linear_bounds])
+def test_what_overflows_is_unbounded(bounded: Callable[[list[Layer], Box], list[Box]]) -> None:
+    """10²⁰⁰ · 10²⁰⁰ − 10²⁰⁰ · 10²⁰⁰ is NaN in float64, and no bound."""
+    large = np.array([[1e200], [1e200]])
+    layers = [Layer(large, np.zeros(2), True), Layer(np.array([[1e200, -1e200]]), np.zeros(1), False)]
+    found = bounded(layers, Box(np.zeros(1), np.ones(1)))[-1]
+    assert (found.lower[0], found.upper[0]) == (-np.inf, np.inf)

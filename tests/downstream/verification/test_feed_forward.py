@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from support import tiny
 from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.downstream.verification.network import read_network
@@ -140,3 +143,20 @@ def test_what_is_read_is_exactly_the_model() -> None:
     layer = model.bert.encoder.layer[0]
     assert (read_network(block)[0].weight == layer.intermediate.dense.weight.detach().double().numpy()).all()
     assert (read_network(block)[1].bias == layer.output.dense.bias.detach().double().numpy()).all()
+
+
+def test_a_real_block(asset: Callable[[str], Path]) -> None:
+    """Of MiniLM, 384 features and 1,536 units: bounds decide, and the distance holds for samples."""
+    model = AutoModel.from_pretrained(asset("minilm")).eval()
+    batch = AutoTokenizer.from_pretrained(asset("minilm"))(["a quiet film that stays with you"], return_tensors="pt")
+    hlg.convert(model)
+    site = list(hlg.hardness_sites(model))[-1]
+    smooth, rows = hlg.feed_forward(model, site, batch)
+    hlg.relu_ize(model, force=True)
+    block, _ = hlg.feed_forward(model, site, batch)
+    torch.manual_seed(0)
+    probe = nn.Sequential(*block, nn.Linear(384, 2)).eval()
+    report = hlg.verify_robustness(probe, rows[:2], probe(rows[:2]).argmax(1), 0.001, time_limit=1e-9)
+    assert report.counts["robust"] == 2
+    distance = hlg.certified_distance(smooth, rows[:1], 0.001, relu=block)
+    assert 0.5 < distance.measured[0] / distance.bounds[0] <= 1.0
