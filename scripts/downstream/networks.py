@@ -30,11 +30,11 @@ class Networks(NamedTuple):
     batches: Sequence[Any]
 
 
-def _three(smooth: nn.Module, batches: Sequence[Any], **options: Any) -> Networks:
+def _three(smooth: nn.Module, batches: Sequence[Any]) -> Networks:
     hardened = copy.deepcopy(smooth)
-    hlg.convert(hardened, init_hardness=HARDNESS, **options)
+    hlg.convert(hardened, init_hardness=HARDNESS)
     relu = copy.deepcopy(smooth)
-    hlg.convert(relu, **options)
+    hlg.convert(relu)
     hlg.relu_ize(relu, calibration=batches, compensate="least_squares")
     return Networks(smooth, hardened, relu, batches)
 
@@ -43,7 +43,7 @@ def _three(smooth: nn.Module, batches: Sequence[Any], **options: Any) -> Network
 def digit_networks() -> Networks:
     """64–32–32–10, trained with GELU on 1,500 images of digits. Not to be changed."""
     images, _ = digits()
-    return _three(digits_network(32, 32, activation=nn.GELU), list(images[:TRAIN].split(300)), hard_coded=True)
+    return _three(digits_network(32, 32, activation=nn.GELU), list(images[:TRAIN].split(300)))
 
 
 def digit_accuracy(run: Callable[[Tensor], Tensor]) -> float:
