@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import tempfile
 from collections.abc import Iterator
@@ -50,9 +51,8 @@ def _check_counterexamples(
     for verdict in report.verdicts:
         if verdict.counterexample is None:
             continue
-        point = torch.tensor(verdict.counterexample, dtype=torch.float64).reshape(1, -1)
-        outputs = nn.Sequential(*model.children()).double()(point)
-        model.float()
+        point = torch.as_tensor(verdict.counterexample, dtype=torch.float64).reshape(1, -1)
+        outputs = copy.deepcopy(model).double()(point)
         inside = float((point - x[verdict.index].double()).abs().max()) <= epsilon + 1e-12
         if not inside or int(outputs.argmax()) == int(labels[verdict.index]):
             raise RuntimeError(f"torch does not confirm the counterexample to digit {verdict.index}")
