@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -11,22 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ..measurement.difference import difference, float_outputs, tolerance
 from ..measurement.examples.choice import example_inputs
 from ..measurement.forward import measuring
 from ..reports import table, to_dict
-from ..structure.hooks import Hooks
-from ..structure.linear_maps import LinearMap
 from ..structure.transaction import transaction
 from ..structure.usable import check_usable
 from ..surgery.folding import forward
 from . import sparse_products
 from .crossover import FIRING, ROUNDS, Crossover, crossover, firing
-from .feed_forward import Blocks, FeedForward, feed_forwards
+from .feed_forward import feed_forwards
 from .relu_sites import relu_sites
-from .sparse_modules import SPARSE, Fired, SparseConv1D, SparseDown, SparseReLU, SparseUp
+from .sparse_candidates import Candidate, candidates, used_once
+from .sparse_modules import SPARSE, Fired, SparseDown, SparseReLU, SparseUp
 
 
 @dataclass(frozen=True)
@@ -147,13 +143,8 @@ def sparsify_ffn(model: nn.Module, inputs: Any = None) -> SparseFFNReport:
         run = forward(model, inputs)
         blocks = feed_forwards(model, sites, run)
         report = SparseFFNReport(dense=dict(blocks.obstacles))
-        candidates = _candidates(model, sites, blocks, report)
-        candidates = _used_once(candidates, run, report)
-    try:
-        _patch(candidates, report)
-    except BaseException:
-        report.undo()
-        raise
+        found = used_once(candidates(model, sites, blocks, report.dense), run, report.dense)
+    _patch(found, report)
     return report
 
 
@@ -169,36 +160,20 @@ def _check_place(model: nn.Module) -> None:
         raise RuntimeError(f"{reason}. The model is as it was")
 
 
-@dataclass
-class _Candidate:
-    """A module that may become sparse.
-
-    Attributes:
-        cls: what its class is to be.
-        site: the block's ReLU where it must be noted what fires; None where the input says it.
-    """
-
-    name: str
-    module: nn.Module
-    cls: type[nn.Module]
-    shape: tuple[int, int]
-    site: nn.Module | None = None
-
-
-def _patch(candidates: list[_Candidate], report: SparseFFNReport) -> None:
+def _patch(found: list[Candidate], report: SparseFFNReport) -> None:
     """Change the classes of those modules for which it pays."""
-    for candidate in candidates:
+    for candidate in found:
         if candidate.cls is SparseDown:  # the layout first, since it decides the time of the dense product too
             _lay(candidate.module, rows=True)
             report._patched.append((candidate.module, type(candidate.module)))
-    groups: dict[tuple[Any, ...], list[_Candidate]] = {}
-    for candidate in candidates:
-        groups.setdefault((candidate.cls, candidate.shape, _weight(candidate.module).dtype), []).append(candidate)
+    groups: dict[tuple[Any, ...], list[Candidate]] = {}
+    for candidate in found:
+        groups.setdefault((candidate.cls, candidate.shape, candidate.weight.dtype), []).append(candidate)
     measured = {key: _measure(group) for key, group in groups.items()}
-    for candidate in candidates:
-        found = measured[candidate.cls, candidate.shape, _weight(candidate.module).dtype]
+    for candidate in found:
+        times = measured[candidate.cls, candidate.shape, candidate.weight.dtype]
         units = candidate.shape[1] if candidate.cls is SparseUp else candidate.shape[0]
-        most = int(found.most * units)
+        most = int(times.most * units)
         if not most:
             report.dense[candidate.name] = "the kernel was slower than the dense product however few units fire"
             if candidate.cls is SparseDown:
@@ -211,78 +186,15 @@ def _patch(candidates: list[_Candidate], report: SparseFFNReport) -> None:
             candidate.site.sparse_fired = candidate.module.sparse_fired = Fired()  # type: ignore[assignment]
             candidate.site.__class__ = SparseReLU
         candidate.module.__class__ = candidate.cls
-        report.maps.append(SparseMap(candidate.name, candidate.shape, found.dense, found.at_tenth, 1 - found.most))
+        report.maps.append(SparseMap(candidate.name, candidate.shape, times.dense, times.at_tenth, 1 - times.most))
 
 
-def _candidates(
-    model: nn.Module, sites: Mapping[str, nn.Module], blocks: Blocks, report: SparseFFNReport
-) -> list[_Candidate]:
-    """The maps of the blocks that may become sparse; why others may not goes into the report."""
-    found = []
-    for block in blocks.found.values():
-        for made in filter(None, (block.up, block.after)):
-            name = made.name.rpartition(".")[0]
-            module, site = model.get_submodule(name), sites[block.site]
-            reason = _reason(made, module) or (_reason_of_up(module, site, block) if made is block.up else "")
-            if reason:
-                report.dense[name] = reason
-            elif made is block.up:
-                found.append(_Candidate(name, module, SparseUp, made.shape, site))
-            else:
-                cls = SparseDown if type(module) is nn.Linear else SparseConv1D
-                found.append(_Candidate(name, module, cls, made.shape))
-    return found
-
-
-def _reason_of_up(module: nn.Module, site: nn.Module, block: FeedForward) -> str:
-    if type(module) is not nn.Linear or type(site) is not nn.ReLU:
-        return f"it is a {type(module).__name__}, and its ReLU a {type(site).__name__}"
-    return "" if block.up_last else "it runs before the ReLU, which says what fires"
-
-
-def _used_once(candidates: list[_Candidate], run: Callable[[], Any], report: SparseFFNReport) -> list[_Candidate]:
-    """Without the maps W₃ whose outputs something besides the block uses: without some of them the outputs would change."""
-    ups = [candidate for candidate in candidates if candidate.site is not None]
-    expected = [output.clone() for output in float_outputs(run())] if ups else []
-    used = (
-        [] if not ups or _same_without(ups, run, expected) else [up for up in ups if not _same_without([up], run, expected)]
-    )
-    report.dense.update({up.name: "something else uses what it puts out" for up in used})
-    return [candidate for candidate in candidates if candidate not in used]
-
-
-def _same_without(ups: list[_Candidate], run: Callable[[], Any], expected: list[Tensor]) -> bool:
-    """Whether the outputs stay if the maps put out 0 wherever their gates do."""
-    gates: dict[nn.Module, Tensor] = {}
-
-    def note(site: nn.Module, args: Any, output: Tensor) -> None:
-        gates[site] = output != 0
-
-    def cut(site: nn.Module, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output * gates[site]
-
-    with Hooks() as hooks:
-        for up in ups:
-            if up.site is not None:
-                hooks.after(up.site, note)
-                hooks.after(up.module, partial(cut, up.site))
-        return difference(expected, float_outputs(run())) <= tolerance(expected)
-
-
-def _reason(made: LinearMap, module: nn.Module) -> str:
-    if made.parameter.dtype not in sparse_products.DTYPES:
-        return f"its weight is {made.parameter.dtype}: the kernel takes torch.float32 and torch.bfloat16"
-    if type(module) not in (nn.Linear, Conv1D) or made.parameter is not module.weight:
-        return f"it is a {type(module).__name__}"
-    return ""
-
-
-def _measure(group: list[_Candidate]) -> Crossover:
+def _measure(group: list[Candidate]) -> Crossover:
     """Time the maps of one class, shape and dtype."""
     generator = torch.Generator().manual_seed(0)
     dense, sparse = [], []
     for candidate in group:
-        weight, (d, k) = _weight(candidate.module), candidate.shape
+        weight, (d, k) = candidate.weight, candidate.shape
         x = torch.randn(1, d, generator=generator).to(weight.dtype)
         dense.append(partial(candidate.module.forward, x))  # without hooks, which are not to see this
         bias: Tensor | None = candidate.module.bias  # type: ignore[assignment]
@@ -303,15 +215,10 @@ def _kernel(
     return sparse_products.gathered(fired, rows, bias, fired.numel())
 
 
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
 def _lay(module: nn.Module, rows: bool) -> None:
     """Let the columns of a weight (k, d) be rows in memory, or not; a weight that lies so already is left alone."""
-    weight = _weight(module)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
     lies = weight.t().is_contiguous() if rows else weight.is_contiguous()
     if not lies:
         weight.data = weight.data.t().contiguous().t() if rows else weight.data.contiguous()

@@ -1,8 +1,8 @@
 """A verb is a transaction: it succeeds, or the model and the process are as they were, whatever was raised at whatever line.
 
-A snapshot of a model holds the identity of all that it is made of: modules, parameters, hooks, attributes and configs, with
-the contents of every dict, list and set among them. Parameters' data is not copied: a verb calls `keep` on a tensor before
-it writes into it. Buffers are small and are copied.
+A snapshot of a model holds the identity of all that it is made of: modules and their classes, parameters, hooks, attributes
+and configs, with the contents of every dict, list and set among them. Parameters' data is not copied: a verb calls `keep` on
+a tensor before it writes into it. Buffers are small and are copied.
 
 Random numbers, transformers' tables and torch's modes belong to the process and not to a model. So one lock, held by every
 verb, lets verbs of several threads run one after the other. It is re-entrant: a verb may call another.
@@ -114,6 +114,7 @@ class Snapshot:
         self.scratch: list[Path] = []
         self._contents: list[tuple[Any, list[Any]]] = []
         self._tensors: list[_TensorState] = []
+        self._classes = [] if model is None else [(module, type(module)) for module in model.modules()]
         for found in () if model is None else _reachable(model):
             if isinstance(found, Tensor):
                 self._tensors.append(_TensorState(found))
@@ -125,6 +126,9 @@ class Snapshot:
         """Put everything back."""
         for put in self._process:
             put()
+        for module, cls in self._classes:
+            if type(module) is not cls:
+                module.__class__ = cls
         for container, content in self._contents:
             if not _alike(_content(container), content):
                 container.clear()

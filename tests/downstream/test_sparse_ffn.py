@@ -146,6 +146,10 @@ class Watching(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class Marked(Tensor):
+    """A subclass, which knows torch's operations and no kernel."""
+
+
 class Cases:
     """Calls of a sparse network that must be torch's own."""
 
@@ -164,6 +168,22 @@ class Cases:
     def autocast(model: nn.Module) -> Tensor:
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             return model(torch.ones(1, 6))
+
+    @staticmethod
+    def autocast_of_fp32(model: nn.Module) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            return model[2](torch.ones(1, 40))
+
+    @staticmethod
+    def subclass(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(torch.ones(1, 6).as_subclass(Marked))
+
+    @staticmethod
+    def compiled(model: nn.Module) -> Tensor:
+        torch.compiler.reset()
+        with torch.no_grad():
+            return torch.compile(model, backend="eager", fullgraph=True)(torch.ones(1, 6))
 
     @staticmethod
     def float64(model: nn.Module) -> Tensor:
@@ -198,7 +218,17 @@ def test_dense_where_it_must_be(case: str, calls: Calls) -> None:
     dense = run(sequential())
     model = sequential()
     hlg.sparsify_ffn(model, torch.ones(1, 6))
-    torch.testing.assert_close(run(model), dense, rtol=1e-6, atol=1e-6)
+    out = run(model)
+    assert (type(out), out.dtype) == (type(dense), dense.dtype)
+    torch.testing.assert_close(out, dense, rtol=1e-6, atol=1e-6)
+    assert not calls
+
+
+def test_unlike_dtypes_are_an_error_still(calls: Calls) -> None:
+    model = sequential()
+    hlg.sparsify_ffn(model, torch.ones(1, 6))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="same dtype"):
+        model[2](torch.ones(1, 40, dtype=torch.bfloat16))
     assert not calls
 
 
@@ -307,19 +337,21 @@ def test_zeros_are_counted_in_a_sparse_network(calls: Calls) -> None:
     assert hlg.activation_sparsity(model, batches).zeros == pytest.approx(expected.zeros, abs=1e-3)
 
 
-def interrupted(*_: Any) -> Crossover:
+def interrupted(*_: Any) -> Any:
     raise KeyboardInterrupt
 
 
-def test_a_stop_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("when", ["crossover", "SparseMap"])
+def test_a_stop_changes_nothing(when: str, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it measures, with weights laid anew; and when the first modules have another class."""
     model = relu_model("llama")
     before = tiny.snapshot(model)
-    classes = [type(m) for m in model.modules()]
-    monkeypatch.setattr(sparse_ffn, "crossover", interrupted)
+    modules = [(type(m), set(vars(m))) for m in model.modules()]
+    monkeypatch.setattr(sparse_ffn, when, interrupted)
     with pytest.raises(KeyboardInterrupt):
         hlg.sparsify_ffn(model)
     assert tiny.snapshot(model) == before
-    assert [type(m) for m in model.modules()] == classes
+    assert [(type(m), set(vars(m))) for m in model.modules()] == modules
     assert all(p.is_contiguous() for p in model.parameters())
 
 

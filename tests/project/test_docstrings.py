@@ -10,7 +10,7 @@ import pytest
 import hf_lambda_gelu as hlg
 
 # rooms whose examples need no model of the Hub
-ROOMS = (".activation.", ".structure.", ".downstream.sparsity", ".downstream.pruning")
+ROOMS = (".activation.", ".structure.", ".downstream.sparsity", ".downstream.pruning", ".downstream.sparse_ffn")
 NAMES = sorted(
     name for name, module in {**hlg._MODULES, "register": ".activation.registry"}.items() if module.startswith(ROOMS)
 )
