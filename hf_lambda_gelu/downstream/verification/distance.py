@@ -21,7 +21,7 @@ from ...activation.module import LambdaGELU
 from ...reports import progress, table, to_dict
 from ...structure.modules import probed_base
 from .balls import balls, checked_inputs
-from .bounds import Box, affine_bounds, interval_bounds, linear_bounds, lower_bounds, numbers, relu_bounds
+from .bounds import Box, affine_bounds, interval_bounds, linear_bounds, lower_bounds, outwards, relu_bounds
 from .network import Array, Layer, check_as_read, in_float64, read_network
 
 _SAMPLES = 256  # of each ball, half of them corners
@@ -95,9 +95,9 @@ def certified_distance(
 
     Examples:
         >>> import hf_lambda_gelu as hlg, torch
-        >>> unit = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.GELU(), torch.nn.Linear(1, 1))
-        >>> for parameter in unit.parameters():
-        ...     _ = torch.nn.init.constant_(parameter, float(parameter.dim() == 2))  # weights 1, biases 0
+        >>> from torch import nn
+        >>> unit = nn.Sequential(nn.Linear(1, 1, bias=False), nn.GELU(), nn.Linear(1, 1, bias=False))
+        >>> _ = [nn.init.ones_(parameter) for parameter in unit.parameters()]
         >>> report = hlg.certified_distance(unit, torch.zeros(1, 1), 1.0)
         >>> round(report.bounds[0], 4), round(report.measured[0], 4)
         (0.17, 0.17)
@@ -187,15 +187,15 @@ def difference_bounds(own: list[Layer], gates: Sequence[Gate | None], layers: li
         # V h' + c − (W h + b) = W (h' − h) + (V − W) h' + (c − b)
         moved = affine_bounds(layer.weight, np.zeros_like(layer.bias), difference)
         refit = _refit_bounds(layers[:index], pre, box, Layer(other.weight - layer.weight, other.bias - layer.bias, False))
-        difference = numbers(moved.lower + refit.lower, moved.upper + refit.upper)
+        difference = outwards(moved.lower + refit.lower, moved.upper + refit.upper)
         smooth = affine_bounds(layer.weight, layer.bias, smooth)
-        smooth = smooth.and_also(numbers(bounds.lower - difference.upper, bounds.upper - difference.lower))
+        smooth = smooth.and_also(outwards(bounds.lower - difference.upper, bounds.upper - difference.lower))
         if layer.relu:
             gate = next(left)
             error = gate_error(gate, smooth)
             kept = relu_bounds(smooth)
-            smooth = numbers(kept.lower - error.upper, kept.upper - error.lower)
-            difference = numbers(
+            smooth = outwards(kept.lower - error.upper, kept.upper - error.lower)
+            difference = outwards(
                 np.minimum(difference.lower, 0.0) + error.lower, np.maximum(difference.upper, 0.0) + error.upper
             )
     return difference

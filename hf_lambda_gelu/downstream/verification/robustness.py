@@ -69,7 +69,7 @@ def verify_robustness(
     Examples:
         >>> import hf_lambda_gelu as hlg, torch
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> inputs = torch.rand(5, 4)
         >>> report = hlg.verify_robustness(model, inputs, model(inputs).argmax(1), 1e-6, clip=(0.0, 1.0))
         >>> report.counts["robust"]
