@@ -24,9 +24,8 @@ from .network import Array, Layer, check_as_read, in_float64, read_network
 from .solvers import Query, SolverProcess, chosen_solver
 from .verdicts import ResultsFile, RobustnessReport, RobustnessVerdict
 
-_SLACK = (
-    1e-6  # of the logits' size: far above the 1e-9 by which solvers take a constraint for met, no proof that it suffices
-)
+# Of the logits' size: far above the 1e-9 by which solvers take a constraint for met. No proof that it suffices.
+_SLACK = 1e-6
 
 
 def verify_robustness(

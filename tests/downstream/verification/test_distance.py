@@ -17,7 +17,8 @@ from torch import nn
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.activation.bases import BASES
 from hf_lambda_gelu.downstream.verification.bounds import Box
-from hf_lambda_gelu.downstream.verification.distance import Gate, _peak, difference_bounds, gate_error, relu_twin
+from hf_lambda_gelu.downstream.verification.distance import difference_bounds, relu_twin
+from hf_lambda_gelu.downstream.verification.gate_errors import Gate, _peak, gate_error
 from hf_lambda_gelu.downstream.verification.network import read_network
 
 
