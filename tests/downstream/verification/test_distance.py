@@ -102,6 +102,26 @@ def test_no_sample_is_further(base: str, widths: tuple[int, ...]) -> None:
                 assert 0.0 < measured <= bound
 
 
+@pytest.mark.parametrize("widths", [(1, 1, 1, 1), (1, 2, 2, 1), (1, 3, 3, 3, 2)])
+def test_signed_bounds_of_deep_networks(widths: tuple[int, ...]) -> None:
+    """Of one input all points can be looked at: the difference lies within its bounds, which have signs."""
+    for seed in range(40):
+        model = smooth_network(seed, *widths, hardness=1.0)
+        with torch.no_grad():
+            for module in model:
+                if isinstance(module, nn.Linear):
+                    module.weight *= 4.0
+        twin, gates = relu_twin(model)
+        layers = read_network(twin)
+        centre = float(np.random.default_rng(seed).standard_normal())
+        x = torch.linspace(centre - 0.05, centre + 0.05, 101, dtype=torch.float64)[:, None]
+        with torch.no_grad():
+            difference = (twin(x) - model(x)).numpy()
+        found = difference_bounds(layers, gates, layers, Box(x[0].numpy(), x[-1].numpy()))
+        assert (found.lower - 1e-12 <= difference).all()
+        assert (difference <= found.upper + 1e-12).all()
+
+
 def test_each_output_has_bounds_of_its_own() -> None:
     """With signs: the difference is ReLU's minus the smooth one's, and of a map with weights ≥ 0 it is ≥ 0."""
     model = smooth_network(1, 3, 8, 2)
