@@ -47,7 +47,7 @@ def rounding(terms: int, magnitude: Array, factor: float | Array = 0.0) -> Array
     return result
 
 
-def numbers(lower: Array, upper: Array) -> Box:
+def outwards(lower: Array, upper: Array) -> Box:
     """The box rounded outwards; infinite where float64 overflowed."""
     lower, upper = np.nextafter(lower, -np.inf), np.nextafter(upper, np.inf)
     return Box(np.where(np.isnan(lower), -np.inf, lower), np.where(np.isnan(upper), np.inf, upper))
@@ -60,7 +60,7 @@ def affine_bounds(weight: Array, bias: Array, box: Box) -> Box:
     error = rounding(weight.shape[1], np.abs(weight) @ box.magnitude + np.abs(bias))
     lower = positive @ box.lower + negative @ box.upper + bias - error
     upper = positive @ box.upper + negative @ box.lower + bias + error
-    return numbers(lower, upper)
+    return outwards(lower, upper)
 
 
 def relu_bounds(box: Box) -> Box:

@@ -1,31 +1,25 @@
-"""`certified_distance`: how far a ReLU network can be from the smooth one that it was made of, for inputs in a box.
-
-With z what enters a gate, t = |z|: ReLU(z) − f(z; λ) = t gate(−λt), for every base, since gate(−u) = 1 − gate(u). It is ≥ 0,
-rises up to the peak sup_error / λ and falls from there, since t ↦ log(t gate(−λt)) is concave. [derived]
-"""
+"""`certified_distance`: how far a ReLU network can be from the smooth one that it was made of, for inputs in a box."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...activation.bases import get_base
 from ...activation.functional import lambda_gelu_reference
 from ...activation.module import LambdaGELU
 from ...reports import progress, table, to_dict
 from ...structure.modules import probed_base
 from .balls import balls, checked_inputs
-from .bounds import Box, affine_bounds, interval_bounds, linear_bounds, lower_bounds, numbers, relu_bounds
+from .bounds import Box, affine_bounds, interval_bounds, linear_bounds, lower_bounds, outwards, relu_bounds
+from .gate_errors import Gate, gate_error
 from .network import Array, Layer, check_as_read, in_float64, read_network
 
 _SAMPLES = 256  # of each ball, half of them corners
-_EXACT = 2.0**-48  # what torch's erf and sigmoid in float64 may err by, and the steps around them: far above what they do
 
 
 @dataclass(frozen=True)
@@ -95,9 +89,9 @@ def certified_distance(
 
     Examples:
         >>> import hf_lambda_gelu as hlg, torch
-        >>> unit = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.GELU(), torch.nn.Linear(1, 1))
-        >>> for parameter in unit.parameters():
-        ...     _ = torch.nn.init.constant_(parameter, float(parameter.dim() == 2))  # weights 1, biases 0
+        >>> from torch import nn
+        >>> unit = nn.Sequential(nn.Linear(1, 1, bias=False), nn.GELU(), nn.Linear(1, 1, bias=False))
+        >>> _ = [nn.init.ones_(parameter) for parameter in unit.parameters()]
         >>> report = hlg.certified_distance(unit, torch.zeros(1, 1), 1.0)
         >>> round(report.bounds[0], 4), round(report.measured[0], 4)
         (0.17, 0.17)
@@ -121,14 +115,6 @@ def certified_distance(
         report.measured.append(float((relu_outputs - smooth_outputs).abs().max()))
         report.outputs.append(float(smooth_outputs[0].abs().max()))
     return report
-
-
-@dataclass(frozen=True)
-class Gate:
-    """f(z; λ) = z · gate(λz), of a base."""
-
-    base: str
-    hardness: Array  # λ, of shape (1,) or (features,)
 
 
 def relu_twin(model: nn.Module) -> tuple[nn.Module, list[Gate | None]]:
@@ -187,15 +173,15 @@ def difference_bounds(own: list[Layer], gates: Sequence[Gate | None], layers: li
         # V h' + c − (W h + b) = W (h' − h) + (V − W) h' + (c − b)
         moved = affine_bounds(layer.weight, np.zeros_like(layer.bias), difference)
         refit = _refit_bounds(layers[:index], pre, box, Layer(other.weight - layer.weight, other.bias - layer.bias, False))
-        difference = numbers(moved.lower + refit.lower, moved.upper + refit.upper)
+        difference = outwards(moved.lower + refit.lower, moved.upper + refit.upper)
         smooth = affine_bounds(layer.weight, layer.bias, smooth)
-        smooth = smooth.and_also(numbers(bounds.lower - difference.upper, bounds.upper - difference.lower))
+        smooth = smooth.and_also(outwards(bounds.lower - difference.upper, bounds.upper - difference.lower))
         if layer.relu:
             gate = next(left)
             error = gate_error(gate, smooth)
             kept = relu_bounds(smooth)
-            smooth = numbers(kept.lower - error.upper, kept.upper - error.lower)
-            difference = numbers(
+            smooth = outwards(kept.lower - error.upper, kept.upper - error.lower)
+            difference = outwards(
                 np.minimum(difference.lower, 0.0) + error.lower, np.maximum(difference.upper, 0.0) + error.upper
             )
     return difference
@@ -207,43 +193,6 @@ def _refit_bounds(layers: list[Layer], pre: list[Box], box: Box, change: Layer) 
         return affine_bounds(change.weight, change.bias, box)
     lower = lower_bounds(layers, pre, box, change.weight, change.bias)
     return Box(lower, -lower_bounds(layers, pre, box, -change.weight, -change.bias))
-
-
-def gate_error(gate: Gate | None, pre: Box) -> Box:
-    """Bounds on ReLU(z) − f(z; λ) for z in `pre`."""
-    if gate is None:
-        return Box(np.zeros_like(pre.lower), np.zeros_like(pre.lower))
-    base = get_base(gate.base)
-    most = pre.magnitude
-    least = np.where((pre.lower <= 0.0) & (pre.upper >= 0.0), 0.0, np.minimum(np.abs(pre.lower), np.abs(pre.upper)))
-    top = base.sup_error / gate.hardness * (1.0 + 2.0**-40)
-    ends = [_error(gate, t) for t in (least, most)]
-    peak = _peak(gate.base) / gate.hardness
-    within = (least <= peak * (1.0 + 1e-6)) & (most >= peak * (1.0 - 1e-6))
-    slack = _EXACT * np.minimum(most, 1e3 * top)  # where t is large, what it multiplies is far below that
-    upper = np.where(within, top, np.minimum(np.maximum(*ends) + slack, top))
-    return Box(np.maximum(np.minimum(*ends) - slack, 0.0), upper)
-
-
-def _error(gate: Gate, t: Array) -> Array:
-    """t gate(−λt) in float64."""
-    inside = np.minimum(t, 1e300 / gate.hardness)
-    found: Array = (torch.from_numpy(inside) * get_base(gate.base).gate(torch.from_numpy(-inside * gate.hardness))).numpy()
-    return found
-
-
-@cache
-def _peak(base: str) -> float:
-    """Where u gate(−u) is largest, to 1e-8: by thirds, as it rises and then falls."""
-    low, high = 0.0, 4.0
-    gate = Gate(base, np.ones(1))
-    while high - low > 1e-8:
-        first, second = low + (high - low) / 3.0, high - (high - low) / 3.0
-        if _error(gate, np.array([first]))[0] < _error(gate, np.array([second]))[0]:
-            low = first
-        else:
-            high = second
-    return (low + high) / 2.0
 
 
 def _samples(generator: np.random.Generator, box: Box, x: Array) -> Tensor:

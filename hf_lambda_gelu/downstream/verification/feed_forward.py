@@ -33,8 +33,9 @@ def feed_forward(model: nn.Module, site: str, inputs: Any = None) -> tuple[nn.Se
             transformers model.
 
     Returns:
-        The block, copies on the model's device and in its dtype, and rows (positions, features), padding among them, that
-        came into it. A block that is called several times (ALBERT) gives those of the first call.
+        The block, a copy on the model's device and in its dtype.
+        What came into it, (positions, features), padding among them; of a block that is called several times (ALBERT) at the
+            first call.
 
     Raises:
         ValueError: no activation of that name, one that is not called, or one whose output goes elsewhere: in a gated block
@@ -42,7 +43,8 @@ def feed_forward(model: nn.Module, site: str, inputs: Any = None) -> tuple[nn.Se
 
     Examples:
         >>> import hf_lambda_gelu as hlg, torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3), torch.nn.Softmax(1))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), nn.Softmax(1))
         >>> block, rows = hlg.feed_forward(model, "1", torch.randn(2, 4))
         >>> block
         Sequential(

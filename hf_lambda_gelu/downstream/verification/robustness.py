@@ -24,9 +24,8 @@ from .network import Array, Layer, check_as_read, in_float64, read_network
 from .solvers import Query, SolverProcess, chosen_solver
 from .verdicts import ResultsFile, RobustnessReport, RobustnessVerdict
 
-_SLACK = (
-    1e-6  # of the logits' size: far above the 1e-9 by which solvers take a constraint for met, no proof that it suffices
-)
+# Of the logits' size: far above the 1e-9 by which solvers take a constraint for met. No proof that it suffices.
+_SLACK = 1e-6
 
 
 def verify_robustness(
@@ -69,7 +68,7 @@ def verify_robustness(
     Examples:
         >>> import hf_lambda_gelu as hlg, torch
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> inputs = torch.rand(5, 4)
         >>> report = hlg.verify_robustness(model, inputs, model(inputs).argmax(1), 1e-6, clip=(0.0, 1.0))
         >>> report.counts["robust"]

@@ -17,7 +17,8 @@ from torch import nn
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.activation.bases import BASES
 from hf_lambda_gelu.downstream.verification.bounds import Box
-from hf_lambda_gelu.downstream.verification.distance import Gate, _peak, difference_bounds, gate_error, relu_twin
+from hf_lambda_gelu.downstream.verification.distance import difference_bounds, relu_twin
+from hf_lambda_gelu.downstream.verification.gate_errors import Gate, _peak, gate_error
 from hf_lambda_gelu.downstream.verification.network import read_network
 
 
@@ -48,11 +49,11 @@ def exact_error(base: str, hardness: float, z: float) -> mpmath.mpf:
 def test_gate_error(base: str, hardness: float) -> None:
     """Intervals of all widths, on either side of the peak and over it: bounds hold at every point and are close."""
     generator = np.random.default_rng(0)
-    centres, radii = 4.0 * generator.standard_normal(60) / hardness, 10.0 ** generator.uniform(-6, 0.5, 60) / hardness
+    centres, radii = 4.0 * generator.standard_normal(30) / hardness, 10.0 ** generator.uniform(-6, 0.5, 30) / hardness
     low, high = centres - radii, centres + radii
     found = gate_error(Gate(base, np.array([hardness])), Box(low, high))
-    for i in range(60):
-        points = np.linspace(low[i], high[i], 41)
+    for i in range(30):
+        points = np.linspace(low[i], high[i], 31)
         values = [exact_error(base, hardness, float(z)) for z in points]
         assert found.lower[i] <= min(values)
         assert max(values) <= found.upper[i]
@@ -99,6 +100,26 @@ def test_no_sample_is_further(base: str, widths: tuple[int, ...]) -> None:
                     difference = float((twin(sampled) - model(sampled)).abs().max())
                 assert difference <= bound
                 assert 0.0 < measured <= bound
+
+
+@pytest.mark.parametrize("widths", [(1, 1, 1, 1), (1, 2, 2, 1), (1, 3, 3, 3, 2)])
+def test_signed_bounds_of_deep_networks(widths: tuple[int, ...]) -> None:
+    """Of one input all points can be looked at: the difference lies within its bounds, which have signs."""
+    for seed in range(40):
+        model = smooth_network(seed, *widths, hardness=1.0)
+        with torch.no_grad():
+            for module in model:
+                if isinstance(module, nn.Linear):
+                    module.weight *= 4.0
+        twin, gates = relu_twin(model)
+        layers = read_network(twin)
+        centre = float(np.random.default_rng(seed).standard_normal())
+        x = torch.linspace(centre - 0.05, centre + 0.05, 101, dtype=torch.float64)[:, None]
+        with torch.no_grad():
+            difference = (twin(x) - model(x)).numpy()
+        found = difference_bounds(layers, gates, layers, Box(x[0].numpy(), x[-1].numpy()))
+        assert (found.lower - 1e-12 <= difference).all()
+        assert (difference <= found.upper + 1e-12).all()
 
 
 def test_each_output_has_bounds_of_its_own() -> None:
