@@ -35,12 +35,13 @@ def test_a_text_model_with_its_tokenizer(tmp_path: Path) -> None:
 
 
 def test_an_encoder(tmp_path: Path) -> None:
-    """Without data; as text."""
-    checkpoint(tmp_path / "src", "whisper", encoder_layers=1, activation_function="relu")
-    shown = invoke("export", "onnx", tmp_path / "src", tmp_path / "encoder.onnx", "--encoder").stdout
+    """Without data, with what the decoder's steps take; as text."""
+    checkpoint(tmp_path / "src", "whisper", encoder_layers=1, decoder_layers=1, activation_function="relu")
+    shown = invoke("export", "onnx", tmp_path / "src", tmp_path / "encoder.onnx", "--encoder", "--cache").stdout
     assert shown.startswith(f"{tmp_path / 'encoder.onnx'}: ")
     assert "1 Relu" in shown
     assert "input_features: batch × 8 × 32" in shown
+    assert "→ cross.0.key: batch × 4 × 16 × 8" in shown
 
 
 def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
