@@ -1,6 +1,6 @@
 """Runs every tool on the three networks, prints the table and keeps it.
 
-    python -m scripts.downstream                       # about ten minutes on one core
+    python -m scripts.downstream                       # about five minutes on one core
     python -m scripts.downstream --only hardware zeros
 
 Rows that are there are kept (delete the file to measure anew), so a run that was stopped goes on.

@@ -125,6 +125,6 @@ VERBS: dict[str, Verb] = {
     "gates_as_relu": Verb(_gates, "evaluating"),
     "audit": Verb(lambda model, folder: hlg.audit(model, _first(model))),
     "save_relu_pretrained": Verb(
-        lambda model, folder: hlg.save_relu_pretrained(model, folder / "saved"), "relu", skips=("shared",)
-    ),
+        lambda model, folder: hlg.save_relu_pretrained(model, folder / "saved"), "relu", skips=("llama", "shared")
+    ),  # a folder is written alike whatever is in it
 }

@@ -13,8 +13,7 @@ from support.models import converted
 import hf_lambda_gelu as hlg
 
 
-@pytest.mark.parametrize("name", ["bert-classifier", "vit"])
-@pytest.mark.parametrize("how", ["accelerate", "a user's autocast"])
+@pytest.mark.parametrize(("name", "how"), [("bert-classifier", "accelerate"), ("vit", "a user's autocast")])
 def test_proof_within_autocast(name: str, how: str, tmp_path: Path) -> None:
     """What accelerate's bf16 leaves on the model's forward, and a user's own block, are not part of the folder."""
     model = converted(name, 1e5)
