@@ -64,10 +64,10 @@ def distance(epsilon: float = 0.01, images: int = IMAGES) -> Iterator[Row]:
 
     def ask(model: nn.Module) -> str:
         report = hlg.certified_distance(model, x, epsilon, clip=(0.0, 1.0))
-        return f"≤ {max(report.bounds):.2f}, met {max(report.measured):.2f} (logits to {max(report.outputs):.0f})"
+        return f"≤ {max(report.bounds):.2f}, met {max(report.measured):.2f} of {max(report.outputs):.0f}"
 
     cells = [ask(model) for model in digit_networks()[:3]]
-    yield Row("certified distance", f"{images} digits, ε = {epsilon}: from it to its ReLU", *cells)
+    yield Row("certified distance", f"{images} digits, ε = {epsilon}: logits, from it to its ReLU", *cells)
 
 
 def hardware() -> Iterator[Row]:
