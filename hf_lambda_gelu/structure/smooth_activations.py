@@ -86,11 +86,15 @@ _OTHER = (
 
 
 def smooth_functions(model: nn.Module) -> list[Unconverted]:
-    """The functions of the family that modules of `model` keep as attributes; a module that several names share, once."""
+    """The functions of the family that modules of `model` keep as attributes; a module that several names share, once.
+
+    What an activation keeps (transformers' GELUTanh does) is the activation, and `smooth_modules` names that.
+    """
     reason = "a function, which no swap of modules reaches: keep a module there, such as {stock}, and convert again"
     return [
         Unconverted(joined(name, kept.attribute), kept.what, reason.format(stock=_STOCK_NAMES[kept.base]))
         for name, module in model.named_modules()
+        if not _is_smooth(module)
         for kept in kept_functions(module)
     ]
 

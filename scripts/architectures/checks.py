@@ -162,11 +162,22 @@ def _untold(hlg: Any, model: nn.Module, batch: dict[str, Tensor], told: list[Any
     """Smooth activations that a forward pass runs, though the reports name neither them nor their class."""
     names = [item.name.partition(" (")[0] for item in told if not item.name.startswith("config.")]
     names += [match[1] for item in told if (match := re.search(r"(\S+)\.\w+ keeps its name", item.reason))]
-    classes = {type(model.get_submodule("" if name == type(model).__name__ else name)) for name in names}
+    classes = {type(_owner(model, "" if name == type(model).__name__ else name)) for name in names}
     with contextlib.suppress(ValueError):
         found = [entry.name for entry in hlg.audit(model, batch).smooth if entry.kind in FAMILY]
         return " ".join(name for name in dict.fromkeys(found) if type(model.get_submodule(name)) not in classes)
     return ""
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    """The module of that name, or the one that keeps a function under it."""
+    found: Any = model
+    for part in filter(None, name.split(".")):
+        inner = getattr(found, part.partition("[")[0], None)
+        if not isinstance(inner, nn.Module):
+            break
+        found = inner
+    return found
 
 
 def _hard_coded(hlg: Any, model: nn.Module, batch: dict[str, Tensor]) -> str:

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.structure.kept_functions import kept_functions
+from hf_lambda_gelu.structure.smooth_activations import smooth_activations
 
 
 def own_gelu(x: Tensor) -> Tensor:
@@ -121,3 +122,10 @@ def _without_modules() -> nn.Module:
     module = Keeps(act=F.gelu)
     del module.known
     return module
+
+
+@pytest.mark.parametrize("kind", ["gelu_pytorch_tanh", "gelu_python", "quick_gelu", "silu"])
+def test_what_an_activation_keeps_is_the_activation(kind: str) -> None:
+    """transformers' GELUTanh keeps a partial: it is named once, as the module that a user can exchange."""
+    module = nn.Sequential(nn.Linear(4, 4), ACT2FN[kind])
+    assert [item.name for item in smooth_activations(module)] == ["1"]
