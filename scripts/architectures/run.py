@@ -270,6 +270,7 @@ _WHY = {
     "KeyError": "refused: an activation table of its own",
     "Hardswish: none of the four": "refused: hard-swish, not of the family",
     "function call": "refused: a function call in the modelling code",
+    "looked up inside forward": "refused: looked up anew inside forward",
     "hard-coded": "refused: hard-coded modules",
 }
 
