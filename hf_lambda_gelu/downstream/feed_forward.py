@@ -6,7 +6,7 @@ them stand products of equals and views alone, so that unit j of one is unit j o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..structure.hooks import Hooks
 from ..structure.linear_calls import Key, LinearCall
 from ..structure.linear_maps import LinearMap, Parameters, eager_experts, watch_linears
+from ..structure.tracing import ancestors
 from ..structure.unread_maps import differentiable, operation_of
 
 # operations that leave each unit where it is: views too, as what they connect has the same shape in the end
@@ -115,7 +116,7 @@ class _Walk:
     def on_linear(self, call: LinearCall) -> Tensor | None:
         if not call.output.is_floating_point():
             return None
-        nodes = list(_nodes(call.input.grad_fn))
+        nodes = list(ancestors(call.input.grad_fn))
         names = {self._sites[node] for node in nodes if node in self._sites}
         for name in names:
             try:
@@ -138,7 +139,7 @@ class _Walk:
         if len(names) > 1:
             raise _Obstacle(f"the map after it takes up {', '.join(sorted(names))} together")
         makers = self._makers(nodes)
-        inside = [node for site in nodes if site in self._sites for node in _nodes(site)]
+        inside = [node for site in nodes if site in self._sites for node in ancestors(site)]
         gates = self._makers(inside)
         ups = [made for made in makers if not any(made is gate for gate in gates)]
         if len(gates) != 1 or len(ups) > 1:
@@ -190,16 +191,3 @@ def _own_map(call: LinearCall, parameters: Parameters) -> LinearMap:
         if len(names) > 1:
             raise _Obstacle(f"{names[0]} is tied to {names[1]}")
     return found
-
-
-def _nodes(start: Any) -> Iterator[Any]:
-    """The nodes of autograd's graph from `start` back, each once."""
-    seen: set[Any] = set()
-    stack = [start]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack += [parent for parent, _ in node.next_functions]

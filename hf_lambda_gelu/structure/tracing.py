@@ -152,10 +152,10 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
     return seen
 
 
-def ancestors(tensor: Tensor) -> Iterator[Any]:
-    """The nodes of autograd's graph that `tensor` comes from, each once."""
+def ancestors(start: Any) -> Iterator[Any]:
+    """The nodes of autograd's graph from `start`, a tensor's `grad_fn`, back, each once; none where it is None."""
     seen: set[Any] = set()
-    stack = [tensor.grad_fn]
+    stack = [start]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

@@ -68,7 +68,7 @@ class UpstreamWalk:
         if not call.output.is_floating_point():
             return None
         found: set[str] = set()
-        for node in ancestors(call.input):
+        for node in ancestors(call.input.grad_fn):
             what = self._what(node)
             if isinstance(what, str):
                 found.add(what)
