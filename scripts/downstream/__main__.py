@@ -1,7 +1,7 @@
 """Runs every tool on the three networks, prints the table and keeps it.
 
-    python -m scripts.downstream                       # about five minutes on one core
-    python -m scripts.downstream --only hardware zeros
+    python -m scripts.downstream --results runs/downstream.csv     # two minutes on one core; what `make downstream` runs
+    python -m scripts.downstream                                   # README's table; measures what it lacks
 
 Rows that are there are kept (delete the file to measure anew), so a run that was stopped goes on.
 """
