@@ -6,10 +6,13 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
+from types import FrameType
 from typing import Any
 
 import typer
@@ -53,8 +56,15 @@ def working(as_json: bool, debug: bool) -> Iterator[Result]:
         typer.Exit: with the code, where it is not 0.
     """
     result = Result()
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        signal.default_int_handler(number, frame)
+
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _on_interrupt(stop):
             _set_bars()
             yield result
         text = json.dumps(to_dict(result.value), ensure_ascii=False, allow_nan=False) if as_json else result.text
@@ -67,13 +77,28 @@ def working(as_json: bool, debug: bool) -> Iterator[Result]:
     except BaseException as error:
         if debug:
             traceback.print_exc()
-        code, message = explained(error)
+        # a library may turn the stop that reached it into an error of its own, as torch does where it reads an argument
+        code, message = explained(KeyboardInterrupt() if stopped and isinstance(error, Exception) else error)
         if code is None:
             raise
         print(f"error: {message}" if code != INTERRUPTED else message, file=sys.stderr)
         raise typer.Exit(code) from None
     if result.code:
         raise typer.Exit(result.code)
+
+
+@contextlib.contextmanager
+def _on_interrupt(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Ctrl-C goes to `handler` within the block, where it would have raised KeyboardInterrupt."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or somebody else's
+        yield
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def explained(error: BaseException) -> tuple[int | None, str]:

@@ -127,6 +127,18 @@ def test_errors_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     stopped = CliRunner().invoke(app, ["audit", str(tmp_path / "src")])
     assert (stopped.exit_code, stopped.stdout) == (130, "")
     assert "interrupted" in stopped.stderr
+
+    def torn(*_: object) -> None:  # what torch does where a stop reaches it while it reads an argument
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    monkeypatch.setattr(hlg, "audit", torn)
+    stopped = CliRunner().invoke(app, ["audit", str(tmp_path / "src")])
+    assert (stopped.exit_code, stopped.stderr.splitlines()[-1]) == (130, "interrupted: nothing was left half done")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(hlg, "audit", broken)
     error = OSError("gone")
     debugged = CliRunner().invoke(app, ["audit", str(tmp_path / "src"), "--debug"])
     assert debugged.exit_code == 1
