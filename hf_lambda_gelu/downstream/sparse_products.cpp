@@ -8,43 +8,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
+#include "scalars.h"
+
 namespace {
-
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint32_t to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-// where fma is a library call, two operations are faster
-inline float fma(float a, float b, float c) {
-#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__aarch64__)
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float load(const float* from) { return *from; }
-inline void store(float* to, float value) { *to = value; }
-inline float load(const BFloat16* from) { return from_bits(static_cast<uint32_t>(from->bits) << 16); }
-inline void store(BFloat16* to, float value) {  // to nearest even; a NaN stays one
-  const uint32_t bits = to_bits(value), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to->bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
-}
 
 constexpr int64_t LINE = 16, TILE = 4096;  // floats in a line of the cache; accumulators of a thread, which stay in its cache
 

@@ -380,7 +380,7 @@ def test_refused(model: Callable[[], nn.Module], message: str, calls: Calls) -> 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     model = relu_model("llama")
     before = tiny.snapshot(model)
-    monkeypatch.setattr(sparse_products, "_load", lambda: "the C++ kernel could not be built: no C++ compiler found")
+    monkeypatch.setattr(sparse_products._LIBRARY, "_loaded", "the C++ kernel could not be built: no C++ compiler found")
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler found"):
         hlg.sparsify_ffn(model)
     assert tiny.snapshot(model) == before

@@ -31,7 +31,7 @@ print(json.dumps({
     "root": str(root),
     "elsewhere": [m.__name__ for m in modules if not Path(m.__file__).is_relative_to(root)],
     "modules": sorted(["hf_lambda_gelu", *names]),
-    "kernel": cpu._SOURCE.read_text(encoding="utf-8"),
+    "kernel": cpu._LIBRARY._source.read_text(encoding="utf-8"),
     "templates": {path.name: path.read_text(encoding="utf-8") for path in templates.iterdir() if path.is_file()},
 }))
 """

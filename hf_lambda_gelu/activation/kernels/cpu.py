@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .compiled import load
+from .compiled import Library
 from .layout import BASE_NUMBERS, in_layout_of, known_view
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-_SOURCE = Path(__file__).with_name("cpu.cpp")
+_LIBRARY = Library(
+    Path(__file__).with_name("cpu.cpp"), {"lambda_gelu_forward": (3, 3, 3), "lambda_gelu_backward": (5, 3, 3)}
+)
+unavailable = _LIBRARY.unavailable
 
 
 def forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
@@ -22,7 +23,7 @@ def forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
     out = torch.empty_like(x)
     if x.numel():
         source, flat = in_layout_of(x, out), hardness.to(torch.float32).contiguous()
-        _library().lambda_gelu_forward(
+        _LIBRARY.loaded().lambda_gelu_forward(
             source.data_ptr(), flat.data_ptr(), out.data_ptr(), *known_view(out, hardness), *_numbers(x, base)
         )  # fmt: skip
     return out
@@ -35,7 +36,7 @@ def backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tens
         return grad_x, torch.zeros_like(hardness)
     source, upstream, flat = in_layout_of(x, grad_x), in_layout_of(grad, grad_x), hardness.to(torch.float32).contiguous()
     by_hardness = torch.empty_like(flat)
-    _library().lambda_gelu_backward(
+    _LIBRARY.loaded().lambda_gelu_backward(
         source.data_ptr(), upstream.data_ptr(), flat.data_ptr(), grad_x.data_ptr(), by_hardness.data_ptr(),
         *known_view(grad_x, hardness), *_numbers(x, base),
     )  # fmt: skip
@@ -44,27 +45,3 @@ def backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tens
 
 def _numbers(x: Tensor, base: str) -> tuple[bool, int, int]:
     return x.dtype is torch.bfloat16, BASE_NUMBERS[base], torch.get_num_threads()
-
-
-def unavailable() -> str | None:
-    """What keeps the kernel from running on this machine, in words; None if nothing does."""
-    found = _load()
-    return found if isinstance(found, str) else None
-
-
-def _library() -> ctypes.CDLL:
-    found = _load()
-    if isinstance(found, str):
-        raise RuntimeError(found)
-    return found
-
-
-@functools.cache  # a failure too: a compiler is not tried again at every call
-def _load() -> ctypes.CDLL | str:
-    loaded = load(_SOURCE)
-    if isinstance(loaded, str):
-        return loaded
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    for function, pointers in ((loaded.lambda_gelu_forward, 3), (loaded.lambda_gelu_backward, 5)):
-        function.argtypes, function.restype = [pointer] * pointers + [size] * 3 + [number] * 3, None
-    return loaded
