@@ -18,9 +18,13 @@ import pytest
 import torch
 from support.hub_server import HubServer
 from support.publishing import TOKEN
+from support.warm_stock import run_in_stock
 from transformers.utils import logging
 
+from hf_lambda_gelu.checkpoints import verify
 from scripts.tools.assets import available
+
+_RUN_APART = verify._run_apart
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +58,21 @@ def progress_bars_as_before() -> Iterator[None]:
     yield
     switch = logging.enable_progress_bar if shown else logging.disable_progress_bar
     switch()  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def proofs_in_forks() -> Iterator[None]:
+    """Proofs run in forks of one process that has imported stock transformers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "_run_apart", run_in_stock)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for tests marked `own_process`, which start them as the package does."""
+    if "own_process" in request.keywords:
+        monkeypatch.setattr(verify, "_run_apart", _RUN_APART)
 
 
 @pytest.fixture

@@ -173,18 +173,17 @@ def _reloaded(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor]
         save_file({k: v.contiguous() for k, v in inputs.items()}, source)
         attention = attention_implementation(model.config)
         arguments = [os.path.abspath(folder), source, result, type(model).__name__, attention, str(torch.get_num_threads())]
-        process = subprocess.run(
-            [sys.executable, "-I", "-c", _RELOAD, _homes_of_packages(folder), *arguments],
-            capture_output=True,
-            text=True,
-            cwd=empty,
-            env=_isolated_environment(empty),
-        )
+        process = _run_apart(_RELOAD, [_homes_of_packages(folder), *arguments], empty, _isolated_environment(empty))
         if process.returncode:
             lines = process.stderr.strip().splitlines() or ["no message"]
             raise VerificationError(f"stock transformers does not load {str(folder)!r}: {lines[-1]}")
         found = load_file(result)
         return _Stock([found[name] for name in sorted(found)], json.loads(process.stdout.splitlines()[-1]))
+
+
+def _run_apart(program: str, arguments: list[str], cwd: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-I", "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
 
 
 def _homes_of_packages(folder: Path) -> str:

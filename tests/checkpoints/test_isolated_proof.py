@@ -13,6 +13,8 @@ from support.models import relu_model
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints.verify import _homes_of_packages
 
+pytestmark = pytest.mark.own_process
+
 NAMES = ("json.py", "torch.py", "transformers/__init__.py", "sitecustomize.py", "usercustomize.py", "numpy.py", "kernels.py")
 
 

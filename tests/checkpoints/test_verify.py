@@ -137,6 +137,7 @@ def test_verify_message(verdicts: dict[str, float | Exception]) -> None:
     assert "\n" not in str(verdicts["tensor missing"])
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_lambda_gelu as hlg
+from support.warm_stock import run_in_stock
 
 _STOCK = """
 import json, sys
@@ -44,8 +44,7 @@ def stock_outputs(models: dict[str, tuple[str, dict[str, Tensor]]], root: Path) 
     for name, (_, batch) in models.items():
         save_file({key: tensor.contiguous() for key, tensor in batch.items()}, root / f"{name}.inputs")
     work = json.dumps([(str(root / name), cls) for name, (cls, _) in models.items()])
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.run([sys.executable, "-c", _STOCK, work], capture_output=True, text=True, env=env, check=False)
+    process = run_in_stock(_STOCK, [work], str(root), os.environ, [str(Path(__file__).parents[1])])
     assert process.returncode == 0, process.stderr[-3000:]
     return {name: list(load_file(root / f"{name}.outputs").values()) for name in models}
 
