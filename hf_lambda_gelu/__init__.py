@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .surgery.report import SubstitutionReport
     from .surgery.substitution import relu_ize
     from .training.arguments import LambdaGELUTrainingArguments
-    from .training.optimizer import attach_hardness_update
+    from .training.optimizer import attach_hardness_update, parameter_groups
     from .training.schedule import HardeningSchedule
     from .training.trainer import LambdaGELUTrainer
 
@@ -93,6 +93,7 @@ __all__ = [
     "hardness_sites",
     "lambda_gelu",
     "lambda_gelu_reference",
+    "parameter_groups",
     "plot_hardness",
     "plot_sensitivity",
     "prune_dead_units",
@@ -156,6 +157,7 @@ _MODULES = {
     "hardness_sites": ".activation.module",
     "lambda_gelu": ".activation.functional",
     "lambda_gelu_reference": ".activation.functional",
+    "parameter_groups": ".training.optimizer",
     "plot_hardness": ".measurement.plots",
     "plot_sensitivity": ".measurement.plots",
     "prune_dead_units": ".downstream.pruning",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,29 +13,29 @@ from transformers import initialization as init
 from .._compat import was_loaded
 from .bases import get_base
 from .functional import lambda_gelu
-from .hardness import check_hardness, raw_from_hardness
+from .hardness import check_hardness, excess_from_raw
 
 
 class LambdaGELU(nn.Module):
-    r"""x · gate(λx) with one learnable hardness, λ = 1 + softplus(s / t).
+    r"""x · gate(λx) with one learnable hardness λ ≥ 1, held as its excess over 1: λ = 1 + max(e, 0).
 
-    The reparameterization keeps λ ≥ 1 (arXiv 2603.21991; its form as in the code that cites it). The paper starts at
-    s = 0, λ = 1 + ln 2; the default here is λ = 1, since a pretrained model must keep its function.
+    The paper (arXiv 2603.21991) keeps λ ≥ 1 by λ = 1 + softplus(s / t), so s = t softplus⁻¹(e) is the same λ in another
+    unit. In units of λ, any optimizer's step is a step of λ, whatever it does between its steps. [derived] The paper
+    starts at s = 0, λ = 1 + ln 2; the default here is λ = 1, since a pretrained model must keep its function.
 
     Args:
         init_hardness: λ at the start, ≥ 1.
-        temperature: t > 0, the scale of s.
         base: "gelu", "gelu_tanh", "quick_gelu" or "silu", see `lambda_gelu`.
 
     Attributes:
-        raw_hardness: the parameter s, shape (1,), fp32 whatever dtype the model has or is cast to: in bf16, steps of the
-            usual size would round to nothing. Casting to float64 is followed.
+        hardness_excess: the parameter e = λ − 1, shape (1,), fp32 whatever dtype the model has or is cast to: in bf16, steps
+            of the usual size would round to nothing. Casting to float64 is followed. Below 0 it counts as 0, with the
+            gradient that it has there, so that it finds its way back; `attach_hardness_update` lets it not go there.
 
     Shapes: input and output any, same floating point dtype; λ has no unit.
 
     Raises:
-        ValueError: `temperature` is no finite number > 0, `init_hardness` is below 1, above 1e30 or NaN, or the base is
-            unknown.
+        ValueError: `init_hardness` is below 1, above 1e30 or NaN, or the base is unknown.
 
     Examples:
         >>> import torch
@@ -51,23 +50,19 @@ class LambdaGELU(nn.Module):
         -0.0
     """
 
-    raw_hardness: nn.Parameter
+    hardness_excess: nn.Parameter
     # what it took the place of, if `convert` made it: transformers' name, or the module where no config attribute governs it
     stock_key: str = ""
     replaced: nn.Module | None = None
     # gets an entry at each call, for the time of a run: a hook would switch off the fused kernels that are looked for
     calls: list[None] | None = None
 
-    def __init__(self, init_hardness: float = 1.0, temperature: float = 0.1, base: str = "gelu") -> None:
+    def __init__(self, init_hardness: float = 1.0, base: str = "gelu") -> None:
         super().__init__()
-        if not (0.0 < float(temperature) < math.inf):
-            raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
         self.base = get_base(base).name
-        self.temperature = float(temperature)
         self.init_hardness = check_hardness(init_hardness)
         self.as_relu = False  # set by `gates_as_relu` for the time of an evaluation
-        self.holds_excess = False  # set by `attach_hardness_update` for the time of a step
-        self.raw_hardness = nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.hardness_excess = nn.Parameter(torch.empty(1, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -76,16 +71,14 @@ class LambdaGELU(nn.Module):
 
     @property
     def hardness(self) -> Tensor:
-        """λ, shape (1,), differentiable in s."""
-        if self.holds_excess:
-            return 1.0 + self.raw_hardness
-        return 1.0 + F.softplus(self.raw_hardness / self.temperature)
+        """λ, shape (1,), with ∂λ/∂e = 1 everywhere."""
+        excess = self.hardness_excess
+        return 1.0 + (excess + (excess.clamp(min=0.0) - excess).detach())
 
     @torch.no_grad()
     def set_hardness(self, value: float) -> None:
         """Sets λ to `value`, a number from 1 to 1e30 (ValueError otherwise)."""
-        self.raw_hardness.fill_(raw_from_hardness(value, self.temperature))
-        self.holds_excess = False
+        self.hardness_excess.fill_(check_hardness(value) - 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.calls is not None:
@@ -93,7 +86,7 @@ class LambdaGELU(nn.Module):
         return F.relu(x) if self.as_relu else lambda_gelu(x, self.hardness, self.base)
 
     def extra_repr(self) -> str:
-        value = "on meta" if self.raw_hardness.is_meta else f"{self.hardness.item():.4g}"
+        value = "on meta" if self.hardness_excess.is_meta else f"{self.hardness.item():.4g}"
         return f"hardness={value}, base={self.base!r}"
 
     # transformers sets this flag on every module once its weights are in place. `from_pretrained` leaves a parameter that
@@ -106,28 +99,32 @@ class LambdaGELU(nn.Module):
     @_is_hf_initialized.setter
     def _is_hf_initialized(self, value: bool) -> None:
         self.__dict__["_initialized_by_hf"] = value
-        if not value or self.raw_hardness.is_meta:
+        if not value or self.hardness_excess.is_meta:
             return
-        if was_loaded(self.raw_hardness):
-            _check_raw(self.raw_hardness, "the checkpoint's raw_hardness")
+        if was_loaded(self.hardness_excess):
+            _check_loaded(self.hardness_excess, "the checkpoint's hardness_excess")
         else:
-            init.constant_(self.raw_hardness, raw_from_hardness(self.init_hardness, self.temperature))
+            init.constant_(self.hardness_excess, self.init_hardness - 1.0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # before anything is copied: a NaN λ would turn every logit into NaN, far from its cause
-        loaded = state_dict.get(prefix + "raw_hardness")
+        name, raw = prefix + "hardness_excess", prefix + "raw_hardness"
+        if isinstance(state_dict.get(raw), Tensor) and name not in state_dict:  # of a release that kept s
+            _check_loaded(state_dict[raw], raw)
+            state_dict[name] = excess_from_raw(state_dict.pop(raw))
+        loaded = state_dict.get(name)
         if isinstance(loaded, Tensor) and not loaded.is_meta and loaded.numel():
-            _check_raw(loaded, prefix + "raw_hardness")
+            _check_loaded(loaded, name)
             if loaded.dtype in (torch.float16, torch.bfloat16):  # assign=True would take the dtype over
-                state_dict[prefix + "raw_hardness"] = loaded.float()
+                state_dict[name] = loaded.float()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LambdaGELU:
         # .half() and .to(bfloat16) move λ but do not round it
-        kept, grad = self.raw_hardness.data, self.raw_hardness.grad
+        kept, grad = self.hardness_excess.data, self.hardness_excess.grad
         grad = None if grad is None else grad.detach()  # an alias, as the cast replaces the data of the gradient itself
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        raw = self.raw_hardness
+        raw = self.hardness_excess
         if raw.dtype in (torch.float16, torch.bfloat16):
             raw.grad = None  # a gradient has its parameter's dtype, at every moment
             raw.data = kept.to(raw.device)
@@ -172,9 +169,9 @@ def hardness_profile(model: nn.Module) -> dict[str, float]:
     return dict(zip(sites, values, strict=True))
 
 
-def _check_raw(raw: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(raw).all()):
+def _check_loaded(value: Tensor, name: str) -> None:
+    if not value.is_meta and not bool(torch.isfinite(value).all()):
         raise ValueError(
-            f"{name} is {raw.flatten().tolist()}: expected finite numbers. The checkpoint is damaged; take an earlier one, "
-            "or drop the tensor to start from the initial hardness"
+            f"{name} is {value.flatten().tolist()}: expected finite numbers. The checkpoint is damaged; take an earlier "
+            "one, or drop the tensor to start from the initial hardness"
         )

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from ..activation.hardness import excess_from_raw
 from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
 from ..structure.forwards import bypassed_by_code, refusal
 from ..structure.modules import has_adapters
@@ -40,7 +41,8 @@ class HardeningCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         attributes: dict[str, Any] = {"at_switch": self.at_switch, "calibrated": self.calibrated}
         if self.model is not None and has_adapters(self.model):
-            attributes["raw"] = {name: site.raw_hardness.item() for name, site in hardness_sites(self.model).items()}
+            sites = hardness_sites(self.model)
+            attributes["hardness"] = {name: 1.0 + site.hardness_excess.item() for name, site in sites.items()}  # in float64
         return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -62,20 +64,23 @@ class HardeningCallback(TrainerCallback, ExportableState):
                 f"the checkpoint was hardening {sorted(self.at_switch)}, the model has λ-GELU at {sorted(sites)}: resume "
                 "with the model that was converted for this run"
             )
-        self._restore(attributes.get("raw"), sites)
+        self._restore(attributes.get("hardness"), attributes.get("raw"), sites)
         self._apply(args, state, **kwargs)
 
-    def _restore(self, raw: dict[str, float] | None, sites: dict[str, LambdaGELU]) -> None:
-        if raw is None:
+    def _restore(
+        self, hardness: dict[str, float] | None, raw: dict[str, float] | None, sites: dict[str, LambdaGELU]
+    ) -> None:
+        if raw is not None:  # s, of release 0.1
+            hardness = {name: 1.0 + excess_from_raw(torch.tensor(value)).item() for name, value in raw.items()}
+        if hardness is None:
             return
-        if set(raw) != set(sites):
+        if set(hardness) != set(sites):
             raise ValueError(
-                f"the checkpoint holds λ of {sorted(raw)}, the model has λ-GELU at {sorted(sites)}: resume with the model "
-                "that was converted, and wrapped by PEFT, as it was for this run"
+                f"the checkpoint holds λ of {sorted(hardness)}, the model has λ-GELU at {sorted(sites)}: resume with the "
+                "model that was converted, and wrapped by PEFT, as it was for this run"
             )
-        with torch.no_grad():
-            for name, site in sites.items():
-                site.raw_hardness.fill_(raw[name])
+        for name, site in sites.items():
+            site.set_hardness(hardness[name])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._apply(cast(LambdaGELUTrainingArguments, args), state, **kwargs)

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .._compat import finish_current_push
 from ..activation.module import hardness_profile, hardness_sites
+from ..activation.older_checkpoints import NAME, OLDER
 from ..checkpoints.card import PAPER, CardDetails
 from ..checkpoints.folders import check_writable
 from ..checkpoints.shards import tensor_names
@@ -112,7 +113,7 @@ class LambdaGELUTrainer(Trainer):
                 "do not hold: set hardness_compensate='none', for a ramp, or merge after training and substitute by "
                 "relu_ize(model, calibration=…, compensate='least_squares')"
             )
-        frozen = [name for name, site in hardness_sites(self.model).items() if not site.raw_hardness.requires_grad]
+        frozen = [name for name, site in hardness_sites(self.model).items() if not site.hardness_excess.requires_grad]
         if frozen:
             logger.warning(
                 f"λ of {len(frozen)} sites is frozen, {frozen[0]} the first: PEFT freezes what is there when it wraps a "
@@ -141,20 +142,20 @@ class LambdaGELUTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         sites = hardness_sites(self.model if model is None else model)
-        raws = [site.raw_hardness for site in sites.values() if site.raw_hardness.requires_grad]
+        excesses = [site.hardness_excess for site in sites.values() if site.hardness_excess.requires_grad]
         optimizer = self.optimizer
         if optimizer is None:
-            for raw in raws:  # hidden from the Trainer's groups, where λ would be given the model's rate and weight decay
-                raw.requires_grad_(False)
+            for excess in excesses:  # hidden from the Trainer's groups, which have the model's rate and weight decay
+                excess.requires_grad_(False)
             try:
                 optimizer = super().create_optimizer(model)
             finally:
-                for raw in raws:
-                    raw.requires_grad_(True)
-            if raws:
-                optimizer.add_param_group({"params": raws, "lr": self.args.hardness_learning_rate, "weight_decay": 0.0})
-        trained = [site for site in sites.values() if site.raw_hardness.requires_grad]
-        attach_hardness_update(getattr(optimizer, "optimizer", optimizer), trained)  # inside accelerate's wrapper
+                for excess in excesses:
+                    excess.requires_grad_(True)
+            if excesses:
+                optimizer.add_param_group({"params": excesses, "lr": self.args.hardness_learning_rate, "weight_decay": 0.0})
+        if excesses:
+            attach_hardness_update(optimizer, sites.values())
         return optimizer
 
     def training_step(
@@ -268,8 +269,8 @@ class LambdaGELUTrainer(Trainer):
         # Trainer loads non-strictly: without this, λ would silently start over
         saved = tensor_names(Path(resume_from_checkpoint))  # of adapters and of FSDP, PEFT and accelerate check them
         if saved is not None:
-            wanted = {f"{name}.raw_hardness" for name in hardness_sites(self.model if model is None else model)}
-            found = {key for key in saved if key.endswith("raw_hardness")}
+            wanted = {f"{name}.{NAME}" for name in hardness_sites(self.model if model is None else model)}
+            found = {key.replace(OLDER, NAME) for key in saved if key.endswith((NAME, OLDER))}
             if found != wanted:
                 raise ValueError(
                     f"cannot resume from {resume_from_checkpoint}: it holds λ for {len(found)} sites, the model has "

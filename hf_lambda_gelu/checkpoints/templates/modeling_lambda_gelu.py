@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import @CLASS@
 from transformers.activations import ACT2CLS, ACT2FN
 
@@ -20,15 +19,16 @@ _GATES = {
 
 
 class LambdaGELU(nn.Module):
-    """λ = 1 + softplus(s / 0.1), one learned s per site."""
+    """One learned λ ≥ 1 per site, held as λ − 1."""
 
     def __init__(self, key):
         super().__init__()
         self.key = key
-        self.raw_hardness = nn.Parameter(torch.zeros(1))
+        self.hardness_excess = nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
-        hardness = 1.0 + F.softplus(self.raw_hardness.float() / 0.1)
+        excess = self.hardness_excess.float()
+        hardness = 1.0 + excess + (excess.clamp(min=0.0) - excess).detach()
         z = x.float()
         return (z * _GATES[self.key]((z * hardness).clamp(-1000.0, 1000.0))).to(x.dtype)
 
