@@ -13,9 +13,9 @@ DEFAULT_TOLERANCE = 0.005  # ε, of the gate
 DEFAULT_RELATIVE_TOLERANCE = 0.01  # τ, the error of a site relative to its output
 
 
-def excess_from_raw(raw: Tensor) -> Tensor:
-    """λ − 1 = softplus(s / t), elementwise, for the s that release 0.1 kept in checkpoints, at their t = 0.1."""
-    return F.softplus(raw.float() / 0.1)
+def hardness_from_raw(raw: Tensor) -> Tensor:
+    """λ = 1 + softplus(s / t), elementwise, for the s that release 0.1 kept in checkpoints, at their t = 0.1."""
+    return 1.0 + F.softplus(raw.float() / 0.1)
 
 
 def check_hardness(value: float) -> float:

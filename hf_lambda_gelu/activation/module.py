@@ -13,24 +13,25 @@ from transformers import initialization as init
 from .._compat import was_loaded
 from .bases import get_base
 from .functional import lambda_gelu
-from .hardness import check_hardness, excess_from_raw
+from .hardness import check_hardness, hardness_from_raw
 
 
 class LambdaGELU(nn.Module):
-    r"""x · gate(λx) with one learnable hardness λ ≥ 1, held as its excess over 1: λ = 1 + max(e, 0).
+    r"""x · gate(λx) with one learnable hardness λ ≥ 1.
 
-    The paper (arXiv 2603.21991) keeps λ ≥ 1 by λ = 1 + softplus(s / t), so s = t softplus⁻¹(e) is the same λ in another
-    unit. In units of λ, any optimizer's step is a step of λ, whatever it does between its steps. [derived] The paper
-    starts at s = 0, λ = 1 + ln 2; the default here is λ = 1, since a pretrained model must keep its function.
+    The paper (arXiv 2603.21991) keeps λ ≥ 1 by λ = 1 + softplus(s / t), so s = t softplus⁻¹(λ − 1) is the same λ in another
+    unit. The parameter here is λ itself, so that a step of any optimizer is a step of λ, whatever the optimizer does
+    between its steps. [derived] The paper starts at s = 0, λ = 1 + ln 2; the default here is λ = 1, since a pretrained
+    model must keep its function.
 
     Args:
         init_hardness: λ at the start, ≥ 1.
         base: "gelu", "gelu_tanh", "quick_gelu" or "silu", see `lambda_gelu`.
 
     Attributes:
-        hardness_excess: the parameter e = λ − 1, shape (1,), fp32 whatever dtype the model has or is cast to: in bf16, steps
-            of the usual size would round to nothing. Casting to float64 is followed. Below 0 it counts as 0, with the
-            gradient that it has there, so that it finds its way back; `attach_hardness_update` lets it not go there.
+        unclipped_hardness: the parameter, λ where that is ≥ 1, shape (1,), fp32 whatever dtype the model has or is cast to:
+            in bf16, steps of the usual size would round to nothing. Casting to float64 is followed. Below 1 it counts as 1,
+            with the gradient of λ, so that it finds its way back; `attach_hardness_update` does not let it go there.
 
     Shapes: input and output any, same floating point dtype; λ has no unit.
 
@@ -50,7 +51,7 @@ class LambdaGELU(nn.Module):
         -0.0
     """
 
-    hardness_excess: nn.Parameter
+    unclipped_hardness: nn.Parameter
     # what it took the place of, if `convert` made it: transformers' name, or the module where no config attribute governs it
     stock_key: str = ""
     replaced: nn.Module | None = None
@@ -62,7 +63,7 @@ class LambdaGELU(nn.Module):
         self.base = get_base(base).name
         self.init_hardness = check_hardness(init_hardness)
         self.as_relu = False  # set by `gates_as_relu` for the time of an evaluation
-        self.hardness_excess = nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.unclipped_hardness = nn.Parameter(torch.empty(1, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -71,14 +72,19 @@ class LambdaGELU(nn.Module):
 
     @property
     def hardness(self) -> Tensor:
-        """λ, shape (1,), with ∂λ/∂e = 1 everywhere."""
-        excess = self.hardness_excess
-        return 1.0 + (excess + (excess.clamp(min=0.0) - excess).detach())
+        """λ = max(`unclipped_hardness`, 1), shape (1,), with a derivative of 1 everywhere."""
+        free = self.unclipped_hardness
+        return free.detach().clamp(min=1.0) + (free - free.detach())
+
+    @property
+    def raw_hardness(self) -> nn.Parameter:
+        """The parameter, by its name in release 0.1, where it held s: optimizers built that way go on."""
+        return self.unclipped_hardness
 
     @torch.no_grad()
     def set_hardness(self, value: float) -> None:
         """Sets λ to `value`, a number from 1 to 1e30 (ValueError otherwise)."""
-        self.hardness_excess.fill_(check_hardness(value) - 1.0)
+        self.unclipped_hardness.fill_(check_hardness(value))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.calls is not None:
@@ -86,7 +92,7 @@ class LambdaGELU(nn.Module):
         return F.relu(x) if self.as_relu else lambda_gelu(x, self.hardness, self.base)
 
     def extra_repr(self) -> str:
-        value = "on meta" if self.hardness_excess.is_meta else f"{self.hardness.item():.4g}"
+        value = "on meta" if self.unclipped_hardness.is_meta else f"{self.hardness.item():.4g}"
         return f"hardness={value}, base={self.base!r}"
 
     # transformers sets this flag on every module once its weights are in place. `from_pretrained` leaves a parameter that
@@ -99,19 +105,19 @@ class LambdaGELU(nn.Module):
     @_is_hf_initialized.setter
     def _is_hf_initialized(self, value: bool) -> None:
         self.__dict__["_initialized_by_hf"] = value
-        if not value or self.hardness_excess.is_meta:
+        if not value or self.unclipped_hardness.is_meta:
             return
-        if was_loaded(self.hardness_excess):
-            _check_loaded(self.hardness_excess, "the checkpoint's hardness_excess")
+        if was_loaded(self.unclipped_hardness):
+            _check_loaded(self.unclipped_hardness, "the checkpoint's unclipped_hardness")
         else:
-            init.constant_(self.hardness_excess, self.init_hardness - 1.0)
+            init.constant_(self.unclipped_hardness, self.init_hardness)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # before anything is copied: a NaN λ would turn every logit into NaN, far from its cause
-        name, raw = prefix + "hardness_excess", prefix + "raw_hardness"
+        name, raw = prefix + "unclipped_hardness", prefix + "raw_hardness"
         if isinstance(state_dict.get(raw), Tensor) and name not in state_dict:  # of a release that kept s
             _check_loaded(state_dict[raw], raw)
-            state_dict[name] = excess_from_raw(state_dict.pop(raw))
+            state_dict[name] = hardness_from_raw(state_dict.pop(raw))
         loaded = state_dict.get(name)
         if isinstance(loaded, Tensor) and not loaded.is_meta and loaded.numel():
             _check_loaded(loaded, name)
@@ -121,10 +127,10 @@ class LambdaGELU(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LambdaGELU:
         # .half() and .to(bfloat16) move λ but do not round it
-        kept, grad = self.hardness_excess.data, self.hardness_excess.grad
+        kept, grad = self.unclipped_hardness.data, self.unclipped_hardness.grad
         grad = None if grad is None else grad.detach()  # an alias, as the cast replaces the data of the gradient itself
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        raw = self.hardness_excess
+        raw = self.unclipped_hardness
         if raw.dtype in (torch.float16, torch.bfloat16):
             raw.grad = None  # a gradient has its parameter's dtype, at every moment
             raw.data = kept.to(raw.device)

@@ -1,4 +1,4 @@
-"""Lets `from_pretrained` read checkpoints of release 0.1, which hold s where λ − 1 is held now."""
+"""Lets `from_pretrained` read checkpoints of release 0.1, which hold s where λ is held now."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from .hardness import excess_from_raw
+from .hardness import hardness_from_raw
 
-OLDER, NAME = "raw_hardness", "hardness_excess"
+OLDER, NAME = "raw_hardness", "unclipped_hardness"
 
 
-class ExcessFromRaw(ConversionOps):
-    """raw_hardness, s → hardness_excess, λ − 1."""
+class HardnessFromRaw(ConversionOps):
+    """raw_hardness, s → unclipped_hardness, λ."""
 
     def convert(
         self, input_dict: dict[str, list[Tensor]], source_patterns: list[str], target_patterns: list[str], **_: Any
     ) -> dict[str, list[Tensor]]:
-        return {target_patterns[0]: [excess_from_raw(raw) for raws in input_dict.values() for raw in raws]}
+        return {target_patterns[0]: [hardness_from_raw(raw) for raws in input_dict.values() for raw in raws]}
 
 
 class _FromOlder(WeightConverter):
@@ -31,5 +31,5 @@ def register() -> None:
     """Adds the conversion to those that transformers tries on every checkpoint; a second call changes nothing."""
     known = get_checkpoint_conversion_mapping("legacy") or []
     if not any(NAME in conversion.target_patterns for conversion in known):
-        mapping = [*known, _FromOlder([OLDER], [NAME], [ExcessFromRaw()])]
+        mapping = [*known, _FromOlder([OLDER], [NAME], [HardnessFromRaw()])]
         register_checkpoint_conversion_mapping("legacy", mapping, overwrite=True)

@@ -187,7 +187,7 @@ def _fold(model: nn.Module, names: list[str], batch: Mapping[str, Any] | None, r
         return
     sites = hardness_sites(model)
     for name in names:
-        keep(sites[name].hardness_excess)
+        keep(sites[name].unclipped_hardness)
         sites[name].set_hardness(FOLDED_HARDNESS)
     fold(model, batch, only=names)
     report.folded = {name: sup_error(FOLDED_HARDNESS, sites[name].base) for name in names}
@@ -209,7 +209,7 @@ def _check_sites(
     if compensate is not None and quantised is not None:
         raise ValueError(f"{quantised} is quantised and cannot be refit: substitute first, then quantise the ReLU model")
     check_not_offloaded(model)
-    if any(site.hardness_excess.is_meta for site in hardness_sites(model).values()):
+    if any(site.unclipped_hardness.is_meta for site in hardness_sites(model).values()):
         raise ValueError("the model is on the meta device, where λ has no value: load its weights first")
     profile = hardness_profile(model)
     if not profile:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from ..activation.hardness import excess_from_raw
+from ..activation.hardness import hardness_from_raw
 from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
 from ..structure.forwards import bypassed_by_code, refusal
 from ..structure.modules import has_adapters
@@ -42,7 +42,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         attributes: dict[str, Any] = {"at_switch": self.at_switch, "calibrated": self.calibrated}
         if self.model is not None and has_adapters(self.model):
             sites = hardness_sites(self.model)
-            attributes["hardness"] = {name: 1.0 + site.hardness_excess.item() for name, site in sites.items()}  # in float64
+            attributes["hardness"] = {name: site.hardness.item() for name, site in sites.items()}
         return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -71,7 +71,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self, hardness: dict[str, float] | None, raw: dict[str, float] | None, sites: dict[str, LambdaGELU]
     ) -> None:
         if raw is not None:  # s, of release 0.1
-            hardness = {name: 1.0 + excess_from_raw(torch.tensor(value)).item() for name, value in raw.items()}
+            hardness = {name: hardness_from_raw(torch.tensor(value)).item() for name, value in raw.items()}
         if hardness is None:
             return
         if set(hardness) != set(sites):

@@ -1,4 +1,4 @@
-"""The optimizer-aware update: the parameter is in units of λ, so every optimizer steps in λ.
+"""The optimizer-aware update: the parameter is λ, so every optimizer steps in λ.
 
 With λ = 1 + softplus(s/t), dλ/ds = σ(s/t)/t. A plain step of size η on s moves λ by η (σ/t)² ∂L/∂λ under SGD and by
 η (σ/t) m̂/√v̂ under Adam: almost nothing near λ = 1, 25 times too far at s = 0, t = 0.1. The step on s that moves λ by the
@@ -6,9 +6,9 @@ optimizer's own step at learning rate η carries the factor (t/σ)² (optimizers
 ones), to first order; near λ = 1, where that factor exceeds any cap, first order is no longer true. [derived; the paper has
 an optimizer-aware scheme whose exact form is not public]
 
-So the change of variables is made once: the parameter is e = λ − 1 at all times (`LambdaGELU`), which needs neither factor
-nor cap nor a list of optimizers, nor a hook around a step that an optimizer may take elsewhere. Momentum, second moments and
-averages of parameters live in units of λ as well. λ ≥ 1 is kept by projection. [derived]
+So the change of variables is made once: the parameter is λ itself (`LambdaGELU`), which needs neither factor nor cap nor a
+list of optimizers, nor a hook around a step that an optimizer may take elsewhere. Momentum, second moments and averages of
+parameters live in units of λ as well. λ ≥ 1 is kept by projection. [derived]
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ..activation.module import LambdaGELU, hardness_sites
 
 
 def attach_hardness_update(optimizer: torch.optim.Optimizer, model: nn.Module | Iterable[LambdaGELU]) -> RemovableHandle:
-    """Keeps λ ≥ 1 in a loop of one's own: after each `optimizer.step()`, e = λ − 1 is set to max(e, 0). [derived]
+    """Keeps λ ≥ 1 in a loop of one's own: after each `optimizer.step()` it is set to max(λ, 1). [derived]
 
-    An optimizer that moves e below 0 by its momentum would otherwise have to bring it back before λ rises. What λ is, and
-    the optimizer's other parameters, are untouched. The learning rate of the parameter's group is η_λ, in units of λ per
+    An optimizer that moves the parameter below 1 by its momentum would otherwise have to bring it back before λ rises. The
+    optimizer's other parameters are untouched. The learning rate of the parameter's group is η_λ, in units of λ per
     step; give the group no weight decay.
 
     Args:
@@ -51,14 +51,14 @@ def attach_hardness_update(optimizer: torch.optim.Optimizer, model: nn.Module | 
         1.5
     """
     found = hardness_sites(model).values() if isinstance(model, nn.Module) else model
-    excesses = [module.hardness_excess for module in dict.fromkeys(found) if module.hardness_excess.requires_grad]
-    if not excesses:
-        raise ValueError("there is no λ to train: call convert(model) first, and leave hardness_excess its requires_grad")
+    trained = [module.unclipped_hardness for module in dict.fromkeys(found) if module.unclipped_hardness.requires_grad]
+    if not trained:
+        raise ValueError("there is no λ to train: call convert(model) first, and leave unclipped_hardness its requires_grad")
     inner = _inside(optimizer)
     groups = {id(p): group for group in inner.param_groups for p in group["params"]}
-    for excess in excesses:
-        _check_group(groups.get(id(excess)))
-    return inner.register_step_post_hook(_Projection(excesses))
+    for parameter in trained:
+        _check_group(groups.get(id(parameter)))
+    return inner.register_step_post_hook(_Projection(trained))
 
 
 def parameter_groups(model: nn.Module, hardness_learning_rate: float = 0.01) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def parameter_groups(model: nn.Module, hardness_learning_rate: float = 0.01) -> 
     sites = hardness_sites(model)
     if not sites:
         raise ValueError(f"{type(model).__name__} has no λ-GELU: call convert(model) first")
-    own = {id(site.hardness_excess) for site in sites.values()}
+    own = {id(site.unclipped_hardness) for site in sites.values()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if id(p) not in own]},
@@ -94,15 +94,15 @@ def parameter_groups(model: nn.Module, hardness_learning_rate: float = 0.01) -> 
 
 
 class _Projection:
-    """After a step: e ≥ 0."""
+    """After a step: λ ≥ 1."""
 
-    def __init__(self, excesses: list[nn.Parameter]) -> None:
-        self.excesses = excesses
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
 
     @torch.no_grad()
     def __call__(self, *_: object) -> None:
-        for excess in self.excesses:
-            excess.clamp_(min=0.0)
+        for parameter in self.parameters:
+            parameter.clamp_(min=1.0)
 
 
 def _inside(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -116,7 +116,7 @@ def _check_group(group: dict[str, object] | None) -> None:
     if group is None:
         raise ValueError(
             "a hardness parameter is in none of the optimizer's groups, so it would never move: "
-            "optimizer.add_param_group({'params': [m.hardness_excess for m in hlg.hardness_sites(model).values()], "
+            "optimizer.add_param_group({'params': [m.unclipped_hardness for m in hlg.hardness_sites(model).values()], "
             "'lr': 0.01, 'weight_decay': 0.0})"
         )
     if group.get("weight_decay"):

@@ -113,7 +113,7 @@ class LambdaGELUTrainer(Trainer):
                 "do not hold: set hardness_compensate='none', for a ramp, or merge after training and substitute by "
                 "relu_ize(model, calibration=…, compensate='least_squares')"
             )
-        frozen = [name for name, site in hardness_sites(self.model).items() if not site.hardness_excess.requires_grad]
+        frozen = [name for name, site in hardness_sites(self.model).items() if not site.unclipped_hardness.requires_grad]
         if frozen:
             logger.warning(
                 f"λ of {len(frozen)} sites is frozen, {frozen[0]} the first: PEFT freezes what is there when it wraps a "
@@ -142,19 +142,19 @@ class LambdaGELUTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         sites = hardness_sites(self.model if model is None else model)
-        excesses = [site.hardness_excess for site in sites.values() if site.hardness_excess.requires_grad]
+        trained = [site.unclipped_hardness for site in sites.values() if site.unclipped_hardness.requires_grad]
         optimizer = self.optimizer
         if optimizer is None:
-            for excess in excesses:  # hidden from the Trainer's groups, which have the model's rate and weight decay
-                excess.requires_grad_(False)
+            for hardness in trained:  # hidden from the Trainer's groups, which have the model's rate and weight decay
+                hardness.requires_grad_(False)
             try:
                 optimizer = super().create_optimizer(model)
             finally:
-                for excess in excesses:
-                    excess.requires_grad_(True)
-            if excesses:
-                optimizer.add_param_group({"params": excesses, "lr": self.args.hardness_learning_rate, "weight_decay": 0.0})
-        if excesses:
+                for hardness in trained:
+                    hardness.requires_grad_(True)
+            if trained:
+                optimizer.add_param_group({"params": trained, "lr": self.args.hardness_learning_rate, "weight_decay": 0.0})
+        if trained:
             attach_hardness_update(optimizer, sites.values())
         return optimizer
 

@@ -196,7 +196,7 @@ def training_steps(device: str) -> Iterator[Result]:
             if key != STOCK:
                 hlg.convert(model)
             sites = list(hlg.hardness_sites(model).values())
-            hardness = [site.hardness_excess for site in sites]
+            hardness = [site.unclipped_hardness for site in sites]
             own = {id(p) for p in hardness}
             groups = [{"params": [p for p in model.parameters() if id(p) not in own]}]
             if hardness:

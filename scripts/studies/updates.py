@@ -58,12 +58,13 @@ def main() -> None:
 
 
 class Softplus(nn.Module):
-    """λ − 1 = softplus(s / t), t = 0.1: the paper's parameter s."""
+    """λ = 1 + softplus(s / t), t = 0.1: the paper's parameter s."""
 
     def forward(self, raw: Tensor) -> Tensor:
-        return nn.functional.softplus(raw / 0.1)
+        return 1.0 + nn.functional.softplus(raw / 0.1)
 
-    def right_inverse(self, excess: Tensor) -> Tensor:
+    def right_inverse(self, hardness: Tensor) -> Tensor:
+        excess = hardness - 1.0
         return 0.1 * (excess + torch.log(-torch.expm1(-excess)))
 
 
@@ -75,10 +76,10 @@ def trace(task: Task, optimizer: str, update: str, start: float, seed: int) -> I
     sites = list(hlg.hardness_sites(model).values())
     if update == "naive":
         for site in sites:
-            register_parametrization(site, "hardness_excess", Softplus())
+            register_parametrization(site, "unclipped_hardness", Softplus())
     named = list(model.named_parameters())
-    weights = [parameter for name, parameter in named if "hardness_excess" not in name]
-    hardness = [parameter for name, parameter in named if "hardness_excess" in name]
+    weights = [parameter for name, parameter in named if "unclipped_hardness" not in name]
+    hardness = [parameter for name, parameter in named if "unclipped_hardness" in name]
     groups = [{"params": weights}, {"params": hardness, "lr": RATES[optimizer], "weight_decay": 0.0}]
     sgd = optimizer == "sgd"
     stepper = torch.optim.SGD(groups, lr=0.1, momentum=0.9) if sgd else torch.optim.AdamW(groups, lr=0.003)

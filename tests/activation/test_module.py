@@ -29,15 +29,15 @@ def poisoned() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_parameterization(dtype: torch.dtype) -> None:
-    """λ = 1 + max(e, 0) to the dtype's last bit, and a slope of 1 everywhere, or an e below 0 would never come back."""
+    """λ = max(p, 1) to the last bit, and a slope of 1 everywhere, or a p below 1 would never come back."""
     module = LambdaGELU().to(dtype)
-    for excess in (-3.0, -1e-9, 0.0, 1e-9, 2.0**-20, 0.3, 1.0, 158.577, 1e6):
-        module.hardness_excess.data.fill_(excess)
+    for free in (-3.3, 0.3, 1 - EPS, 1.0, 1 + EPS, 1.7, 158.577, 1e6):
+        module.unclipped_hardness.data.fill_(free)
         hardness = module.hardness
-        (slope,) = torch.autograd.grad(hardness, module.hardness_excess)
+        (slope,) = torch.autograd.grad(hardness, module.unclipped_hardness)
         assert hardness.dtype is slope.dtype is dtype
         assert hardness.shape == (1,)
-        assert hardness.item() == (1 + torch.tensor(max(excess, 0.0), dtype=dtype)).item()
+        assert hardness.item() == torch.tensor(max(free, 1.0), dtype=dtype).item()
         assert slope.item() == 1.0
 
 
@@ -50,7 +50,7 @@ def test_set_hardness_round_trip() -> None:
         assert module.hardness.item() == pytest.approx(value, rel=EPS)
         assert LambdaGELU(value).hardness.item() == module.hardness.item()
     module.reset_parameters()
-    assert module.hardness_excess.item() == 0.0
+    assert module.unclipped_hardness.item() == 1.0
 
 
 def test_starts_at_exactly_one() -> None:
@@ -60,7 +60,7 @@ def test_starts_at_exactly_one() -> None:
     x = torch.linspace(-6, 6, 101)
     torch.testing.assert_close(module(x), nn.functional.gelu(x), rtol=1e-6, atol=1e-6)
     module(x).sum().backward()
-    assert module.hardness_excess.grad.item() != 0.0
+    assert module.unclipped_hardness.grad.item() != 0.0
 
 
 CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -75,25 +75,24 @@ CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("cast", list(CASTS))
 def test_half_precision_leaves_hardness_alone(cast: str) -> None:
-    """Casting the model around it: e keeps fp32, its bits and its identity for the optimizer, the other weights do not."""
+    """Casting the model around it: λ keeps fp32, its bits and its identity for the optimizer, the other weights do not."""
     model = nn.Sequential(nn.Linear(3, 3), LambdaGELU(7.3))
-    raw, bits = model[1].hardness_excess, model[1].hardness_excess.item()
+    raw, bits = model[1].unclipped_hardness, model[1].unclipped_hardness.item()
     CASTS[cast](model)
-    assert model[1].hardness_excess.dtype is torch.float32
+    assert model[1].unclipped_hardness.dtype is torch.float32
     assert (model[0].weight.dtype is torch.float32) == cast.endswith("float")
     if not model[0].weight.is_meta:
-        assert model[1].hardness_excess is raw
+        assert model[1].unclipped_hardness is raw
         assert raw.item() == bits
         assert model(torch.ones(2, 3, dtype=model[0].weight.dtype)).dtype is model[0].weight.dtype
 
 
 def test_float64_is_followed() -> None:
-    """`.double()` converts e without a change of value, in float64 arithmetic from there on."""
+    """`.double()` converts λ without a change of value, in float64 arithmetic from there on."""
     module = LambdaGELU(7.3)
-    excess = module.hardness_excess.item()
-    assert module.double().hardness_excess.dtype is torch.float64
-    assert module.hardness_excess.item() == excess
-    assert module.hardness.item() == 1.0 + excess
+    before = module.unclipped_hardness.item()
+    assert module.double().unclipped_hardness.dtype is torch.float64
+    assert module.hardness.item() == module.unclipped_hardness.item() == before
 
 
 def test_half_precision_with_a_gradient() -> None:
@@ -101,14 +100,14 @@ def test_half_precision_with_a_gradient() -> None:
     module = LambdaGELU(2.0)
     module(torch.randn(4)).sum().backward()
     module.half()
-    assert module.hardness_excess.grad.dtype is module.hardness_excess.dtype
+    assert module.unclipped_hardness.grad.dtype is module.unclipped_hardness.dtype
 
 
 @pytest.mark.usefixtures("poisoned")
 def test_meta_and_back() -> None:
     """Through the meta device, λ comes back by reset_parameters or by a state dict; NaN memory would show otherwise."""
     module = LambdaGELU(3.0, "silu").to("meta")
-    assert module.hardness_excess.is_meta
+    assert module.unclipped_hardness.is_meta
     assert module.hardness.is_meta
     assert "hardness=on meta, base='silu'" in repr(module)
     module.to_empty(device="cpu")
@@ -117,7 +116,7 @@ def test_meta_and_back() -> None:
     assert module.hardness.item() == pytest.approx(3.0, rel=2 * EPS)
     with torch.device("meta"):
         module = LambdaGELU()
-    module.load_state_dict({"hardness_excess": torch.tensor([2.5])}, assign=True)
+    module.load_state_dict({"unclipped_hardness": torch.tensor([3.5])}, assign=True)
     assert module.hardness.item() == 3.5
     assert repr(module) == "LambdaGELU(hardness=3.5, base='gelu')"
 
@@ -128,10 +127,10 @@ def test_state_of_release_0_1(s: float, assign: bool) -> None:
     """It kept s, λ = 1 + softplus(s / 0.1): numpy's logaddexp in float64. A NaN is named by its own name."""
     model = nn.Sequential(nn.Linear(2, 2), LambdaGELU(5.0))
     state = model.state_dict()
-    del state["1.hardness_excess"]
+    del state["1.unclipped_hardness"]
     model.load_state_dict({**state, "1.raw_hardness": torch.tensor([s])}, assign=assign)
     assert model[1].hardness.item() == pytest.approx(1 + np.logaddexp(0, s / 0.1), rel=2 * EPS)
-    assert isinstance(model[1].hardness_excess, nn.Parameter)
+    assert isinstance(model[1].unclipped_hardness, nn.Parameter)
     with pytest.raises(ValueError, match=r"1\.raw_hardness is \[nan\]"):
         model.load_state_dict({**state, "1.raw_hardness": torch.tensor([float("nan")])})
 
@@ -156,7 +155,7 @@ def test_copies(copied: Callable[[LambdaGELU], LambdaGELU]) -> None:
     x = torch.randn(50, generator=torch.Generator().manual_seed(0))
     assert torch.equal(twin(x), module(x))
     assert (twin.init_hardness, twin.base) == (2.5, "quick_gelu")
-    assert isinstance(twin.hardness_excess, nn.Parameter)
+    assert isinstance(twin.unclipped_hardness, nn.Parameter)
     twin.reset_parameters()
     assert (twin.hardness.item(), module.hardness.item()) == (pytest.approx(2.5), pytest.approx(17.125))
 
@@ -164,17 +163,17 @@ def test_copies(copied: Callable[[LambdaGELU], LambdaGELU]) -> None:
 @pytest.mark.parametrize(
     ("loaded", "error", "message"),
     [
-        (torch.tensor([float("nan")]), ValueError, r"1\.hardness_excess is \[nan\]: expected finite numbers.*damaged"),
-        (torch.tensor([float("-inf")]), ValueError, r"1\.hardness_excess is \[-inf\]"),
-        (torch.tensor([0.0, 1.0]), RuntimeError, r"size mismatch for 1\.hardness_excess.*\[2\]"),
-        (torch.tensor(0.0), RuntimeError, r"size mismatch for 1\.hardness_excess"),
-        (None, RuntimeError, r"Missing key.*1\.hardness_excess"),
+        (torch.tensor([float("nan")]), ValueError, r"1\.unclipped_hardness is \[nan\]: expected finite numbers.*damaged"),
+        (torch.tensor([float("-inf")]), ValueError, r"1\.unclipped_hardness is \[-inf\]"),
+        (torch.tensor([0.0, 1.0]), RuntimeError, r"size mismatch for 1\.unclipped_hardness.*\[2\]"),
+        (torch.tensor(0.0), RuntimeError, r"size mismatch for 1\.unclipped_hardness"),
+        (None, RuntimeError, r"Missing key.*1\.unclipped_hardness"),
     ],
 )
 def test_damaged_state_dict(loaded: torch.Tensor | None, error: type[Exception], message: str) -> None:
     """The error names the tensor and what is wrong with it, and λ stays what it was."""
     model = nn.Sequential(nn.Linear(2, 2), LambdaGELU(5.0))
-    state = {k: v for k, v in (model.state_dict() | {"1.hardness_excess": loaded}).items() if v is not None}
+    state = {k: v for k, v in (model.state_dict() | {"1.unclipped_hardness": loaded}).items() if v is not None}
     with pytest.raises(error, match=f"(?s){message}"):
         model.load_state_dict(state)
     assert model[1].hardness.item() == pytest.approx(5.0)

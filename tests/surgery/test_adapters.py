@@ -62,7 +62,7 @@ def test_convert_train_merge(tmp_path: Path) -> None:
     run = trainer(model, tmp_path / "run", hardness_switch_point=0.75)
     run.train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
-    assert moved == {n for n in start if "lora_" in n or "modules_to_save" in n or n.endswith("hardness_excess")}
+    assert moved == {n for n in start if "lora_" in n or "modules_to_save" in n or n.endswith("unclipped_hardness")}
     assert all(abs(value - 1.5) > 1e-3 for value in run.learned_hardness.values())
     hard = tiny.outputs(model.eval(), batch)
     with pytest.raises(ValueError, match=r"has adapters.*merge_and_unload"):

@@ -52,7 +52,7 @@ def test_trajectory_is_the_twins(make: Make, start: float, dtype: torch.dtype, r
     """30 steps of the same optimizer class on λ itself, in float64, clipped at 1: λ is there after every step."""
     module = LambdaGELU(start).to(dtype)
     twin = twin_of(module)
-    optimizer, reference = make([module.hardness_excess]), make([twin])
+    optimizer, reference = make([module.unclipped_hardness]), make([twin])
     attach_hardness_update(optimizer, [module])
     seen = []
     for step in range(30):
@@ -70,27 +70,29 @@ def test_trajectory_is_the_twins(make: Make, start: float, dtype: torch.dtype, r
 
 @each_optimizer
 def test_never_below_one(make: Make) -> None:
-    """Gradients that push λ down for good: it comes to rest at exactly 1, and e at 0, not below."""
+    """Gradients that push λ down for good: it comes to rest at exactly 1, and so does the parameter."""
     module = LambdaGELU(1.02)
-    optimizer = make([module.hardness_excess])
+    optimizer = make([module.unclipped_hardness])
     attach_hardness_update(optimizer, [module])
     for _ in range(40):
-        module.hardness_excess.grad = 50 * torch.autograd.grad(module.hardness, module.hardness_excess)[0]  # ∂L/∂λ = 50
+        module.unclipped_hardness.grad = (
+            50 * torch.autograd.grad(module.hardness, module.unclipped_hardness)[0]
+        )  # ∂L/∂λ = 50
         optimizer.step()
-        assert 0.0 <= module.hardness_excess.item() <= 0.02 + 1e-6
+        assert 1.0 <= module.unclipped_hardness.item() <= 1.02 + 1e-6
     assert module.hardness.item() == 1.0
 
 
 @pytest.mark.parametrize(("name", "step"), [("SGD", 0.3 * 0.25), ("Adam", 0.05), ("RMSprop", 0.2), ("Adagrad", 0.2)])
 def test_leaves_one_upward(name: str, step: float) -> None:
-    """From λ = 1, ∂L/∂λ = −0.25 moves λ by the optimizer's textbook first step; so it does from an e below 0."""
-    for excess in (0.0, -0.5 * step):
+    """From λ = 1, ∂L/∂λ = −0.25 moves λ by the optimizer's textbook first step; from below 1, the parameter."""
+    for start in (1.0, 1.0 - 0.5 * step):
         module = LambdaGELU()
-        module.hardness_excess.data.fill_(excess)
-        optimizer = OPTIMIZERS[name]([module.hardness_excess])
+        module.unclipped_hardness.data.fill_(start)
+        optimizer = OPTIMIZERS[name]([module.unclipped_hardness])
         (-0.25 * module.hardness).backward()
         optimizer.step()
-        assert module.hardness.item() == pytest.approx(1 + step + excess, rel=1e-5)
+        assert module.hardness.item() == pytest.approx(start + step, rel=1e-5)
 
 
 @each_optimizer
@@ -108,7 +110,7 @@ def test_other_parameters_are_untouched(make: Make) -> None:
                 parameter.grad = torch.randn_like(parameter)
             optimizer.step()
             if not hooked:
-                model[1].hardness_excess.data.clamp_(min=0.0)
+                model[1].unclipped_hardness.data.clamp_(min=1.0)
         others = list(model.parameters())
         states = [v for p in others for v in optimizer.state[p].values() if isinstance(v, Tensor)]
         runs.append([*others, *states, *(p.grad for p in others)])
@@ -120,10 +122,10 @@ def test_idle_steps_do_not_move_hardness(start: float) -> None:
     """With no gradient, or one of exactly 0, a thousand steps leave λ where it was, to the bit."""
     for gradient in (None, 0.0):
         module = LambdaGELU(start)
-        optimizer = SGD([module.hardness_excess], lr=0.1)
+        optimizer = SGD([module.unclipped_hardness], lr=0.1)
         attach_hardness_update(optimizer, [module])
         before = module.hardness.item()
-        module.hardness_excess.grad = None if gradient is None else torch.zeros(1)
+        module.unclipped_hardness.grad = None if gradient is None else torch.zeros(1)
         for _ in range(1000):
             optimizer.step()
         assert module.hardness.item() == before
@@ -132,7 +134,7 @@ def test_idle_steps_do_not_move_hardness(start: float) -> None:
 def test_errors_name_the_remedy() -> None:
     """A forgotten parameter and a decayed one are refused before any hook is in place."""
     inside, outside = LambdaGELU(), LambdaGELU()
-    optimizer = AdamW([inside.hardness_excess], weight_decay=0.01)
+    optimizer = AdamW([inside.unclipped_hardness], weight_decay=0.01)
     for modules, message in (
         ([outside], r"in none of the optimizer's groups.*add_param_group"),
         ([inside], r"weight decay 0\.01.*weight_decay=0\.0"),
@@ -152,12 +154,12 @@ def test_errors_name_the_remedy() -> None:
 def test_handle_removes(make: Make) -> None:
     """Attached and removed: nothing clips any more."""
     module = LambdaGELU(1.001)
-    optimizer = make([module.hardness_excess])
+    optimizer = make([module.unclipped_hardness])
     attach_hardness_update(optimizer, (m for m in [module])).remove()
     for _ in range(3):
-        module.hardness_excess.grad = torch.tensor([2.0])
+        module.unclipped_hardness.grad = torch.tensor([2.0])
         optimizer.step()
-    assert module.hardness_excess.item() < 0.0
+    assert module.unclipped_hardness.item() < 1.0
     assert module.hardness.item() == 1.0
 
 
@@ -167,7 +169,7 @@ def test_learning_rate_schedule(name: str) -> None:
     module, other = LambdaGELU(1.3).double(), nn.Parameter(torch.ones(3))
     twin = twin_of(module)
     optimizer = OPTIMIZERS[name]([other])
-    optimizer.add_param_group({"params": [module.hardness_excess], "lr": 0.04})
+    optimizer.add_param_group({"params": [module.unclipped_hardness], "lr": 0.04})
     reference = OPTIMIZERS[name]([{"params": [twin], "lr": 0.04}])
     attach_hardness_update(optimizer, [module])
     schedulers = [LambdaLR(o, lambda step: (1 + step) / 4 if step < 4 else 3 / step) for o in (optimizer, reference)]
@@ -190,7 +192,7 @@ def test_grad_scaler(name: str) -> None:
     """torch's GradScaler: an overflowed step leaves λ alone, and a scaled one moves it as the unscaled one of the twin."""
     module = LambdaGELU(1.5)
     twin = twin_of(module)
-    optimizer, reference = OPTIMIZERS[name]([module.hardness_excess]), OPTIMIZERS[name]([twin])
+    optimizer, reference = OPTIMIZERS[name]([module.unclipped_hardness]), OPTIMIZERS[name]([twin])
     attach_hardness_update(optimizer, [module])
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for slope in (-0.2, math.inf, -0.3, 0.1):
@@ -218,11 +220,11 @@ def test_resume_gives_the_same_bits(make: Make) -> None:
             optimizer.zero_grad()
             (module(x) * weights).sum().backward()
             optimizer.step()
-            trace.append(module.hardness_excess.item())
+            trace.append(module.unclipped_hardness.item())
         return trace
 
     module = LambdaGELU(1.4)
-    optimizer = make([module.hardness_excess])
+    optimizer = make([module.unclipped_hardness])
     attach_hardness_update(optimizer, [module])
     run(module, optimizer, range(5))
     file = io.BytesIO()
@@ -232,7 +234,7 @@ def test_resume_gives_the_same_bits(make: Make) -> None:
     file.seek(0)
     states = torch.load(file)
     resumed = LambdaGELU(9.0)
-    again = make([resumed.hardness_excess])
+    again = make([resumed.unclipped_hardness])
     attach_hardness_update(again, [resumed])
     resumed.load_state_dict(states[0])
     again.load_state_dict(states[1])
@@ -249,7 +251,7 @@ def test_closure(make: Make) -> None:
     """`step(closure)`, which torch documents for every optimizer and LBFGS needs: the twin's closure sees λ itself."""
     module = LambdaGELU(1.5).double()
     twin = twin_of(module)
-    optimizer, reference = make([module.hardness_excess]), make([twin])
+    optimizer, reference = make([module.unclipped_hardness]), make([twin])
     attach_hardness_update(optimizer, [module])
     x, weights = batch(0, torch.float64)  # λ rises: the twin knows no floor
 
@@ -273,11 +275,11 @@ def test_attached_twice() -> None:
     reached = []
     for times in (1, 2):
         module = LambdaGELU(2.0)
-        optimizer = SGD([module.hardness_excess], lr=0.1)
+        optimizer = SGD([module.unclipped_hardness], lr=0.1)
         attach_hardness_update(optimizer, [module])
         if times == 2:
             attach_hardness_update(optimizer, [module])
-        module.hardness_excess.grad = torch.ones(1)
+        module.unclipped_hardness.grad = torch.ones(1)
         optimizer.step()
         reached.append(module.hardness.item())
     assert reached[0] == pytest.approx(reached[1], rel=1e-6)
@@ -286,7 +288,7 @@ def test_attached_twice() -> None:
 def test_a_step_that_raises() -> None:
     """λ is what it was; the next step goes on from there, as from a λ that is set by hand."""
     module = LambdaGELU(5.0)
-    optimizer = SGD([module.hardness_excess], lr=0.1)
+    optimizer = SGD([module.unclipped_hardness], lr=0.1)
     attach_hardness_update(optimizer, [module, module])
 
     def fails() -> Tensor:
@@ -295,7 +297,7 @@ def test_a_step_that_raises() -> None:
     with pytest.raises(KeyError):
         optimizer.step(fails)
     assert module.hardness.item() == pytest.approx(5.0, rel=1e-6)
-    module.hardness_excess.grad = torch.ones(1)
+    module.unclipped_hardness.grad = torch.ones(1)
     optimizer.step()
     assert module.hardness.item() == pytest.approx(4.9, rel=1e-6)  # what the gradient is of is λ, as the failed step left it
     module.set_hardness(3.0)

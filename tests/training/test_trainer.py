@@ -210,7 +210,7 @@ def test_what_the_trainer_refuses_to_start_with(tmp_path: Path) -> None:
         trainer_of(converted(), tmp_path / "file" / "out")
 
     model = converted()
-    without = [p for name, p in model.named_parameters() if "hardness_excess" not in name]
+    without = [p for name, p in model.named_parameters() if "unclipped_hardness" not in name]
     for parameters, expected in ((model.parameters(), "weight decay 0.01"), (without, "none of the optimizer's groups")):
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
         args = arguments(tmp_path)

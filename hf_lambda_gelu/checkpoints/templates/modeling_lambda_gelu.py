@@ -19,16 +19,16 @@ _GATES = {
 
 
 class LambdaGELU(nn.Module):
-    """One learned λ ≥ 1 per site, held as λ − 1."""
+    """One learned λ per site; below 1 it counts as 1."""
 
     def __init__(self, key):
         super().__init__()
         self.key = key
-        self.hardness_excess = nn.Parameter(torch.zeros(1))
+        self.unclipped_hardness = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
-        excess = self.hardness_excess.float()
-        hardness = 1.0 + excess + (excess.clamp(min=0.0) - excess).detach()
+        free = self.unclipped_hardness.float()
+        hardness = free.detach().clamp(min=1.0) + (free - free.detach())
         z = x.float()
         return (z * _GATES[self.key]((z * hardness).clamp(-1000.0, 1000.0))).to(x.dtype)
 

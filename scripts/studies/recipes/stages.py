@@ -63,7 +63,7 @@ def _staged(run: Run, stages: Callable[[PreTrainedModel], list[Callable[[PreTrai
     profile = list(hlg.hardness_profile(model).values())
     for site in hlg.hardness_sites(model).values():
         site.__class__ = _Staged
-        site.hardness_excess.requires_grad_(False)
+        site.unclipped_hardness.requires_grad_(False)
     run.trainer(model, (_InStages(stages(model)),)).train()
     before = run.judge(model)
     hlg.relu_ize(model)
@@ -121,8 +121,7 @@ class _ScalarAtSwitch(TrainerCallback):
         self.profile = [float(site.hardness.detach().mean()) for site in sites]
         _refit(self.run, model)
         for site in sites:
-            excess = torch.tensor([hlg.target_hardness() - 1.0])
-            site.hardness_excess = nn.Parameter(excess, requires_grad=False)
+            site.unclipped_hardness = nn.Parameter(torch.tensor([hlg.target_hardness()]), requires_grad=False)
 
 
 @recipe
@@ -140,7 +139,7 @@ def per_neuron(run: Run) -> dict[str, Result]:
     for hook in hooks:
         hook.remove()
     for site, width in widths.items():
-        site.hardness_excess = nn.Parameter(site.hardness_excess.data.expand(width).clone())
+        site.unclipped_hardness = nn.Parameter(site.unclipped_hardness.data.expand(width).clone())
     switch = _ScalarAtSwitch(run, 0.75)
     run.trainer(model, (switch,), hardness_compensate="none", hardness_hold=0.0).train()
     before = run.judge(model)
