@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .measurement.plots import plot_hardness, plot_sensitivity
     from .measurement.sensitivity import SensitivityReport, SiteSensitivity, sensitivity
     from .structure.loading import CheckpointError
+    from .surgery.adapter_hardness import load_hardness
     from .surgery.conversion import ConversionError, ConversionReport, convert
     from .surgery.folding import FoldError, FoldReport, fold
     from .surgery.gates import SoftGateError, gates_as_relu
@@ -93,6 +94,7 @@ __all__ = [
     "hardness_sites",
     "lambda_gelu",
     "lambda_gelu_reference",
+    "load_hardness",
     "parameter_groups",
     "plot_hardness",
     "plot_sensitivity",
@@ -157,6 +159,7 @@ _MODULES = {
     "hardness_sites": ".activation.module",
     "lambda_gelu": ".activation.functional",
     "lambda_gelu_reference": ".activation.functional",
+    "load_hardness": ".surgery.adapter_hardness",
     "parameter_groups": ".training.optimizer",
     "plot_hardness": ".measurement.plots",
     "plot_sensitivity": ".measurement.plots",

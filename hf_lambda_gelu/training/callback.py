@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from ..activation.hardness import hardness_from_raw
-from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
+from ..activation.module import hardness_profile, hardness_sites
 from ..structure.forwards import bypassed_by_code, refusal
-from ..structure.modules import has_adapters
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 from .schedule import HardeningSchedule
@@ -28,22 +25,17 @@ class HardeningCallback(TrainerCallback, ExportableState):
     """Sets λ by the schedule once learning is over.
 
     Its state is λ per site at the switch and, if they were calibrated there, the targets per site. `trainer_state.json`
-    carries both: with them, λ is a function of the step. Where checkpoints hold adapters alone (PEFT), the present λ too.
+    carries both: with them, λ is a function of the step.
     """
 
     def __init__(self) -> None:
-        self.model: nn.Module | None = None
         self.at_switch: dict[str, float] | None = None
         self.calibrated: dict[str, float] | None = None
         self.inputs: Callable[[Any], Iterable[Any]] = lambda batch: [batch]
         self.refit: CompensationReport | None = None  # in this process; a resumed run has the weights, not the report
 
     def state(self) -> dict[str, Any]:
-        attributes: dict[str, Any] = {"at_switch": self.at_switch, "calibrated": self.calibrated}
-        if self.model is not None and has_adapters(self.model):
-            sites = hardness_sites(self.model)
-            attributes["hardness"] = {name: site.hardness.item() for name, site in sites.items()}
-        return {"args": {}, "attributes": attributes}
+        return {"args": {}, "attributes": {"at_switch": self.at_switch, "calibrated": self.calibrated}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         args = cast(LambdaGELUTrainingArguments, args)  # LambdaGELUTrainer takes no others
@@ -57,30 +49,13 @@ class HardeningCallback(TrainerCallback, ExportableState):
         reasons = bypassed_by_code(kwargs["model"], hardness_sites(kwargs["model"]))
         if reasons:
             raise ValueError(f"{refusal(reasons)}. λ would not be learned there")
-        self.model = kwargs["model"]
         sites = hardness_sites(kwargs["model"])
         if self.at_switch is not None and set(self.at_switch) != set(sites):
             raise ValueError(
                 f"the checkpoint was hardening {sorted(self.at_switch)}, the model has λ-GELU at {sorted(sites)}: resume "
                 "with the model that was converted for this run"
             )
-        self._restore(attributes.get("hardness"), attributes.get("raw"), sites)
         self._apply(args, state, **kwargs)
-
-    def _restore(
-        self, hardness: dict[str, float] | None, raw: dict[str, float] | None, sites: dict[str, LambdaGELU]
-    ) -> None:
-        if raw is not None:  # s, of release 0.1
-            hardness = {name: hardness_from_raw(torch.tensor(value)).item() for name, value in raw.items()}
-        if hardness is None:
-            return
-        if set(hardness) != set(sites):
-            raise ValueError(
-                f"the checkpoint holds λ of {sorted(hardness)}, the model has λ-GELU at {sorted(sites)}: resume with the "
-                "model that was converted, and wrapped by PEFT, as it was for this run"
-            )
-        for name, site in sites.items():
-            site.set_hardness(hardness[name])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._apply(cast(LambdaGELUTrainingArguments, args), state, **kwargs)

@@ -22,6 +22,7 @@ from ..checkpoints.folders import check_writable
 from ..checkpoints.shards import tensor_names
 from ..structure.modules import has_adapters
 from ..structure.offloading import check_not_offloaded
+from ..surgery.adapter_hardness import load_hardness, save_hardness_with_adapters
 from ..surgery.gates import gates_as_relu
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
@@ -97,6 +98,7 @@ class LambdaGELUTrainer(Trainer):
         self.add_callback(HardeningCallback())
         if has_adapters(self.model):
             self._check_adapters()
+            save_hardness_with_adapters(self.model)
         best = args.metric_for_best_model or ""
         if "relu_" in best and not args.eval_relu:
             raise ValueError(f"metric_for_best_model={best!r} is not measured with eval_relu=False: set eval_relu=True")
@@ -265,6 +267,11 @@ class LambdaGELUTrainer(Trainer):
             token=token,
         )
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if has_adapters(self.model) and self.state.best_model_checkpoint:
+            load_hardness(self.model, self.state.best_model_checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Trainer loads non-strictly: without this, λ would silently start over
         saved = tensor_names(Path(resume_from_checkpoint))  # of adapters and of FSDP, PEFT and accelerate check them
@@ -278,3 +285,5 @@ class LambdaGELUTrainer(Trainer):
                     f"{sorted(wanted - found)}. Convert the model as the interrupted run did, or start a new run"
                 )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if has_adapters(self.model):
+            load_hardness(self.model, resume_from_checkpoint)
