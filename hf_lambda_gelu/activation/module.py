@@ -92,7 +92,8 @@ class LambdaGELU(nn.Module):
         return F.relu(x) if self.as_relu else lambda_gelu(x, self.hardness, self.base)
 
     def extra_repr(self) -> str:
-        value = "on meta" if self.unclipped_hardness.is_meta else f"{self.hardness.item():.4g}"
+        free = self.unclipped_hardness
+        value = "on meta" if free.is_meta else "sharded" if hasattr(free, "full_tensor") else f"{self.hardness.item():.4g}"
         return f"hardness={value}, base={self.base!r}"
 
     # transformers sets this flag on every module once its weights are in place. `from_pretrained` leaves a parameter that
@@ -158,7 +159,8 @@ def hardness_profile(model: nn.Module) -> dict[str, float]:
     """Reads the hardness of every site.
 
     Returns:
-        {module name: λ}, λ ≥ 1 as a Python number, in network order; empty if the model has no λ-GELU.
+        {module name: λ}, λ ≥ 1 as a Python number, in network order; empty if the model has no λ-GELU. Of a model that FSDP2
+        has sharded, every process must ask.
 
     Examples:
         >>> from torch import nn
@@ -171,8 +173,15 @@ def hardness_profile(model: nn.Module) -> dict[str, float]:
     if not sites:
         return {}
     with torch.no_grad():  # one transfer for all layers
-        values = torch.cat([site.hardness.reshape(1).float() for site in sites.values()]).tolist()
+        free = [_whole(site.unclipped_hardness).reshape(1).float() for site in sites.values()]
+        values = torch.cat(free).clamp(min=1.0).tolist()
     return dict(zip(sites, values, strict=True))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a parameter that FSDP2 has sharded; every process must ask for it."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
 
 
 def _check_loaded(value: Tensor, name: str) -> None:

@@ -22,6 +22,7 @@ from ..measurement.batches import CalibrationError, model_batches
 from ..measurement.calibration import calibrate
 from ..measurement.forward import measuring, run_batch
 from ..structure.random_state import random_numbers_from
+from ..structure.sharding import is_sharded
 from ..structure.transaction import transaction
 from ..surgery.refit.engine import compensation
 from ..surgery.refit.report import Compensate, CompensationReport
@@ -67,7 +68,7 @@ def try_a_batch(model: nn.Module, args: LambdaGELUTrainingArguments, data: Switc
     Raises:
         CalibrationError: there is none that the model takes, or its forward raises.
     """
-    if (args.hardness_target == "l1" and args.hardness_compensate == "none") or args.fsdp or args.deepspeed:
+    if args.hardness_target == "l1" and args.hardness_compensate == "none":
         return
     try:
         with random_numbers_from(args.seed, args.device), measuring(model), torch.no_grad():
@@ -125,14 +126,15 @@ def _refit(model: nn.Module, batches: Iterator[Any], method: Compensate) -> tupl
     return report, list(work.originals)
 
 
-def check_calibratable(args: LambdaGELUTrainingArguments, dataset: Any) -> None:
+def check_calibratable(args: LambdaGELUTrainingArguments, model: nn.Module, dataset: Any) -> None:
     """Raises ValueError unless the switch can do its part: examples by index, and parameters in one piece for a refit."""
     if args.hardness_target == "l1" and args.hardness_compensate == "none":
         return
-    if args.hardness_compensate != "none" and (args.fsdp or args.deepspeed):
+    if args.fsdp or args.deepspeed or is_sharded(model):
         raise ValueError(
-            f"hardness_compensate={args.hardness_compensate!r} refits whole weights, which FSDP and DeepSpeed cut up: set "
-            "hardness_compensate='none', or substitute before training by relu_ize(model, calibration=…, compensate=…)"
+            f"hardness_compensate={args.hardness_compensate!r} and hardness_target={args.hardness_target!r} need whole "
+            "weights, which FSDP and DeepSpeed cut up or hold copies of: set hardness_compensate='none' and "
+            "hardness_target='l1', or substitute before training by relu_ize(model, calibration=…, compensate=…)"
         )
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
         raise ValueError(

@@ -28,7 +28,6 @@ from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 from .callback import HardeningCallback
 from .first_step import first_step
-from .optimizer import attach_hardness_update
 from .publish import push_trained
 from .second_evaluation import without_a_trace
 
@@ -90,7 +89,7 @@ class LambdaGELUTrainer(Trainer):
             check_not_offloaded(model)
         if args.output_dir is not None:
             check_writable(args.output_dir)
-        super().__init__(model, args, **kwargs)
+        super().__init__(model=model, args=args, **kwargs)  # by name: subclasses' bases order theirs otherwise
         if not hardness_sites(self.model):
             raise ValueError(
                 f"{type(self.model).__name__} has no λ-GELU: call hf_lambda_gelu.convert(model) before building the trainer"
@@ -156,8 +155,6 @@ class LambdaGELUTrainer(Trainer):
                     hardness.requires_grad_(True)
             if trained:
                 optimizer.add_param_group({"params": trained, "lr": self.args.hardness_learning_rate, "weight_decay": 0.0})
-        if trained:
-            attach_hardness_update(optimizer, sites.values())
         return optimizer
 
     def training_step(

@@ -153,8 +153,8 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
     trainer.args.deepspeed = {"zero_optimization": {"stage": 3}}
     from hf_lambda_gelu.training.switch import check_calibratable
 
-    with pytest.raises(ValueError, match="DeepSpeed cut up: set hardness_compensate='none', or substitute before training"):
-        check_calibratable(trainer.args, Rows())
+    with pytest.raises(ValueError, match="DeepSpeed cut up or hold copies of: set hardness_compensate='none' and"):
+        check_calibratable(trainer.args, trainer.model, Rows())
 
 
 _TWO = """
