@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .surgery.conversion import ConversionError, ConversionReport, convert
     from .surgery.folding import FoldError, FoldReport, fold
     from .surgery.gates import SoftGateError, gates_as_relu
+    from .surgery.hardening import harden
     from .surgery.report import SubstitutionReport
     from .surgery.substitution import relu_ize
     from .training.arguments import LambdaGELUTrainingArguments
@@ -90,6 +91,7 @@ __all__ = [
     "feed_forward",
     "fold",
     "gates_as_relu",
+    "harden",
     "hardness_profile",
     "hardness_sites",
     "lambda_gelu",
@@ -155,6 +157,7 @@ _MODULES = {
     "feed_forward": ".downstream.verification.feed_forward",
     "fold": ".surgery.folding",
     "gates_as_relu": ".surgery.gates",
+    "harden": ".surgery.hardening",
     "hardness_profile": ".activation.module",
     "hardness_sites": ".activation.module",
     "lambda_gelu": ".activation.functional",

@@ -87,7 +87,7 @@ def relu_ize(
         >>> _ = hlg.convert(model, init_hardness=200.0)
         >>> _ = hlg.relu_ize(model)
     """
-    sites = _check_sites(model, calibration, compensate)
+    sites = check_substitutable(model, calibration, compensate)
     soft = _soft_sites(sites, tolerance, targets, refused=not force and compensate is None)
     report = SubstitutionReport(sites, tolerance, forced=bool(soft) and compensate is None)
     if compensate is not None and calibration is not None:
@@ -193,7 +193,7 @@ def _fold(model: nn.Module, names: list[str], batch: Mapping[str, Any] | None, r
     report.folded = {name: sup_error(FOLDED_HARDNESS, sites[name].base) for name in names}
 
 
-def _check_sites(
+def check_substitutable(
     model: nn.Module, calibration: Iterable[Any] | None, compensate: Compensate | None
 ) -> list[SubstitutedSite]:
     """The sites with their λ; ValueError if this model cannot be substituted, or not as it is asked for."""

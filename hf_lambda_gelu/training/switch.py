@@ -23,8 +23,7 @@ from ..measurement.calibration import calibrate
 from ..measurement.forward import measuring, run_batch
 from ..structure.random_state import random_numbers_from
 from ..structure.sharding import is_sharded
-from ..structure.transaction import transaction
-from ..surgery.refit.engine import compensation
+from ..surgery.hardening import refit_for_hard_gates
 from ..surgery.refit.report import Compensate, CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 
@@ -111,19 +110,11 @@ def refit_at_switch(model: nn.Module, args: LambdaGELUTrainingArguments, data: S
     """
     with random_numbers_from(args.seed, args.device):
         batches = data.batches(args, REFIT_EXAMPLES)
-        report, refit = _refit(model, batches, cast("Compensate", args.hardness_compensate))
+        report, refit = refit_for_hard_gates(model, batches, cast("Compensate", args.hardness_compensate))
     if args.world_size > 1:
         for parameter in refit:
             torch.distributed.broadcast(parameter.data, 0)
     return report
-
-
-@transaction
-def _refit(model: nn.Module, batches: Iterator[Any], method: Compensate) -> tuple[CompensationReport, list[nn.Parameter]]:
-    """The report, and the parameters that were refit."""
-    with measuring(model), compensation(model, batches) as work:
-        report = work.run(method, biases=False)
-    return report, list(work.originals)
 
 
 def check_calibratable(args: LambdaGELUTrainingArguments, model: nn.Module, dataset: Any) -> None:
