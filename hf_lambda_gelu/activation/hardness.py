@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from .bases import get_base
 
+MAX_HARDNESS = 1e30  # far beyond any use, and λx stays a number in fp32 for any moderate x
 DEFAULT_TOLERANCE = 0.005  # ε, of the gate
 DEFAULT_RELATIVE_TOLERANCE = 0.01  # τ, the error of a site relative to its output
 
@@ -33,7 +34,7 @@ def check_hardness(value: float) -> float:
         raise TypeError(
             f"hardness must be a number, or in lambda_gelu a tensor, got {type(value).__name__}: {value!r}"
         ) from None
-    if not (1.0 <= value <= 1e30):  # far beyond any use, and λx stays a number in fp32 for any moderate x
+    if not (1.0 <= value <= MAX_HARDNESS):
         raise ValueError(
             f"hardness must be a finite number >= 1 (1 is the smooth activation itself) and <= 1e30, got {value}; "
             "for ReLU itself, use relu_ize"

@@ -13,7 +13,7 @@ from transformers import initialization as init
 from .._compat import was_loaded
 from .bases import get_base
 from .functional import lambda_gelu
-from .hardness import check_hardness, hardness_from_raw
+from .hardness import MAX_HARDNESS, check_hardness, hardness_from_raw
 
 
 class LambdaGELU(nn.Module):
@@ -185,8 +185,8 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _check_loaded(value: Tensor, name: str) -> None:
-    if not value.is_meta and not bool(torch.isfinite(value).all()):
+    if not value.is_meta and not bool((torch.isfinite(value) & (value <= MAX_HARDNESS)).all()):
         raise ValueError(
-            f"{name} is {value.flatten().tolist()}: expected finite numbers. The checkpoint is damaged; take an earlier "
+            f"{name} is {value.flatten().tolist()}: expected finite numbers, of {MAX_HARDNESS:g} at most. The checkpoint is damaged; take an earlier "
             "one, or drop the tensor to start from the initial hardness"
         )
