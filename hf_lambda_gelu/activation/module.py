@@ -187,6 +187,6 @@ def _whole(tensor: Tensor) -> Tensor:
 def _check_loaded(value: Tensor, name: str) -> None:
     if not value.is_meta and not bool((torch.isfinite(value) & (value <= MAX_HARDNESS)).all()):
         raise ValueError(
-            f"{name} is {value.flatten().tolist()}: expected finite numbers, of {MAX_HARDNESS:g} at most. The checkpoint is damaged; take an earlier "
-            "one, or drop the tensor to start from the initial hardness"
+            f"{name} is {value.flatten().tolist()}: expected finite numbers, of {MAX_HARDNESS:g} at most. The checkpoint is "
+            "damaged; take an earlier one, or drop the tensor to start from the initial hardness"
         )
