@@ -36,13 +36,15 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .measurement.plots import plot_hardness, plot_sensitivity
     from .measurement.sensitivity import SensitivityReport, SiteSensitivity, sensitivity
     from .structure.loading import CheckpointError
+    from .surgery.adapter_hardness import load_hardness
     from .surgery.conversion import ConversionError, ConversionReport, convert
     from .surgery.folding import FoldError, FoldReport, fold
     from .surgery.gates import SoftGateError, gates_as_relu
+    from .surgery.hardening import harden
     from .surgery.report import SubstitutionReport
     from .surgery.substitution import relu_ize
     from .training.arguments import LambdaGELUTrainingArguments
-    from .training.optimizer import attach_hardness_update
+    from .training.optimizer import attach_hardness_update, parameter_groups
     from .training.schedule import HardeningSchedule
     from .training.trainer import LambdaGELUTrainer
 
@@ -89,10 +91,13 @@ __all__ = [
     "feed_forward",
     "fold",
     "gates_as_relu",
+    "harden",
     "hardness_profile",
     "hardness_sites",
     "lambda_gelu",
     "lambda_gelu_reference",
+    "load_hardness",
+    "parameter_groups",
     "plot_hardness",
     "plot_sensitivity",
     "prune_dead_units",
@@ -152,10 +157,13 @@ _MODULES = {
     "feed_forward": ".downstream.verification.feed_forward",
     "fold": ".surgery.folding",
     "gates_as_relu": ".surgery.gates",
+    "harden": ".surgery.hardening",
     "hardness_profile": ".activation.module",
     "hardness_sites": ".activation.module",
     "lambda_gelu": ".activation.functional",
     "lambda_gelu_reference": ".activation.functional",
+    "load_hardness": ".surgery.adapter_hardness",
+    "parameter_groups": ".training.optimizer",
     "plot_hardness": ".measurement.plots",
     "plot_sensitivity": ".measurement.plots",
     "prune_dead_units": ".downstream.pruning",

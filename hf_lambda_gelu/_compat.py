@@ -8,7 +8,7 @@ One name cannot stand here: transformers sets `_is_hf_initialized` on modules, a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -43,7 +43,6 @@ __all__ = [
     "put_compile_stance",
     "put_mode_stack",
     "pytree",
-    "step_pre_hooks",
     "view_base",
     "was_loaded",
     "without_torch_function",
@@ -117,11 +116,6 @@ def forward_before_accelerate(model: nn.Module) -> Callable[..., Any] | None:
     """The forward that accelerate has wrapped in autocast (`Accelerator.prepare` with bf16 or fp16), None if it has not."""
     found: Callable[..., Any] | None = vars(model).get("_original_forward")
     return found
-
-
-def step_pre_hooks(optimizer: torch.optim.Optimizer) -> Iterable[Callable[..., Any]]:
-    """The hooks that run before each step of the optimizer."""
-    return optimizer._optimizer_step_pre_hooks.values()
 
 
 def was_loaded(parameter: Tensor) -> bool:

@@ -1,26 +1,22 @@
-"""The number λ: its parameter s, the λ that a tolerance asks for, and how far from ReLU a gate of that λ is."""
+"""The number λ: what older checkpoints hold, the λ that a tolerance asks for, and how far from ReLU a gate of that λ is."""
 
 from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .bases import get_base
 
-# λ = 1 lies at s = −∞. The smallest excess that is stored, 2⁻²⁵, gives λ = 1 exactly in fp32 with a finite s.
-MIN_EXCESS = 2.0**-25
-
+MAX_HARDNESS = 1e30  # far beyond any use, and λx stays a number in fp32 for any moderate x
 DEFAULT_TOLERANCE = 0.005  # ε, of the gate
 DEFAULT_RELATIVE_TOLERANCE = 0.01  # τ, the error of a site relative to its output
 
 
-def raw_from_hardness(value: float, temperature: float) -> float:
-    """s = t softplus⁻¹(λ − 1), the inverse of λ = 1 + softplus(s / t), for a number λ ≥ 1."""
-    excess = max(check_hardness(value) - 1.0, MIN_EXCESS)
-    # log(eʸ − 1) without overflow for large y and without cancellation for small y
-    return temperature * (excess + math.log(-math.expm1(-excess)))
+def hardness_from_raw(raw: Tensor) -> Tensor:
+    """λ = 1 + softplus(s / t), elementwise, for the s that release 0.1 kept in checkpoints, at their t = 0.1."""
+    return 1.0 + F.softplus(raw.float() / 0.1)
 
 
 def check_hardness(value: float) -> float:
@@ -38,7 +34,7 @@ def check_hardness(value: float) -> float:
         raise TypeError(
             f"hardness must be a number, or in lambda_gelu a tensor, got {type(value).__name__}: {value!r}"
         ) from None
-    if not (1.0 <= value <= 1e30):  # far beyond any use, and λx stays a number in fp32 for any moderate x
+    if not (1.0 <= value <= MAX_HARDNESS):
         raise ValueError(
             f"hardness must be a finite number >= 1 (1 is the smooth activation itself) and <= 1e30, got {value}; "
             "for ReLU itself, use relu_ize"
@@ -99,8 +95,3 @@ def sup_error(hardness: float, base: str = "gelu") -> float:
         0.00106
     """
     return get_base(base).sup_error / hardness
-
-
-def inverse_softplus(y: Tensor) -> Tensor:
-    """log(eʸ − 1) for y > 0, elementwise, without overflow for large y or cancellation for small y."""
-    return y + torch.log(-torch.expm1(-y))

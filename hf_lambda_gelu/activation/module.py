@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,29 +13,30 @@ from transformers import initialization as init
 from .._compat import was_loaded
 from .bases import get_base
 from .functional import lambda_gelu
-from .hardness import check_hardness, raw_from_hardness
+from .hardness import MAX_HARDNESS, check_hardness, hardness_from_raw
 
 
 class LambdaGELU(nn.Module):
-    r"""x · gate(λx) with one learnable hardness, λ = 1 + softplus(s / t).
+    r"""x · gate(λx) with one learnable hardness λ ≥ 1.
 
-    The reparameterization keeps λ ≥ 1 (arXiv 2603.21991; its form as in the code that cites it). The paper starts at
-    s = 0, λ = 1 + ln 2; the default here is λ = 1, since a pretrained model must keep its function.
+    The paper (arXiv 2603.21991) keeps λ ≥ 1 by λ = 1 + softplus(s / t), so s = t softplus⁻¹(λ − 1) is the same λ in another
+    unit. The parameter here is λ itself, so that a step of any optimizer is a step of λ, whatever the optimizer does
+    between its steps. [derived] The paper starts at s = 0, λ = 1 + ln 2; the default here is λ = 1, since a pretrained
+    model must keep its function.
 
     Args:
         init_hardness: λ at the start, ≥ 1.
-        temperature: t > 0, the scale of s.
         base: "gelu", "gelu_tanh", "quick_gelu" or "silu", see `lambda_gelu`.
 
     Attributes:
-        raw_hardness: the parameter s, shape (1,), fp32 whatever dtype the model has or is cast to: in bf16, steps of the
-            usual size would round to nothing. Casting to float64 is followed.
+        unclipped_hardness: the parameter, λ where that is ≥ 1, shape (1,), fp32 whatever dtype the model has or is cast to:
+            in bf16, steps of the usual size would round to nothing. Casting to float64 is followed. Below 1 it counts as 1,
+            with the gradient of λ, so that it finds its way back; `attach_hardness_update` does not let it go there.
 
     Shapes: input and output any, same floating point dtype; λ has no unit.
 
     Raises:
-        ValueError: `temperature` is no finite number > 0, `init_hardness` is below 1, above 1e30 or NaN, or the base is
-            unknown.
+        ValueError: `init_hardness` is below 1, above 1e30 or NaN, or the base is unknown.
 
     Examples:
         >>> import torch
@@ -51,23 +51,19 @@ class LambdaGELU(nn.Module):
         -0.0
     """
 
-    raw_hardness: nn.Parameter
+    unclipped_hardness: nn.Parameter
     # what it took the place of, if `convert` made it: transformers' name, or the module where no config attribute governs it
     stock_key: str = ""
     replaced: nn.Module | None = None
     # gets an entry at each call, for the time of a run: a hook would switch off the fused kernels that are looked for
     calls: list[None] | None = None
 
-    def __init__(self, init_hardness: float = 1.0, temperature: float = 0.1, base: str = "gelu") -> None:
+    def __init__(self, init_hardness: float = 1.0, base: str = "gelu") -> None:
         super().__init__()
-        if not (0.0 < float(temperature) < math.inf):
-            raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
         self.base = get_base(base).name
-        self.temperature = float(temperature)
         self.init_hardness = check_hardness(init_hardness)
         self.as_relu = False  # set by `gates_as_relu` for the time of an evaluation
-        self.holds_excess = False  # set by `attach_hardness_update` for the time of a step
-        self.raw_hardness = nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.unclipped_hardness = nn.Parameter(torch.empty(1, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -76,16 +72,19 @@ class LambdaGELU(nn.Module):
 
     @property
     def hardness(self) -> Tensor:
-        """λ, shape (1,), differentiable in s."""
-        if self.holds_excess:
-            return 1.0 + self.raw_hardness
-        return 1.0 + F.softplus(self.raw_hardness / self.temperature)
+        """λ = max(`unclipped_hardness`, 1), shape (1,), with a derivative of 1 everywhere."""
+        free = self.unclipped_hardness
+        return free.detach().clamp(min=1.0) + (free - free.detach())
+
+    @property
+    def raw_hardness(self) -> nn.Parameter:
+        """The parameter, by its name in release 0.1, where it held s: optimizers built that way go on."""
+        return self.unclipped_hardness
 
     @torch.no_grad()
     def set_hardness(self, value: float) -> None:
         """Sets λ to `value`, a number from 1 to 1e30 (ValueError otherwise)."""
-        self.raw_hardness.fill_(raw_from_hardness(value, self.temperature))
-        self.holds_excess = False
+        self.unclipped_hardness.fill_(check_hardness(value))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.calls is not None:
@@ -93,7 +92,8 @@ class LambdaGELU(nn.Module):
         return F.relu(x) if self.as_relu else lambda_gelu(x, self.hardness, self.base)
 
     def extra_repr(self) -> str:
-        value = "on meta" if self.raw_hardness.is_meta else f"{self.hardness.item():.4g}"
+        free = self.unclipped_hardness
+        value = "on meta" if free.is_meta else "sharded" if hasattr(free, "full_tensor") else f"{self.hardness.item():.4g}"
         return f"hardness={value}, base={self.base!r}"
 
     # transformers sets this flag on every module once its weights are in place. `from_pretrained` leaves a parameter that
@@ -106,28 +106,32 @@ class LambdaGELU(nn.Module):
     @_is_hf_initialized.setter
     def _is_hf_initialized(self, value: bool) -> None:
         self.__dict__["_initialized_by_hf"] = value
-        if not value or self.raw_hardness.is_meta:
+        if not value or self.unclipped_hardness.is_meta:
             return
-        if was_loaded(self.raw_hardness):
-            _check_raw(self.raw_hardness, "the checkpoint's raw_hardness")
+        if was_loaded(self.unclipped_hardness):
+            _check_loaded(self.unclipped_hardness, "the checkpoint's unclipped_hardness")
         else:
-            init.constant_(self.raw_hardness, raw_from_hardness(self.init_hardness, self.temperature))
+            init.constant_(self.unclipped_hardness, self.init_hardness)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # before anything is copied: a NaN λ would turn every logit into NaN, far from its cause
-        loaded = state_dict.get(prefix + "raw_hardness")
+        name, raw = prefix + "unclipped_hardness", prefix + "raw_hardness"
+        if isinstance(state_dict.get(raw), Tensor) and name not in state_dict:  # of a release that kept s
+            _check_loaded(state_dict[raw], raw)
+            state_dict[name] = hardness_from_raw(state_dict.pop(raw))
+        loaded = state_dict.get(name)
         if isinstance(loaded, Tensor) and not loaded.is_meta and loaded.numel():
-            _check_raw(loaded, prefix + "raw_hardness")
+            _check_loaded(loaded, name)
             if loaded.dtype in (torch.float16, torch.bfloat16):  # assign=True would take the dtype over
-                state_dict[prefix + "raw_hardness"] = loaded.float()
+                state_dict[name] = loaded.float()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LambdaGELU:
         # .half() and .to(bfloat16) move λ but do not round it
-        kept, grad = self.raw_hardness.data, self.raw_hardness.grad
+        kept, grad = self.unclipped_hardness.data, self.unclipped_hardness.grad
         grad = None if grad is None else grad.detach()  # an alias, as the cast replaces the data of the gradient itself
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        raw = self.raw_hardness
+        raw = self.unclipped_hardness
         if raw.dtype in (torch.float16, torch.bfloat16):
             raw.grad = None  # a gradient has its parameter's dtype, at every moment
             raw.data = kept.to(raw.device)
@@ -155,7 +159,8 @@ def hardness_profile(model: nn.Module) -> dict[str, float]:
     """Reads the hardness of every site.
 
     Returns:
-        {module name: λ}, λ ≥ 1 as a Python number, in network order; empty if the model has no λ-GELU.
+        {module name: λ}, λ ≥ 1 as a Python number, in network order; empty if the model has no λ-GELU. Of a model that FSDP2
+        has sharded, every process must ask.
 
     Examples:
         >>> from torch import nn
@@ -168,13 +173,20 @@ def hardness_profile(model: nn.Module) -> dict[str, float]:
     if not sites:
         return {}
     with torch.no_grad():  # one transfer for all layers
-        values = torch.cat([site.hardness.reshape(1).float() for site in sites.values()]).tolist()
+        free = [_whole(site.unclipped_hardness).reshape(1).float() for site in sites.values()]
+        values = torch.cat(free).clamp(min=1.0).tolist()
     return dict(zip(sites, values, strict=True))
 
 
-def _check_raw(raw: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(raw).all()):
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a parameter that FSDP2 has sharded; every process must ask for it."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
+
+
+def _check_loaded(value: Tensor, name: str) -> None:
+    if not value.is_meta and not bool((torch.isfinite(value) & (value <= MAX_HARDNESS)).all()):
         raise ValueError(
-            f"{name} is {raw.flatten().tolist()}: expected finite numbers. The checkpoint is damaged; take an earlier one, "
-            "or drop the tensor to start from the initial hardness"
+            f"{name} is {value.flatten().tolist()}: expected finite numbers, of {MAX_HARDNESS:g} at most. The checkpoint is "
+            "damaged; take an earlier one, or drop the tensor to start from the initial hardness"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.activations import ACT2CLS, ACT2FN
 
+from . import older_checkpoints
 from .bases import BASES
 from .module import LambdaGELU
 
@@ -14,8 +15,8 @@ from .module import LambdaGELU
 def register() -> None:
     """Adds `lambda_gelu`, `lambda_gelu_tanh`, `lambda_quick_gelu` and `lambda_silu` to `ACT2FN` and `ACT2CLS`.
 
-    Both tables, as some models (RT-DETR v2, D-FINE, TextNet …) read the second. `import hf_lambda_gelu` calls it; a second
-    call changes nothing.
+    Both tables, as some models (RT-DETR v2, D-FINE, TextNet …) read the second. Checkpoints of release 0.1 are converted as
+    they are loaded. `import hf_lambda_gelu` calls it; a second call changes nothing.
 
     Raises:
         RuntimeError: another package holds one of the keys.
@@ -36,6 +37,8 @@ def register() -> None:
                     f"transformers' activation table already holds {base.key!r} = {dict.__getitem__(table, base.key)!r}, "
                     "which is not from hf_lambda_gelu: remove that entry, or the package that made it, before the import"
                 )
+
+    older_checkpoints.register()
 
 
 def _is_ours(entry: Any) -> bool:

@@ -9,17 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from ..structure.transaction import scratch_in_use
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """Within the block, a temporary folder beside `folder`, which takes its place at the end, or is removed on an error.
 
     A process that is killed leaves `.<name>-<random>` behind, and `folder` as it was.
 
     Raises:
-        ValueError: nothing can be written there.
+        ValueError: nothing can be written there; without `overwrite`, something that is not empty has appeared there.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -33,10 +35,19 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         except OSError as error:
             raise ValueError(f"cannot write into {str(folder.parent)!r}: {error}. Choose another folder") from error
         yield temporary
-        _put_in_place(temporary, folder)
+        if overwrite:
+            _put_in_place(temporary, folder)
+        else:
+            _put_where_nothing_is(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def of_the_cache(link: Path) -> bool:
+    """Whether a link leads to a file that the Hub's client downloaded."""
+    target = Path(os.path.realpath(link))
+    return target.parent.name == "blobs" and target.is_relative_to(os.path.realpath(constants.HF_HUB_CACHE))
 
 
 def check_new(folder: Path, overwrite: bool | None = None) -> None:
@@ -58,6 +69,22 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"cannot write into the output folder {str(folder)!r}: {error}. Choose another folder") from error
+
+
+def _put_where_nothing_is(temporary: Path, folder: Path) -> None:
+    """One rename, which takes the place of an empty folder at most, so that two processes cannot both succeed."""
+    try:
+        try:
+            temporary.rename(folder)
+        except FileExistsError:  # on Windows, of an empty folder too
+            folder.rmdir()
+            temporary.rename(folder)
+    except OSError as error:
+        if not (folder.exists() or folder.is_symlink()):
+            raise
+        raise ValueError(
+            f"{str(folder)!r} has appeared meanwhile, made by somebody else, and was not touched. Choose another folder"
+        ) from error
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:

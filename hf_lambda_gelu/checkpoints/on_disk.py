@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..activation.hardness import DEFAULT_TOLERANCE
 from ..activation.module import hardness_sites
+from ..activation.older_checkpoints import NAME, OLDER
 from ..structure.loading import CheckpointError, save_parts
 from ..structure.scratch import scratch_folder
 from ..structure.transaction import transaction
@@ -31,8 +32,6 @@ from .on_disk_files import Source, WrittenFiles
 from .remote_code import CODE_NAME
 from .save import write_card
 from .shards import Shard
-
-_LEAF = "raw_hardness"
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def convert_checkpoint(
     for site in hardness_sites(model).values():
         site.to_empty(device="cpu").reset_parameters()
     with whole_folder(source.target) as temporary:
-        hardness = save_parts(model, temporary, _raw_hardness(model))
+        hardness = save_parts(model, temporary, _hardness(model))
         there = [name for shard in source.shards for name in shard.tensors if name in hardness]
         if there:
             raise CheckpointError(
@@ -194,15 +193,16 @@ def _report(source: Source, model: ConversionReport | SubstitutionReport, writte
     )
 
 
-def _raw_hardness(model: PreTrainedModel) -> dict[str, Tensor]:
+def _hardness(model: PreTrainedModel) -> dict[str, Tensor]:
     """The λ of the model's state dict, under all names of a site that is shared."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[2] == _LEAF}
+    return {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[2] == NAME}
 
 
 def _load_hardness(model: PreTrainedModel, shards: list[Shard]) -> frozenset[str]:
     """Gives the sites the checkpoint's λ, or 1 where it has none, as from_pretrained does; the names of its tensors."""
-    stored = {name: shard.path for shard in shards for name in shard.tensors if name.rpartition(".")[2] == _LEAF}
-    sites = list(_raw_hardness(model))
+    places = {name: shard.path for shard in shards for name in shard.tensors if name.rpartition(".")[2] in (NAME, OLDER)}
+    stored = {name.replace(OLDER, NAME): name for name in places}
+    sites = list(_hardness(model))
     with scratch_folder() as scratch:  # numbers in the place of λ show what each is called in a checkpoint
         numbers = save_parts(model, scratch, {name: torch.full((1,), float(i)) for i, name in enumerate(sites)})
     called = {name: sites[int(number)] for name, number in numbers.items()}
@@ -215,6 +215,7 @@ def _load_hardness(model: PreTrainedModel, shards: list[Shard]) -> frozenset[str
     for site in hardness_sites(model).values():
         site.to_empty(device="cpu").reset_parameters()
     for name in sorted(set(called) & set(stored)):
-        with safe_open(stored[name], framework="pt") as file:
-            model.get_submodule(called[name].rpartition(".")[0]).load_state_dict({_LEAF: file.get_tensor(name)})
-    return frozenset(stored)
+        with safe_open(places[stored[name]], framework="pt") as file:
+            leaf = stored[name].rpartition(".")[2]
+            model.get_submodule(called[name].rpartition(".")[0]).load_state_dict({leaf: file.get_tensor(stored[name])})
+    return frozenset(places)

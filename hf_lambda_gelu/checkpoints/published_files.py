@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-from huggingface_hub import constants
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .card import PLOT_NAME, REPORT_NAME
+from .folders import of_the_cache
 from .redaction import holds_hub_token
 
 _CARD = "README.md"
@@ -85,7 +85,7 @@ def published_files(folder: Path) -> PublishedFiles:
 
 
 def _sort(name: str, path: Path, is_known: bool, names: list[str], left_out: dict[str, str]) -> None:
-    if path.is_symlink() and not _of_the_cache(path):
+    if path.is_symlink() and not of_the_cache(path):
         left_out[name] = "a link"
     elif not is_known:
         left_out[name] = "not a file of the model, its processor or this package"
@@ -95,18 +95,12 @@ def _sort(name: str, path: Path, is_known: bool, names: list[str], left_out: dic
         names.append(name)
 
 
-def _of_the_cache(link: Path) -> bool:
-    """Whether a link leads to a file that the Hub's client downloaded."""
-    target = Path(os.path.realpath(link))
-    return target.parent.name == "blobs" and target.is_relative_to(os.path.realpath(constants.HF_HUB_CACHE))
-
-
 def _weights(folder: Path) -> set[str]:
     """The safetensors that transformers would load: one file, or an index and the files of the folder that it names."""
     if os.path.lexists(folder / SAFE_WEIGHTS_NAME):
         return {SAFE_WEIGHTS_NAME}
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_symlink() and not _of_the_cache(index):
+    if index.is_symlink() and not of_the_cache(index):
         return set()
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -120,7 +114,7 @@ def _processor_files(folder: Path) -> set[str]:
     """Names that tokenizers and processors write, those of this folder's tokenizer class among them."""
     names = {*_PROCESSOR_CONFIGS, *_VOCABULARIES}
     config = folder / "tokenizer_config.json"
-    if config.is_symlink() and not _of_the_cache(config):
+    if config.is_symlink() and not of_the_cache(config):
         return names
     try:
         name = json.loads(config.read_text(encoding="utf-8"))["tokenizer_class"]

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..activation.module import hardness_sites
 from ..measurement.plots import plot_hardness
 from ..structure.config import LAMBDA_KEYS, activation_attributes
-from ..structure.config_probe import governed_modules
+from ..structure.config_probe import governed_modules, other_activations
 from ..structure.modules import has_adapters
 from ..structure.offloading import check_not_offloaded
 from ..structure.smooth_activations import smooth_activations, smooth_modules
@@ -21,6 +22,8 @@ from ..structure.transaction import transaction
 from ..surgery.report import SubstitutionReport
 from .card import PLOT_NAME, CardDetails, card_record, package_versions, render_card, write_record
 from .folders import check_new, whole_folder
+
+_RELUS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU)
 
 
 @transaction
@@ -71,7 +74,7 @@ def save_relu_pretrained(
     smooth = smooth_modules(model)
     if report is None and smooth:
         raise ValueError(f"the model did not come from relu_ize and has smooth modules, from {smooth[0]} on")
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder, overwrite) as temporary:
         model.save_pretrained(temporary)
         for item in processor if isinstance(processor, (list, tuple)) else [processor]:
             if item is not None:
@@ -136,6 +139,12 @@ def check_relu(model: PreTrainedModel) -> None:
     smooth = [f"config.{a.path} = {a.value!r}" for a in governed_modules(model) if a.modules]
     if smooth:
         raise ValueError(f"{', '.join(smooth)}: the model is smooth. Call convert(model), train, and relu_ize(model) first")
+    other = other_activations(model)
+    if other and not any(isinstance(module, _RELUS) for module in model.modules()):
+        raise ValueError(
+            f"{', '.join(f'config.{a.path} = {a.value!r}' for a in other)}: no activation of the model is ReLU, so it is no "
+            "ReLU network. λ-GELU leads from GELU and SiLU to ReLU alone"
+        )
     broken = [
         name
         for name, tensor in model.state_dict().items()

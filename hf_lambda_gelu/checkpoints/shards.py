@@ -23,6 +23,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from ..structure.loading import CheckpointError
+from .folders import of_the_cache
 
 _CHUNK = 4 << 20  # bytes that are in memory at a time
 _METADATA = "__metadata__"
@@ -130,6 +131,9 @@ def side_files(folder: Path) -> list[Path]:
     """What else belongs to the checkpoint, as relative paths: tokenizer, processor, card, a pooling module's folder.
 
     Not the config and the weights, in whatever format, nor what a Trainer keeps to go on, nor hidden files.
+
+    Raises:
+        CheckpointError: a link that leads out of the folder, and not into the Hub's cache.
     """
     found: list[Path] = []
     for root, folders, files in os.walk(folder):
@@ -140,8 +144,19 @@ def side_files(folder: Path) -> list[Path]:
             weights = suffix in _WEIGHTS or name.endswith(".index.json") or (top and suffix == ".safetensors")
             config = top and (name == CONFIG_NAME or name in _TRAINER)
             if not (weights or config or name.startswith(".")) and (folder / here / name).is_file():
+                _check_link(folder, here / name)
                 found.append(here / name)
     return sorted(found)
+
+
+def _check_link(folder: Path, name: Path) -> None:
+    path = folder / name
+    inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    if not (inside or of_the_cache(path)):
+        raise CheckpointError(
+            f"{str(name)!r} in {str(folder)!r} is a link to {os.readlink(path)!r}, out of the checkpoint: what is there "
+            "would be copied. Put the file itself in its place, or remove the link"
+        )
 
 
 def can_link(source: Path, folder: Path) -> bool:

@@ -215,7 +215,7 @@ def calibration_sites(model: nn.Module) -> dict[str, LambdaGELU]:
     if not sites:
         raise ValueError(f"{type(model).__name__} has no λ-GELU: call hf_lambda_gelu.convert(model) first")
     check_not_offloaded(model)
-    if any(site.raw_hardness.is_meta for site in sites.values()):
+    if any(site.unclipped_hardness.is_meta for site in sites.values()):
         raise ValueError("the model is on the meta device, where nothing can be measured: load its weights first")
     return sites
 

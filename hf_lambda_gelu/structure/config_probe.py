@@ -19,9 +19,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2CLS, ACT2FN
 
 from ..activation.module import hardness_sites
-from .config import LAMBDA_KEYS, activation_attributes, owner_of, reloaded_value
+from .config import LAMBDA_KEYS, STOCK_KEYS, activation_attributes, owner_of, reloaded_value
 from .modules import joined, named_modules, transformers_parts
 
+_PIECEWISE_LINEAR = ("relu", "relu6", "leaky_relu", "prelu", "linear")
 _PROBES = itertools.count()  # each probe has a key of its own: another thread may be probing too
 
 
@@ -53,6 +54,20 @@ class Governed:
 def governed_modules(model: PreTrainedModel) -> list[Governed]:
     """What each activation attribute of `model.config` governs; attributes that govern no module have none."""
     return [_governed(model, path, value) for path, value in activation_attributes(model.config)]
+
+
+def other_activations(model: PreTrainedModel) -> list[Governed]:
+    """The config attributes that name an activation which is neither ReLU nor of its family (mish, tanh …) and is built."""
+    found = [_governed(model, path, value) for path, value in _named_activations(model.config)]
+    return [attribute for attribute in found if attribute.modules]
+
+
+def _named_activations(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _named_activations(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and value in ACT2FN and value not in (*STOCK_KEYS, *LAMBDA_KEYS, *_PIECEWISE_LINEAR):
+            yield f"{prefix}{name}", value
 
 
 def bias_attribute(model: PreTrainedModel, wanted: set[str]) -> tuple[str, dict[str, int]] | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import transformers
 from safetensors.torch import load_file
@@ -14,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .._compat import generation_config_in_config
+from ..activation.module import hardness_sites
 
 
 class CheckpointError(ValueError):
@@ -71,12 +73,29 @@ def load_saved(folder: str | os.PathLike[str], *, otherwise: type[PreTrainedMode
     """
     config, cls = saved_class(Path(folder), otherwise)
     try:
-        return cls.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
+        loaded: Any = cls.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+        model: PreTrainedModel = loaded[0]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"{cls.__name__} does not load {str(folder)!r}: {error}. Expected a folder with config.json and weights, as "
             "save_pretrained writes it"
         ) from error
+    if cls is not otherwise:  # a part of a network lacks what is not its own
+        _check_complete(Path(folder), model, loaded[1]["missing_keys"])
+    return model
+
+
+def _check_complete(folder: Path, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """CheckpointError if weights are missing, but for λ, which is 1 where a checkpoint of a smooth model has none."""
+    hardness = {f"{name}.unclipped_hardness" for name in hardness_sites(model)}
+    lost = sorted(set(missing) - hardness)
+    if lost:
+        raise CheckpointError(
+            f"{str(folder)!r} lacks {len(lost)} tensors of {type(model).__name__}, {lost[0]} the first of them: they would "
+            "be drawn at random. Fetch it again, or load the model, see to these weights, and save_pretrained"
+        )
 
 
 def load_on_meta(
@@ -93,16 +112,20 @@ def load_on_meta(
     quantised = config.__dict__.pop("quantization_config", None)  # its modules are not needed, nor is a GPU for them
     try:
         with quietly():
-            model = cls.from_pretrained(
+            loaded: Any = cls.from_pretrained(
                 None,
                 config=config,
                 state_dict=dict(tensors),
                 device_map={"": "meta"},
                 ignore_mismatched_sizes=quantised is not None,
+                output_loading_info=True,
             )
+            model: PreTrainedModel = loaded[0]
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{cls.__name__} does not load {str(folder)!r}: {error}") from error
-    if quantised is not None:
+    if quantised is None:
+        _check_complete(folder, model, loaded[1]["missing_keys"])
+    else:
         model.config.quantization_config = quantised
     if model.can_generate() and not (folder / GENERATION_CONFIG_NAME).is_file():
         # an old checkpoint has the settings in config.json, which is rewritten without them

@@ -87,7 +87,7 @@ def relu_ize(
         >>> _ = hlg.convert(model, init_hardness=200.0)
         >>> _ = hlg.relu_ize(model)
     """
-    sites = _check_sites(model, calibration, compensate)
+    sites = check_substitutable(model, calibration, compensate)
     soft = _soft_sites(sites, tolerance, targets, refused=not force and compensate is None)
     report = SubstitutionReport(sites, tolerance, forced=bool(soft) and compensate is None)
     if compensate is not None and calibration is not None:
@@ -187,13 +187,13 @@ def _fold(model: nn.Module, names: list[str], batch: Mapping[str, Any] | None, r
         return
     sites = hardness_sites(model)
     for name in names:
-        keep(sites[name].raw_hardness)
+        keep(sites[name].unclipped_hardness)
         sites[name].set_hardness(FOLDED_HARDNESS)
     fold(model, batch, only=names)
     report.folded = {name: sup_error(FOLDED_HARDNESS, sites[name].base) for name in names}
 
 
-def _check_sites(
+def check_substitutable(
     model: nn.Module, calibration: Iterable[Any] | None, compensate: Compensate | None
 ) -> list[SubstitutedSite]:
     """The sites with their λ; ValueError if this model cannot be substituted, or not as it is asked for."""
@@ -209,7 +209,7 @@ def _check_sites(
     if compensate is not None and quantised is not None:
         raise ValueError(f"{quantised} is quantised and cannot be refit: substitute first, then quantise the ReLU model")
     check_not_offloaded(model)
-    if any(site.raw_hardness.is_meta for site in hardness_sites(model).values()):
+    if any(site.unclipped_hardness.is_meta for site in hardness_sites(model).values()):
         raise ValueError("the model is on the meta device, where λ has no value: load its weights first")
     profile = hardness_profile(model)
     if not profile:

@@ -88,6 +88,11 @@ class LambdaGELUTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self.check()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # transformers' own has no types
+
+    def check(self) -> None:
+        """Raises ValueError, which names it, for a value out of its range: searches set values after the class was made."""
         check_schedule(0.0, self.hardness_hold, self.hardness_ramp)
         held = self.hardness_hold if self.hardness_compensate == "none" else 0.0  # without a ramp there is no hold to fit in
         check_schedule(self.hardness_switch_point, held, self.hardness_ramp)
@@ -98,4 +103,3 @@ class LambdaGELUTrainingArguments(TrainingArguments):
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected {' or '.join(map(repr, known))}")
         if not (0.0 <= self.hardness_learning_rate < math.inf):
             raise ValueError(f"hardness_learning_rate must be a finite number >= 0, got {self.hardness_learning_rate}")
-        super().__post_init__()  # type: ignore[no-untyped-call]  # transformers' own has no types

@@ -1,4 +1,4 @@
-"""The optimizer-aware update: every optimizer steps in λ, though the parameter it holds is s.
+"""The optimizer-aware update: the parameter is λ, so every optimizer steps in λ.
 
 With λ = 1 + softplus(s/t), dλ/ds = σ(s/t)/t. A plain step of size η on s moves λ by η (σ/t)² ∂L/∂λ under SGD and by
 η (σ/t) m̂/√v̂ under Adam: almost nothing near λ = 1, 25 times too far at s = 0, t = 0.1. The step on s that moves λ by the
@@ -6,106 +6,121 @@ optimizer's own step at learning rate η carries the factor (t/σ)² (optimizers
 ones), to first order; near λ = 1, where that factor exceeds any cap, first order is no longer true. [derived; the paper has
 an optimizer-aware scheme whose exact form is not public]
 
-So the change of variables is done exactly, which needs neither factor nor cap nor a list of optimizers: around each
-`optimizer.step()`, the parameter holds λ and its gradient is ∂L/∂λ; afterwards it holds s(λ) again, with λ clipped to ≥ 1.
-Momentum and second moments thereby live in units of λ as well.
+So the change of variables is made once: the parameter is λ itself (`LambdaGELU`), which needs neither factor nor cap nor a
+list of optimizers, nor a hook around a step that an optimizer may take elsewhere. Momentum, second moments and averages of
+parameters live in units of λ as well. λ ≥ 1 is kept by projection. [derived]
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .._compat import step_pre_hooks
-from ..activation.hardness import MIN_EXCESS, inverse_softplus
-from ..activation.module import LambdaGELU
+from ..activation.module import LambdaGELU, hardness_sites
 
 
-def attach_hardness_update(optimizer: torch.optim.Optimizer, modules: Iterable[LambdaGELU]) -> list[RemovableHandle]:
-    """Makes `optimizer` step in λ for the hardness parameters of `modules`, in fp32; twice is once. [derived]
+def attach_hardness_update(optimizer: torch.optim.Optimizer, model: nn.Module | Iterable[LambdaGELU]) -> RemovableHandle:
+    """Keeps λ ≥ 1 in a loop of one's own: after each `optimizer.step()` it is set to max(λ, 1). [derived]
 
-    Around each step the parameter s, shape (1,), holds λ − 1 = softplus(s/t) and its gradient is ∂L/∂λ = ∂L/∂s · t/σ(s/t);
-    after it, λ is clipped to ≥ 1 and s is what gives it. The optimizer's other parameters are untouched.
+    An optimizer that moves the parameter below 1 by its momentum would otherwise have to bring it back before λ rises. The
+    optimizer's other parameters are untouched. The learning rate of the parameter's group is η_λ, in units of λ per
+    step; give the group no weight decay.
 
-    Works with any `torch.optim.Optimizer`, in the Trainer or in a loop of one's own. The learning rate of the parameter's
-    group is then η_λ, in units of λ per step; give the group no weight decay.
+    Args:
+        optimizer: any; also inside of accelerate's wrapper.
+        model: with λ-GELU; or the modules themselves. Frozen λ are left out.
 
     Returns:
-        Handles; `handle.remove()` undoes it.
+        A handle; `handle.remove()` undoes it.
 
     Raises:
-        ValueError: a hardness parameter is in none of the optimizer's groups, or in one with weight decay.
+        ValueError: a hardness parameter is in none of the optimizer's groups, or in one with weight decay; there is no λ.
 
     Examples:
         >>> import hf_lambda_gelu as hlg, torch
         >>> gate = hlg.LambdaGELU()
-        >>> optimizer = torch.optim.SGD([gate.raw_hardness], lr=0.5)
-        >>> handles = hlg.attach_hardness_update(optimizer, [gate])
+        >>> optimizer = torch.optim.SGD(hlg.parameter_groups(gate, 0.5))
+        >>> handle = hlg.attach_hardness_update(optimizer, gate)
         >>> (-gate.hardness.sum()).backward()  # ∂L/∂λ = −1
         >>> optimizer.step()
         >>> round(gate.hardness.item(), 3)  # from 1, by 0.5 in λ
         1.5
     """
-    modules = list(dict.fromkeys(modules))
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for module in modules:
-        group = groups.get(id(module.raw_hardness))
-        if group is None:
-            raise ValueError(
-                "a hardness parameter is in none of the optimizer's groups, so it would never move: "
-                "optimizer.add_param_group({'params': [m.raw_hardness for m in hlg.hardness_sites(model).values()], "
-                "'lr': 0.01, 'weight_decay': 0.0})"
-            )
-        if group.get("weight_decay"):
-            raise ValueError(
-                f"a hardness parameter is in a group with weight decay {group['weight_decay']}, which would pull λ to 0: "
-                "put the hardness parameters into a group of their own with weight_decay=0.0"
-            )
-
-    attached = {id(m) for hook in step_pre_hooks(optimizer) for m in getattr(hook, "modules", ())}
-    modules = [module for module in modules if id(module) not in attached]  # twice is once
-    before, after = _IntoHardness(modules), _IntoRaw(modules)
-    return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+    found = hardness_sites(model).values() if isinstance(model, nn.Module) else model
+    trained = [module.unclipped_hardness for module in dict.fromkeys(found) if module.unclipped_hardness.requires_grad]
+    if not trained:
+        raise ValueError("there is no λ to train: call convert(model) first, and leave unclipped_hardness its requires_grad")
+    inner = _inside(optimizer)
+    groups = {id(p): group for group in inner.param_groups for p in group["params"]}
+    for parameter in trained:
+        _check_group(groups.get(id(parameter)))
+    return inner.register_step_post_hook(_Projection(trained))
 
 
-class _IntoHardness:
-    """Before a step: the parameter holds λ − 1, which near 1 has 25 more bits than λ, and its gradient is ∂L/∂λ."""
+def parameter_groups(model: nn.Module, hardness_learning_rate: float = 0.01) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: the model's other parameters, with its defaults, and λ, without weight decay. [derived]
 
-    def __init__(self, modules: list[LambdaGELU]) -> None:
-        self.modules = modules
+    Args:
+        model: with λ-GELU.
+        hardness_learning_rate: η_λ ≥ 0, in units of λ per step; 0.01 is what `LambdaGELUTrainingArguments` has.
+
+    Returns:
+        What `torch.optim.Optimizer` takes; parameters without `requires_grad` are left out, and a group without any.
+
+    Raises:
+        ValueError: the model has no λ-GELU.
+
+    Examples:
+        >>> import hf_lambda_gelu as hlg, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), hlg.LambdaGELU(), torch.nn.Linear(4, 1))
+        >>> optimizer = torch.optim.AdamW(hlg.parameter_groups(model), lr=5e-5, weight_decay=0.01)
+        >>> [(len(group["params"]), group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        [(4, 5e-05, 0.01), (1, 0.01, 0.0)]
+    """
+    sites = hardness_sites(model)
+    if not sites:
+        raise ValueError(f"{type(model).__name__} has no λ-GELU: call convert(model) first")
+    own = {id(site.unclipped_hardness) for site in sites.values()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if id(p) not in own]},
+        {"params": [p for p in trained if id(p) in own], "lr": hardness_learning_rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class _Projection:
+    """After a step: λ ≥ 1."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
 
     @torch.no_grad()
     def __call__(self, *_: object) -> None:
-        for module in self.modules:
-            if module.holds_excess:  # the last step raised half-way
-                continue
-            raw = module.raw_hardness
-            if raw.grad is not None:
-                raw.grad.div_(_slope(raw, module.temperature))
-            raw.copy_(F.softplus(raw / module.temperature))
-            module.holds_excess = True  # a closure runs the model within the step
+        for parameter in self.parameters:
+            parameter.clamp_(min=1.0)
 
 
-class _IntoRaw:
-    """After a step: the parameter holds s again, λ clipped to ≥ 1, and its gradient is one with respect to s."""
-
-    def __init__(self, modules: list[LambdaGELU]) -> None:
-        self.modules = modules
-
-    @torch.no_grad()
-    def __call__(self, *_: object) -> None:
-        for module in self.modules:
-            raw = module.raw_hardness
-            raw.copy_(inverse_softplus(raw.clamp(min=MIN_EXCESS)) * module.temperature)
-            if raw.grad is not None:
-                raw.grad.mul_(_slope(raw, module.temperature))
-            module.holds_excess = False
+def _inside(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that steps, in accelerate's or another wrapper, whose own hooks never run."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _inside(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
-def _slope(raw: Tensor, temperature: float) -> Tensor:
-    # dλ/ds. σ ≥ MIN_EXCESS / 2 as λ is kept ≥ 1 + MIN_EXCESS; the clamp serves an s that was loaded from elsewhere
-    return torch.sigmoid(raw / temperature).clamp(min=MIN_EXCESS / 2) / temperature
+def _check_group(group: dict[str, object] | None) -> None:
+    """Raises ValueError unless a hardness parameter may be in this group."""
+    if group is None:
+        raise ValueError(
+            "a hardness parameter is in none of the optimizer's groups, so it would never move: "
+            "optimizer.add_param_group({'params': [m.unclipped_hardness for m in hlg.hardness_sites(model).values()], "
+            "'lr': 0.01, 'weight_decay': 0.0})"
+        )
+    if group.get("weight_decay"):
+        raise ValueError(
+            f"a hardness parameter is in a group with weight decay {group['weight_decay']}, which would pull λ to 1: "
+            "put the hardness parameters into a group of their own with weight_decay=0.0"
+        )

@@ -22,8 +22,8 @@ from ..measurement.batches import CalibrationError, model_batches
 from ..measurement.calibration import calibrate
 from ..measurement.forward import measuring, run_batch
 from ..structure.random_state import random_numbers_from
-from ..structure.transaction import transaction
-from ..surgery.refit.engine import compensation
+from ..structure.sharding import is_sharded
+from ..surgery.hardening import refit_for_hard_gates
 from ..surgery.refit.report import Compensate, CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 
@@ -67,7 +67,7 @@ def try_a_batch(model: nn.Module, args: LambdaGELUTrainingArguments, data: Switc
     Raises:
         CalibrationError: there is none that the model takes, or its forward raises.
     """
-    if (args.hardness_target == "l1" and args.hardness_compensate == "none") or args.fsdp or args.deepspeed:
+    if args.hardness_target == "l1" and args.hardness_compensate == "none":
         return
     try:
         with random_numbers_from(args.seed, args.device), measuring(model), torch.no_grad():
@@ -110,29 +110,22 @@ def refit_at_switch(model: nn.Module, args: LambdaGELUTrainingArguments, data: S
     """
     with random_numbers_from(args.seed, args.device):
         batches = data.batches(args, REFIT_EXAMPLES)
-        report, refit = _refit(model, batches, cast("Compensate", args.hardness_compensate))
+        report, refit = refit_for_hard_gates(model, batches, cast("Compensate", args.hardness_compensate))
     if args.world_size > 1:
         for parameter in refit:
             torch.distributed.broadcast(parameter.data, 0)
     return report
 
 
-@transaction
-def _refit(model: nn.Module, batches: Iterator[Any], method: Compensate) -> tuple[CompensationReport, list[nn.Parameter]]:
-    """The report, and the parameters that were refit."""
-    with measuring(model), compensation(model, batches) as work:
-        report = work.run(method, biases=False)
-    return report, list(work.originals)
-
-
-def check_calibratable(args: LambdaGELUTrainingArguments, dataset: Any) -> None:
+def check_calibratable(args: LambdaGELUTrainingArguments, model: nn.Module, dataset: Any) -> None:
     """Raises ValueError unless the switch can do its part: examples by index, and parameters in one piece for a refit."""
     if args.hardness_target == "l1" and args.hardness_compensate == "none":
         return
-    if args.hardness_compensate != "none" and (args.fsdp or args.deepspeed):
+    if args.fsdp or args.deepspeed or is_sharded(model):
         raise ValueError(
-            f"hardness_compensate={args.hardness_compensate!r} refits whole weights, which FSDP and DeepSpeed cut up: set "
-            "hardness_compensate='none', or substitute before training by relu_ize(model, calibration=…, compensate=…)"
+            f"hardness_compensate={args.hardness_compensate!r} and hardness_target={args.hardness_target!r} need whole "
+            "weights, which FSDP and DeepSpeed cut up or hold copies of: set hardness_compensate='none' and "
+            "hardness_target='l1', or substitute before training by relu_ize(model, calibration=…, compensate=…)"
         )
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
         raise ValueError(

@@ -16,17 +16,18 @@ from transformers.utils import logging
 
 from .._compat import finish_current_push
 from ..activation.module import hardness_profile, hardness_sites
+from ..activation.older_checkpoints import NAME, OLDER
 from ..checkpoints.card import PAPER, CardDetails
 from ..checkpoints.folders import check_writable
 from ..checkpoints.shards import tensor_names
 from ..structure.modules import has_adapters
 from ..structure.offloading import check_not_offloaded
+from ..surgery.adapter_hardness import load_hardness, save_hardness_with_adapters
 from ..surgery.gates import gates_as_relu
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 from .callback import HardeningCallback
 from .first_step import first_step
-from .optimizer import attach_hardness_update
 from .publish import push_trained
 from .second_evaluation import without_a_trace
 
@@ -88,7 +89,7 @@ class LambdaGELUTrainer(Trainer):
             check_not_offloaded(model)
         if args.output_dir is not None:
             check_writable(args.output_dir)
-        super().__init__(model, args, **kwargs)
+        super().__init__(model=model, args=args, **kwargs)  # by name: subclasses' bases order theirs otherwise
         if not hardness_sites(self.model):
             raise ValueError(
                 f"{type(self.model).__name__} has no λ-GELU: call hf_lambda_gelu.convert(model) before building the trainer"
@@ -96,6 +97,7 @@ class LambdaGELUTrainer(Trainer):
         self.add_callback(HardeningCallback())
         if has_adapters(self.model):
             self._check_adapters()
+            save_hardness_with_adapters(self.model)
         best = args.metric_for_best_model or ""
         if "relu_" in best and not args.eval_relu:
             raise ValueError(f"metric_for_best_model={best!r} is not measured with eval_relu=False: set eval_relu=True")
@@ -112,7 +114,7 @@ class LambdaGELUTrainer(Trainer):
                 "do not hold: set hardness_compensate='none', for a ramp, or merge after training and substitute by "
                 "relu_ize(model, calibration=…, compensate='least_squares')"
             )
-        frozen = [name for name, site in hardness_sites(self.model).items() if not site.raw_hardness.requires_grad]
+        frozen = [name for name, site in hardness_sites(self.model).items() if not site.unclipped_hardness.requires_grad]
         if frozen:
             logger.warning(
                 f"λ of {len(frozen)} sites is frozen, {frozen[0]} the first: PEFT freezes what is there when it wraps a "
@@ -141,20 +143,18 @@ class LambdaGELUTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         sites = hardness_sites(self.model if model is None else model)
-        raws = [site.raw_hardness for site in sites.values() if site.raw_hardness.requires_grad]
+        trained = [site.unclipped_hardness for site in sites.values() if site.unclipped_hardness.requires_grad]
         optimizer = self.optimizer
         if optimizer is None:
-            for raw in raws:  # hidden from the Trainer's groups, where λ would be given the model's rate and weight decay
-                raw.requires_grad_(False)
+            for hardness in trained:  # hidden from the Trainer's groups, which have the model's rate and weight decay
+                hardness.requires_grad_(False)
             try:
                 optimizer = super().create_optimizer(model)
             finally:
-                for raw in raws:
-                    raw.requires_grad_(True)
-            if raws:
-                optimizer.add_param_group({"params": raws, "lr": self.args.hardness_learning_rate, "weight_decay": 0.0})
-        trained = [site for site in sites.values() if site.raw_hardness.requires_grad]
-        attach_hardness_update(getattr(optimizer, "optimizer", optimizer), trained)  # inside accelerate's wrapper
+                for hardness in trained:
+                    hardness.requires_grad_(True)
+            if trained:
+                optimizer.add_param_group({"params": trained, "lr": self.args.hardness_learning_rate, "weight_decay": 0.0})
         return optimizer
 
     def training_step(
@@ -264,12 +264,17 @@ class LambdaGELUTrainer(Trainer):
             token=token,
         )
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if has_adapters(self.model) and self.state.best_model_checkpoint:
+            load_hardness(self.model, self.state.best_model_checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Trainer loads non-strictly: without this, λ would silently start over
         saved = tensor_names(Path(resume_from_checkpoint))  # of adapters and of FSDP, PEFT and accelerate check them
         if saved is not None:
-            wanted = {f"{name}.raw_hardness" for name in hardness_sites(self.model if model is None else model)}
-            found = {key for key in saved if key.endswith("raw_hardness")}
+            wanted = {f"{name}.{NAME}" for name in hardness_sites(self.model if model is None else model)}
+            found = {key.replace(OLDER, NAME) for key in saved if key.endswith((NAME, OLDER))}
             if found != wanted:
                 raise ValueError(
                     f"cannot resume from {resume_from_checkpoint}: it holds λ for {len(found)} sites, the model has "
@@ -277,3 +282,5 @@ class LambdaGELUTrainer(Trainer):
                     f"{sorted(wanted - found)}. Convert the model as the interrupted run did, or start a new run"
                 )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if has_adapters(self.model):
+            load_hardness(self.model, resume_from_checkpoint)

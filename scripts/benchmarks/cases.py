@@ -196,13 +196,14 @@ def training_steps(device: str) -> Iterator[Result]:
             if key != STOCK:
                 hlg.convert(model)
             sites = list(hlg.hardness_sites(model).values())
-            hardness = [site.raw_hardness for site in sites]
+            hardness = [site.unclipped_hardness for site in sites]
             own = {id(p) for p in hardness}
             groups = [{"params": [p for p in model.parameters() if id(p) not in own]}]
             if hardness:
                 groups.append({"params": hardness, "lr": 0.01, "weight_decay": 0.0})
             optimizer = torch.optim.AdamW(groups, lr=1e-5)
-            hlg.attach_hardness_update(optimizer, sites)
+            if sites:
+                hlg.attach_hardness_update(optimizer, sites)
 
             def step(model=model, batch=batch, optimizer=optimizer) -> None:
                 model(**batch).loss.backward()

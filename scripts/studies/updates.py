@@ -20,11 +20,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.training.optimizer import attach_hardness_update
 from scripts.studies.recipes.hardening import PAPER_START
 from scripts.studies.report import shown
 from scripts.studies.run import TASKS
@@ -56,19 +57,34 @@ def main() -> None:
         plot(traces, options.plot)
 
 
+class Softplus(nn.Module):
+    """λ = 1 + softplus(s / t), t = 0.1: the paper's parameter s."""
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return 1.0 + nn.functional.softplus(raw / 0.1)
+
+    def right_inverse(self, hardness: Tensor) -> Tensor:
+        excess = hardness - 1.0
+        return 0.1 * (excess + torch.log(-torch.expm1(-excess)))
+
+
 def trace(task: Task, optimizer: str, update: str, start: float, seed: int) -> Iterator[list[float]]:
     """λ of each activation, before the first step and after each."""
     set_seed(seed)
     model = task.model()
     hlg.convert(model, start)
     sites = list(hlg.hardness_sites(model).values())
-    raws = [site.raw_hardness for site in sites]
-    weights = [p for p in model.parameters() if not any(p is raw for raw in raws)]
-    groups = [{"params": weights}, {"params": raws, "lr": RATES[optimizer], "weight_decay": 0.0}]
+    if update == "naive":
+        for site in sites:
+            register_parametrization(site, "unclipped_hardness", Softplus())
+    named = list(model.named_parameters())
+    weights = [parameter for name, parameter in named if "unclipped_hardness" not in name]
+    hardness = [parameter for name, parameter in named if "unclipped_hardness" in name]
+    groups = [{"params": weights}, {"params": hardness, "lr": RATES[optimizer], "weight_decay": 0.0}]
     sgd = optimizer == "sgd"
     stepper = torch.optim.SGD(groups, lr=0.1, momentum=0.9) if sgd else torch.optim.AdamW(groups, lr=0.003)
     if update == "aware":
-        attach_hardness_update(stepper, sites)
+        hlg.attach_hardness_update(stepper, model)
     rows, _ = task.splits(seed, "test")
     loader = DataLoader(task.encode(rows), 32, shuffle=True, generator=torch.Generator().manual_seed(seed))
     batches = itertools.chain.from_iterable(itertools.repeat(loader))

@@ -43,11 +43,11 @@ def test_lookup(key: str) -> None:
     """By every way transformers' models take to an activation: a new module of the right base, λ = 1, learnable."""
     ways = [lambda: ACT2FN[key], lambda: get_activation(key), lambda: ACT2CLS[key]()]
     made = [way() for way in ways for _ in range(2)]
-    assert len({id(module) for module in made}) == len({id(module.raw_hardness) for module in made}) == 6
+    assert len({id(module) for module in made}) == len({id(module.unclipped_hardness) for module in made}) == 6
     for module in made:
         assert type(module) is hlg.LambdaGELU
         assert (module.base, module.hardness.item()) == (KEYS[key], 1.0)
-        assert module.raw_hardness.requires_grad
+        assert module.unclipped_hardness.requires_grad
 
 
 def test_model_code_that_reads_act2cls() -> None:
@@ -179,13 +179,13 @@ def saved_model(name: str, folder: Path, **values: object) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModel.from_config(config(name, **values)).eval()
     for index, site in enumerate(hlg.hardness_sites(model).values()):
-        site.raw_hardness.data.fill_(0.123456789 + 0.7 * index)  # bits that bf16 cannot hold
+        site.unclipped_hardness.data.fill_(0.123456789 + 0.7 * index)  # bits that bf16 cannot hold
     model.save_pretrained(folder)
     return model
 
 
 def raws(model: nn.Module) -> list[float]:
-    return [site.raw_hardness.item() for site in hlg.hardness_sites(model).values()]
+    return [site.unclipped_hardness.item() for site in hlg.hardness_sites(model).values()]
 
 
 @each_model
@@ -198,7 +198,7 @@ def test_smooth_checkpoint(name: str, attribute: str, key: str, dtype: torch.dty
     model = AutoModel.from_pretrained(tmp_path, dtype=dtype, **{attribute: key}).eval()
     assert list(hlg.hardness_profile(model).values()) == [1.0, 1.0]
     assert all(site.base == KEYS[key] for site in hlg.hardness_sites(model).values())
-    assert all(p.dtype is (torch.float32 if "raw_hardness" in n else dtype) for n, p in model.named_parameters())
+    assert all(p.dtype is (torch.float32 if "unclipped_hardness" in n else dtype) for n, p in model.named_parameters())
     batch = inputs(stock)
     tolerance = 1e-5 if dtype is torch.float32 else 0.05
     assert relative_difference(outputs(stock, batch), outputs(model, batch)) < tolerance
@@ -220,7 +220,7 @@ def test_hardness_survives_saving(
     assert len(bits) == 2
     assert len(set(bits)) == 2
     for parameter, tensor in loaded.named_parameters():
-        assert tensor.dtype is (torch.float32 if "raw_hardness" in parameter else dtype or saved_in)
+        assert tensor.dtype is (torch.float32 if "unclipped_hardness" in parameter else dtype or saved_in)
 
 
 @each_model
@@ -230,11 +230,11 @@ def test_from_config(name: str, attribute: str, key: str) -> None:
     model = AutoModel.from_config(config(name, **{attribute: key}), dtype=torch.bfloat16).eval()
     sites = hlg.hardness_sites(model).values()
     assert list(hlg.hardness_profile(model).values()) == [1.0, 1.0]
-    assert {site.raw_hardness.dtype for site in sites} == {torch.float32}
+    assert {site.unclipped_hardness.dtype for site in sites} == {torch.float32}
     assert all(torch.isfinite(out).all() for out in outputs(model, inputs(model)))
     with torch.device("meta"):
         model = AutoModel.from_config(config(name, **{attribute: key}))
-    assert all(site.raw_hardness.is_meta for site in hlg.hardness_sites(model).values())
+    assert all(site.unclipped_hardness.is_meta for site in hlg.hardness_sites(model).values())
     assert "on meta" in repr(model)
     model.to_empty(device="cpu").init_weights()
     assert list(hlg.hardness_profile(model).values()) == [1.0, 1.0]
@@ -243,8 +243,8 @@ def test_from_config(name: str, attribute: str, key: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (torch.tensor([float("nan")]), ValueError, r"raw_hardness is \[nan\]: expected finite numbers"),
-        (torch.tensor([float("inf")]), ValueError, r"raw_hardness is \[inf\]"),
+        (torch.tensor([float("nan")]), ValueError, r"unclipped_hardness is \[nan\]: expected finite numbers"),
+        (torch.tensor([float("inf")]), ValueError, r"unclipped_hardness is \[inf\]"),
         (torch.zeros(2), RuntimeError, "ignore_mismatched_sizes"),
         (torch.tensor(0.5), RuntimeError, "ignore_mismatched_sizes"),
     ],
@@ -255,7 +255,7 @@ def test_damaged_checkpoint(damage: torch.Tensor, error: type[Exception], messag
     saved_model("bert", tmp_path, hidden_act="lambda_gelu")
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
-    victim = next(k for k in tensors if "raw_hardness" in k)
+    victim = next(k for k in tensors if "unclipped_hardness" in k)
     save_file(tensors | {victim: damage}, file, metadata={"format": "pt"})
     with pytest.raises(error, match=message):
         AutoModel.from_pretrained(tmp_path)

@@ -46,7 +46,7 @@ def test_push_and_load_without_the_package(hub: HubServer, tmp_path: Path) -> No
     assert len(repo.commits) == 1, "one commit"
     assert commit.oid == repo.resolve("main") == repo.resolve("v1")
     assert {"config.json", "model.safetensors", "README.md", "lambda_gelu.json"} <= set(repo.files)
-    assert b"raw_hardness" not in repo.files["model.safetensors"]
+    assert b"unclipped_hardness" not in repo.files["model.safetensors"]
     record = json.loads(repo.files["lambda_gelu.json"])
     assert record["checks"]["largest_difference_of_outputs"] == 0.0
     assert record["checks"]["identical_tensors"] == len(model.state_dict())

@@ -82,7 +82,7 @@ def test_hardness_that_is_damaged_or_strange(tmp_path: Path) -> None:
     with pytest.raises(hlg.CheckpointError, match=r"holds x\.bert.* knows nothing, and lacks bert"):
         hlg.relu_ize_checkpoint(other, tmp_path / "dst")
     (tmp_path / "good" / "config.json").write_text(json.dumps(read(tmp_path / "good") | {"hidden_act": "gelu"}))
-    with pytest.raises(hlg.CheckpointError, match=r"hold bert\..*raw_hardness already"):
+    with pytest.raises(hlg.CheckpointError, match=r"hold bert\..*unclipped_hardness already"):
         hlg.convert_checkpoint(tmp_path / "good", tmp_path / "dst")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gone", "good", "nan", "other"]
 

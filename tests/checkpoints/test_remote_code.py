@@ -29,7 +29,7 @@ for folder, auto in zip(sys.argv[1::2], sys.argv[2::2]):
     batch = load_file(folder + ".inputs")
     outputs = tiny.outputs(model, batch)
     model(**batch)[0].sum().backward()
-    slopes = [p.grad for n, p in model.named_parameters() if n.endswith("raw_hardness")]
+    slopes = [p.grad for n, p in model.named_parameters() if n.endswith("unclipped_hardness")]
     save_file({f"{i:03}": t.contiguous() for i, t in enumerate([*outputs, *slopes])}, folder + ".outputs")
 """
 AUTOS = {
@@ -67,7 +67,7 @@ def test_by_its_own_code(tmp_path: Path) -> None:
         batch = tiny.inputs(model)
         outputs = tiny.outputs(model, batch)
         model(**batch)[0].sum().backward()
-        slopes = [site.raw_hardness.grad for site in hlg.hardness_sites(model).values()]
+        slopes = [site.unclipped_hardness.grad for site in hlg.hardness_sites(model).values()]
         got = list(load_file(tmp_path / f"{name}.outputs").values())
         assert tiny.relative_difference(outputs, got[: len(outputs)]) <= 1e-5, name
         torch.testing.assert_close(torch.cat(got[len(outputs) :]), torch.cat(slopes), rtol=1e-3, atol=1e-4)

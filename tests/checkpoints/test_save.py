@@ -38,7 +38,7 @@ def test_stock_reload(name: str, saved: dict[str, Saved]) -> None:
     assert files == {"model.safetensors", "config.json", "README.md", "lambda_gelu.json"}
     keys = set(load_file(folder / "model.safetensors"))
     assert keys
-    assert not any("raw_hardness" in key for key in keys)
+    assert not any("unclipped_hardness" in key for key in keys)
     assert "lambda" not in (folder / "config.json").read_text()
     assert main_output(model(**example_inputs(model))).std() > 0.0  # verify_relu_pretrained's own batch fits
 

@@ -58,7 +58,7 @@ def test_known_answers(rows: dict[str, dict[str, str]]) -> None:
         {"convert": 1e-3},
         {"relu_reload": 1e-6},
         {"relu_reload": "KeyError: 'lambda_gelu'"},
-        {"relu_keys": "layer.0.raw_hardness"},
+        {"relu_keys": "layer.0.unclipped_hardness"},
         {"folded_reload": 1e-2},
         {"untold": "encoder.conv"},
     ],

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from support import tiny
 
-LEAF = "raw_hardness"
+LEAF = "unclipped_hardness"
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

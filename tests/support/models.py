@@ -46,7 +46,7 @@ def hardened(name: str, value: float = 160.0, step: float = 0.0) -> PreTrainedMo
 def stock_relu(name: str, weights: PreTrainedModel) -> PreTrainedModel:
     """The network that stock transformers builds when the config says relu, with these weights."""
     model = tiny.build(name, seed=1, **tiny.relu_overrides(name))
-    state = {key: tensor for key, tensor in weights.state_dict().items() if not key.endswith("raw_hardness")}
+    state = {key: tensor for key, tensor in weights.state_dict().items() if not key.endswith("unclipped_hardness")}
     model.load_state_dict(state)
     return model
 

@@ -31,7 +31,7 @@ def change(first: PreTrainedModel, second: PreTrainedModel, batches: Batches) ->
 
 def parameters(model: PreTrainedModel) -> dict[str, Tensor]:
     """Copies of all tensors but λ."""
-    return {k: v.detach().clone() for k, v in model.state_dict().items() if not k.endswith("raw_hardness")}
+    return {k: v.detach().clone() for k, v in model.state_dict().items() if not k.endswith("unclipped_hardness")}
 
 
 def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:

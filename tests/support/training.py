@@ -133,5 +133,5 @@ def stock_twin(model: PreTrainedModel, activation: str, weights: dict[str, Tenso
     config.hidden_act = activation
     twin = type(model)(config)
     state = model.state_dict() if weights is None else weights
-    twin.load_state_dict({name: value for name, value in state.items() if "raw_hardness" not in name}, strict=True)
+    twin.load_state_dict({name: value for name, value in state.items() if "unclipped_hardness" not in name}, strict=True)
     return twin.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from support import tiny
 from support.stock import stock_outputs
 from transformers import TrainerCallback
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.surgery.adapter_hardness import _save_pretrained
 
 STEPS, SAVED = 8, 4
 LORA = {"task_type": "SEQ_CLS", "target_modules": ["query", "dense"], "r": 4, "init_lora_weights": False}
@@ -30,7 +33,7 @@ def rows() -> Dataset:
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 1] > 50).long().tolist()})
 
 
-def trainer(model: PeftModel, folder: Path, **more: Any) -> hlg.LambdaGELUTrainer:
+def trainer(model: PeftModel, folder: Path, evaluated: Dataset | None = None, **more: Any) -> hlg.LambdaGELUTrainer:
     arguments = hlg.LambdaGELUTrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -41,7 +44,7 @@ def trainer(model: PeftModel, folder: Path, **more: Any) -> hlg.LambdaGELUTraine
         disable_tqdm=True,
         **{"hardness_compensate": "none", "save_strategy": "no", **more},
     )
-    return hlg.LambdaGELUTrainer(model, arguments, train_dataset=rows())
+    return hlg.LambdaGELUTrainer(model, arguments, train_dataset=rows(), eval_dataset=evaluated)
 
 
 class Stop(TrainerCallback):
@@ -62,7 +65,7 @@ def test_convert_train_merge(tmp_path: Path) -> None:
     run = trainer(model, tmp_path / "run", hardness_switch_point=0.75)
     run.train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
-    assert moved == {n for n in start if "lora_" in n or "modules_to_save" in n or n.endswith("raw_hardness")}
+    assert moved == {n for n in start if "lora_" in n or "modules_to_save" in n or n.endswith("unclipped_hardness")}
     assert all(abs(value - 1.5) > 1e-3 for value in run.learned_hardness.values())
     hard = tiny.outputs(model.eval(), batch)
     with pytest.raises(ValueError, match=r"has adapters.*merge_and_unload"):
@@ -77,7 +80,7 @@ def test_convert_train_merge(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("switch", [0.25, 0.75])
 def test_resuming(tmp_path: Path, switch: float) -> None:
-    """Checkpoints hold adapters alone; λ is in the trainer's state, to the bit."""
+    """Checkpoints hold adapters, and λ in a file beside them, to the bit."""
     twin_model = adapted()
     hlg.convert(twin_model)
     twin = trainer(twin_model, tmp_path / "twin", hardness_switch_point=switch)
@@ -96,6 +99,56 @@ def test_resuming(tmp_path: Path, switch: float) -> None:
     expected = twin_model.state_dict()
     assert not [name for name, value in model.state_dict().items() if not torch.equal(value, expected[name])]
     assert run.learned_hardness == twin.learned_hardness
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_saved_beside_adapters(tmp_path: Path, copied: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """λ of the model that was saved, said at the first save; on a fresh base, converted, the function comes back."""
+    base = tiny.build("bert-classifier")
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(**LORA)).eval()
+    hlg.convert(model)
+    model = copy.deepcopy(model) if copied else model
+    tiny.set_hardness(model, 5.3, step=0.4)
+    batch = tiny.inputs(model.get_base_model())
+    _save_pretrained.__globals__["logger"].warning_once.cache_clear()
+    model.save_pretrained(tmp_path / "adapters")
+    assert "do not hold λ: it is in lambda_gelu_hardness.safetensors" in caplog.text
+    found = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapters").eval()
+    hlg.convert(found)
+    assert tiny.relative_difference(tiny.outputs(model, batch), tiny.outputs(found, batch)) > 1e-3
+    hlg.load_hardness(found, tmp_path / "adapters")
+    assert hlg.hardness_profile(found) == hlg.hardness_profile(model)
+    assert tiny.relative_difference(tiny.outputs(model, batch), tiny.outputs(found, batch)) <= 1e-6
+
+
+def test_no_hardness_for_this_model(tmp_path: Path) -> None:
+    """λ of other places, or none: named, and the model is as it was."""
+    model = adapted()
+    hlg.convert(model)
+    before = tiny.snapshot(model)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(OSError, match=r"lambda_gelu_hardness\.safetensors"):
+        hlg.load_hardness(model, tmp_path / "none")
+    other = get_peft_model(tiny.build("bert-classifier", num_hidden_layers=1), LoraConfig(**LORA))
+    hlg.convert(other)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"holds λ of .* 1 in all; the model has λ-GELU at .* 2 in all"):
+        hlg.load_hardness(model, tmp_path / "other")
+    assert tiny.snapshot(model) == before
+
+
+def test_the_best_model_has_its_hardness(tmp_path: Path) -> None:
+    """Trainer loads the best checkpoint's adapters at the end: λ comes with them."""
+    model = adapted()
+    hlg.convert(model)
+    saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_relu_loss"}
+    run = trainer(model, tmp_path, hardness_switch_point=0.25, evaluated=rows(), **saving, **best)
+    run.train()
+    folder = Path(run.state.best_model_checkpoint)
+    stored = load_file(folder / "lambda_gelu_hardness.safetensors")
+    assert hlg.hardness_profile(model) == {name: value.item() for name, value in stored.items()}
 
 
 def test_told_before_it_starts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -49,7 +49,7 @@ def test_convert(name: str) -> None:
         assert torch.equal(tensor, state.pop(key)), key
     sites = hlg.hardness_sites(model)
     assert list(sites) == [site.name for site in report.sites]
-    assert set(state) == {f"{site}.raw_hardness" for site in sites}
+    assert set(state) == {f"{site}.unclipped_hardness" for site in sites}
     assert all(not module.training for module in model.modules())
 
     wanted = tiny.ACTIVATIONS[name]
@@ -186,7 +186,7 @@ def test_bf16(tmp_path: Path) -> None:
     model.half().to(torch.bfloat16).save_pretrained(tmp_path)
     for found in (model, type(model).from_pretrained(tmp_path)):
         assert found.dtype == torch.bfloat16
-        assert {site.raw_hardness.dtype for site in hlg.hardness_sites(found).values()} == {torch.float32}
+        assert {site.unclipped_hardness.dtype for site in hlg.hardness_sites(found).values()} == {torch.float32}
         assert hlg.hardness_profile(found) == pytest.approx(wanted, rel=1e-6)
 
 

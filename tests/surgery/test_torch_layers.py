@@ -130,6 +130,6 @@ def test_only_and_learning() -> None:
     assert made.layers[0].activation is F.gelu
     assert made.layers[0].activation_relu_or_gelu == 2
     made.train()(torch.randn(2, 5, 16)).sum().backward()
-    gradient = made.layers[1].activation.raw_hardness.grad
+    gradient = made.layers[1].activation.unclipped_hardness.grad
     assert gradient is not None
     assert float(gradient) != 0.0

@@ -28,7 +28,7 @@ def test_parameter_groups(tmp_path: Path, optim: str) -> None:
 
     counts = Counter(id(p) for group in groups for p in group["params"])
     assert counts == Counter(id(p) for p in model.parameters() if p.requires_grad)
-    assert all(model.get_submodule(site).raw_hardness.requires_grad for site in SITES)
+    assert all(model.get_submodule(site).unclipped_hardness.requires_grad for site in SITES)
 
     def named(of: nn.Module, group: dict[str, Any]) -> set[str]:
         names = {id(p): name for name, p in of.named_parameters()}
@@ -36,5 +36,5 @@ def test_parameter_groups(tmp_path: Path, optim: str) -> None:
 
     assert [named(model, g) for g in groups[:-1]] == [named(stock, g) for g in stock_optimizer.param_groups]
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(2e-4, 0.1), (2e-4, 0.0), (0.03, 0.0)]
-    assert named(model, groups[-1]) == {f"{site}.raw_hardness" for site in SITES}
+    assert named(model, groups[-1]) == {f"{site}.unclipped_hardness" for site in SITES}
     assert type(trainer.optimizer) is type(stock_optimizer)

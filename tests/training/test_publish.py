@@ -116,7 +116,7 @@ def test_with_its_hardness(hub_server: HubServer, tmp_path: Path) -> None:
     push(hub_server, tmp_path, {}, relu=False, tags="mine")
     files = hub_server.repos["tester/my-model"].files
     assert json.loads(files["config.json"])["hidden_act"] == "lambda_gelu"
-    assert b"raw_hardness" in files["model.safetensors"]
+    assert b"unclipped_hardness" in files["model.safetensors"]
     tags = ModelCard(files["README.md"].decode()).data.tags
     assert {"mine", "lambda-gelu", "arxiv:2603.21991"} <= set(tags)
     assert "relu" not in tags

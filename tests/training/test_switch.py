@@ -153,8 +153,8 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
     trainer.args.deepspeed = {"zero_optimization": {"stage": 3}}
     from hf_lambda_gelu.training.switch import check_calibratable
 
-    with pytest.raises(ValueError, match="DeepSpeed cut up: set hardness_compensate='none', or substitute before training"):
-        check_calibratable(trainer.args, Rows())
+    with pytest.raises(ValueError, match="DeepSpeed cut up or hold copies of: set hardness_compensate='none' and"):
+        check_calibratable(trainer.args, trainer.model, Rows())
 
 
 _TWO = """
@@ -167,11 +167,11 @@ from scripts.finetuning import leave_process_group
 from support.gloo_threads import check_none_is_left, gloo_workers
 from support.training import Rows, arguments, converted
 import hf_lambda_gelu as hlg
-import hf_lambda_gelu.training.switch
+import hf_lambda_gelu.surgery.hardening
 folder = Path({folder!r})
 args = arguments(folder / "out", hardness_compensate="least_squares", max_steps=8, per_device_train_batch_size=4)
 if args.process_index:  # what this process finds for itself is worth nothing: the first one's weights must arrive
-    compensation = hf_lambda_gelu.training.switch.compensation
+    compensation = hf_lambda_gelu.surgery.hardening.compensation
     class Wrong:
         def __init__(self, inner): self.inner = inner
         def __enter__(self):
@@ -185,7 +185,7 @@ if args.process_index:  # what this process finds for itself is worth nothing: t
             self.work.run = spoiled
             return self.work
         def __exit__(self, *a): return self.inner.__exit__(*a)
-    hf_lambda_gelu.training.switch.compensation = lambda *a: Wrong(compensation(*a))
+    hf_lambda_gelu.surgery.hardening.compensation = lambda *a: Wrong(compensation(*a))
 def main():  # a trainer at the module's level would outlive the process group
     trainer = hlg.LambdaGELUTrainer(converted(hardness=1.5), args, train_dataset=Rows())
     trainer.train()

@@ -79,9 +79,7 @@ def plain_loop(
         optimizer.zero_grad()
         loss.backward()
         if max_norm:
-            # the Trainer clips by the norm of the gradients that it sees, which for s is ∂L/∂λ · (1 − e^(1 − λ)) / t
-            seen = [p.grad for p in weights] + [h.grad * (1 - torch.exp(1 - h.detach())) / 0.1 for h in hardness]
-            norm = math.sqrt(sum(float(g.square().sum()) for g in seen))
+            norm = math.sqrt(sum(float(p.grad.square().sum()) for p in weights + hardness))
             for p in weights + hardness:
                 p.grad *= min(1.0, max_norm / (norm + 1e-6))
         optimizer.step()
@@ -111,7 +109,7 @@ def plain_loop(
 def test_the_trainer_is_a_plain_loop_that_steps_in_hardness(
     tmp_path: Path, optim: str, start: float, hardness_rate: float, max_norm: float
 ) -> None:
-    """The twin has neither Trainer nor s: λ is its own parameter, clipped to ≥ 1; float64 leaves no room for rounding."""
+    """The twin has no Trainer: λ is its own parameter, clipped to ≥ 1; float64 leaves no room for rounding."""
     recorder = Recorder()
     options = {"optim": optim, "max_grad_norm": max_norm, "weight_decay": 0.1, "learning_rate": 2e-3, "warmup_steps": 3}
     trainer = hlg.LambdaGELUTrainer(
@@ -210,7 +208,7 @@ def test_what_the_trainer_refuses_to_start_with(tmp_path: Path) -> None:
         trainer_of(converted(), tmp_path / "file" / "out")
 
     model = converted()
-    without = [p for name, p in model.named_parameters() if "raw_hardness" not in name]
+    without = [p for name, p in model.named_parameters() if "unclipped_hardness" not in name]
     for parameters, expected in ((model.parameters(), "weight decay 0.01"), (without, "none of the optimizer's groups")):
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
         args = arguments(tmp_path)

@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import @CLASS@
 from transformers.activations import ACT2CLS, ACT2FN
 
@@ -20,15 +19,16 @@ _GATES = {
 
 
 class LambdaGELU(nn.Module):
-    """λ = 1 + softplus(s / 0.1), one learned s per site."""
+    """One learned λ per site; below 1 it counts as 1."""
 
     def __init__(self, key):
         super().__init__()
         self.key = key
-        self.raw_hardness = nn.Parameter(torch.zeros(1))
+        self.unclipped_hardness = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
-        hardness = 1.0 + F.softplus(self.raw_hardness.float() / 0.1)
+        free = self.unclipped_hardness.float()
+        hardness = free.detach().clamp(min=1.0) + (free - free.detach())
         z = x.float()
         return (z * _GATES[self.key]((z * hardness).clamp(-1000.0, 1000.0))).to(x.dtype)
 

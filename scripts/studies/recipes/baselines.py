@@ -72,7 +72,7 @@ def _midway(run: Run, fraction: float) -> Result:
     model = run.model()
     hlg.convert(model)
     for site in hlg.hardness_sites(model).values():  # λ stays 1: the gates are the model's own until they are ReLU
-        site.raw_hardness.requires_grad_(False)
+        site.unclipped_hardness.requires_grad_(False)
     run.trainer(model, (_SubstituteAt(run, fraction, "least_squares"),)).train()
     return Result(run.judge(model))
 

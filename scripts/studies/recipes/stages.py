@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.activation.hardness import raw_from_hardness
 from hf_lambda_gelu.surgery.refit.engine import compensation
 from scripts.studies.recipes.recipe import Result, Run, recipe
 
@@ -64,7 +63,7 @@ def _staged(run: Run, stages: Callable[[PreTrainedModel], list[Callable[[PreTrai
     profile = list(hlg.hardness_profile(model).values())
     for site in hlg.hardness_sites(model).values():
         site.__class__ = _Staged
-        site.raw_hardness.requires_grad_(False)
+        site.unclipped_hardness.requires_grad_(False)
     run.trainer(model, (_InStages(stages(model)),)).train()
     before = run.judge(model)
     hlg.relu_ize(model)
@@ -122,8 +121,7 @@ class _ScalarAtSwitch(TrainerCallback):
         self.profile = [float(site.hardness.detach().mean()) for site in sites]
         _refit(self.run, model)
         for site in sites:
-            raw = torch.tensor([raw_from_hardness(hlg.target_hardness(), site.temperature)])
-            site.raw_hardness = nn.Parameter(raw, requires_grad=False)
+            site.unclipped_hardness = nn.Parameter(torch.tensor([hlg.target_hardness()]), requires_grad=False)
 
 
 @recipe
@@ -141,7 +139,7 @@ def per_neuron(run: Run) -> dict[str, Result]:
     for hook in hooks:
         hook.remove()
     for site, width in widths.items():
-        site.raw_hardness = nn.Parameter(site.raw_hardness.data.expand(width).clone())
+        site.unclipped_hardness = nn.Parameter(site.unclipped_hardness.data.expand(width).clone())
     switch = _ScalarAtSwitch(run, 0.75)
     run.trainer(model, (switch,), hardness_compensate="none", hardness_hold=0.0).train()
     before = run.judge(model)

@@ -64,12 +64,12 @@ def test_reference(name: str, method: str, hardness: float) -> None:
 
     def relu(weights: dict[str, Tensor]) -> PreTrainedModel:
         network = tiny.build(name, seed=1, **tiny.relu_overrides(name), **BIASED.get(name, {}))
-        network.load_state_dict({k: v for k, v in weights.items() if not k.endswith("raw_hardness")})
+        network.load_state_dict({k: v for k, v in weights.items() if not k.endswith("unclipped_hardness")})
         return network
 
     if hardness != 1.0:
         original = smooth.state_dict
-        smooth.state_dict = lambda: {k: v for k, v in original().items() if not k.endswith("raw_hardness")}  # type: ignore[method-assign]
+        smooth.state_dict = lambda: {k: v for k, v in original().items() if not k.endswith("unclipped_hardness")}  # type: ignore[method-assign]
     check_sites(model, WHERE[name], batches, method, report.compensation, smooth, relu, transposed=name == "gpt2")
     assert parameters(model).keys() == state.keys()
     if name == "bert-classifier":

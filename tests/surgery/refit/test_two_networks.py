@@ -85,7 +85,7 @@ def test_frozen_and_in_training(name: str) -> None:
         parameter.requires_grad_(n not in frozen)
     model.get_submodule("dropout" if name == "bert-classifier" else "lm_head").eval()
     modes = {n: m.training for n, m in model.named_modules()}
-    before = {n: (id(p), p.requires_grad) for n, p in model.named_parameters() if not n.endswith("raw_hardness")}
+    before = {n: (id(p), p.requires_grad) for n, p in model.named_parameters() if not n.endswith("unclipped_hardness")}
     reference = converted(name)
     batches = calibration_set(model)
     hlg.relu_ize(reference, calibration=batches, compensate="least_squares")

@@ -1,0 +1,79 @@
+"""`harden`: gates become hard at once, the maps after them are refit, and the network goes on being trained. [derived]"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..activation.hardness import DEFAULT_TOLERANCE, target_hardness
+from ..activation.module import hardness_sites
+from ..measurement.forward import measuring
+from ..structure.transaction import keep, transaction
+from .refit.engine import compensation
+from .refit.report import Compensate, CompensationReport
+from .substitution import check_substitutable
+
+
+@transaction
+def harden(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    *,
+    compensate: Compensate = "least_squares",
+    tolerance: float = DEFAULT_TOLERANCE,
+    targets: Mapping[str, float] | None = None,
+) -> CompensationReport:
+    """Sets every λ to its target and refits the linear maps after the sites, so that the function stays. [derived]
+
+    What `LambdaGELUTrainer` does at its switch, for a training loop of one's own: the modules stay λ-GELU, weights change in
+    their own memory, and no parameter appears that an optimizer lacks. Maps without a bias get none. λ is still a parameter:
+    take it out of training by `site.requires_grad_(False)`, or set it again after each step.
+
+    Args:
+        model: after `convert`, in whatever mode it is.
+        calibration: batches of inputs as for `relu_ize`, a few hundred examples.
+        compensate: "least_squares" or "bias", as for `relu_ize`.
+        tolerance: ε, which gives λ's target, 159.58 by default; see `target_hardness`.
+        targets: {module name: λ} instead, of `calibrate` for one. A λ that is larger stays.
+
+    Returns:
+        What was refit.
+
+    Raises:
+        ValueError: as for `relu_ize`; `targets` lacks a site.
+        CalibrationError: as for `relu_ize`.
+
+    Where it raises, the model is as it was.
+
+    Examples:
+        >>> import hf_lambda_gelu as hlg, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+        >>> report = hlg.convert(model)
+        >>> report = hlg.harden(model, [torch.randn(64, 4)])
+        >>> {name: round(value, 2) for name, value in hlg.hardness_profile(model).items()}
+        {'1': 159.58}
+    """
+    check_substitutable(model, calibration, compensate)
+    sites = hardness_sites(model)
+    wanted = {name: target_hardness(tolerance, site.base) for name, site in sites.items()} if targets is None else targets
+    missing = [name for name in sites if name not in wanted]
+    if missing:
+        raise ValueError(f"targets names no λ for {len(missing)} of {len(sites)} sites, {missing[0]} the first of them")
+    report, _ = refit_for_hard_gates(model, calibration, compensate)
+    for name, site in sites.items():
+        keep(site.unclipped_hardness)
+        site.set_hardness(max(wanted[name], site.hardness.item()))
+    return report
+
+
+@transaction
+def refit_for_hard_gates(
+    model: nn.Module, batches: Iterable[Any], method: Compensate
+) -> tuple[CompensationReport, list[nn.Parameter]]:
+    """The report, and the parameters that were refit, for gates that become hard now; λ stays."""
+    with measuring(model), compensation(model, batches) as work:
+        report = work.run(method, biases=False)
+    return report, list(work.originals)

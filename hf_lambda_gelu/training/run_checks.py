@@ -1,0 +1,53 @@
+"""What is looked at while a Trainer runs: that λ is in what is stepped, that it is a number, that it ends hard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import TrainerState
+from transformers.utils import logging
+
+from ..activation.module import hardness_profile, hardness_sites
+from .optimizer import attach_hardness_update
+
+logger = logging.get_logger(__name__)
+
+
+def attach_to_the_run(optimizer: Any, model: nn.Module) -> None:
+    """Clips λ after each step of the optimizer that a Trainer steps, whoever made it.
+
+    Raises:
+        ValueError: a λ is not in it, or in a group with weight decay.
+    """
+    frozen = not any(site.unclipped_hardness.requires_grad for site in hardness_sites(model).values())
+    if frozen or type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":  # it steps its own copies; λ < 1 counts as 1
+        return
+    attach_hardness_update(optimizer, model)
+
+
+def check_finite(model: nn.Module, state: TrainerState, last: str | None) -> None:
+    """FloatingPointError, with step and layer, if a λ is NaN or infinite."""
+    broken = {name: value for name, value in hardness_profile(model).items() if not math.isfinite(value)}
+    if broken:
+        name, value = next(iter(broken.items()))
+        kept = f"the last checkpoint is {last}" if last else "no checkpoint was saved"
+        raise FloatingPointError(
+            f"λ of {name} is {value} after step {state.global_step}, {len(broken)} sites in all: training has diverged; "
+            f"{kept}. Lower learning_rate or hardness_learning_rate, or set max_grad_norm"
+        )
+
+
+def warn_if_soft(model: nn.Module, targets: Mapping[str, float], state: TrainerState) -> None:
+    """Says so if the run has ended before λ reached its targets."""
+    profile = hardness_profile(model)
+    soft = [name for name, value in profile.items() if not value >= 0.999 * targets.get(name, math.inf)]
+    if soft and state.is_world_process_zero:
+        target = f"{targets[soft[0]]:.4g}" if soft[0] in targets else "not calibrated yet"
+        logger.warning(
+            f"training ended at step {state.global_step} of {state.max_steps} with {len(soft)} of {len(profile)} gates "
+            f"soft: {soft[0]} has λ = {profile[soft[0]]:.4g}, its target is {target}. relu_ize(model, calibration=…, "
+            "compensate='least_squares') refits what soft gates leave; or train on"
+        )

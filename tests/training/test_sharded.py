@@ -1,0 +1,56 @@
+"""FSDP2: λ learned in sharded weights, against the same run without, by SGD, which hides no factor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.training import Rows, arguments, converted
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import hf_lambda_gelu as hlg
+from hf_lambda_gelu.training.switch import check_calibratable
+
+
+@pytest.fixture
+def mesh() -> Iterator[object]:
+    """A group of this process alone: weights are DTensors all the same."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_learns_as_without(mesh: object, tmp_path: Path) -> None:
+    rows = Rows()
+    batch = {"input_ids": rows.tokens, "labels": rows.labels}
+    profiles = []
+    for sharded in (False, True):
+        model = converted(hardness=1.7).eval()
+        if sharded:
+            for layer in model.bert.encoder.layer:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            assert all(hasattr(p, "full_tensor") for p in model.parameters())
+        optimizer = torch.optim.SGD(hlg.parameter_groups(model, 3.0), lr=0.01)
+        hlg.attach_hardness_update(optimizer, model)
+        seen = []
+        for _ in range(5):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(hlg.hardness_profile(model))
+        for site in hlg.hardness_sites(model).values():
+            site.set_hardness(40.0)
+        profiles.append([*seen, hlg.hardness_profile(model)])
+    for one, other in zip(*profiles, strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+    assert max(abs(value - 1.7) for value in profiles[0][-2].values()) > 0.005
+    assert "hardness=sharded" in repr(model)
+    args = arguments(tmp_path, hardness_compensate="least_squares")
+    with pytest.raises(ValueError, match="need whole weights, which FSDP and DeepSpeed cut up"):
+        check_calibratable(args, model, rows)
+    check_calibratable(args, nn.Linear(2, 2), rows)
