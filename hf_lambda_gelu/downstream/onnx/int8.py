@@ -1,0 +1,133 @@
+"""A float ONNX file becomes one whose products with weights are of 8-bit integers, by onnxruntime's static quantisation.
+
+Only these products are quantised: what they take up is rounded to 8 bits, what they put out is float. ReLU leaves nothing to
+do in float between two of them, as onnxruntime puts it into the rounding; GELU does. Attention's own products and masks,
+softmax, norms and the sums of the residual stream stay in float, for their outliers would ruin the scale of all else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...measurement.batches import rows, token_mask
+from ...reports import progress
+from .comparison import in_a_line, shapes_of
+from .files import run, session, size_of
+from .islands import float_islands, integer_products
+from .products import as_gemms
+from .quiet import quietly
+from .report import ExportError, Int8Report
+from .tracing import IN_ONE_FILE
+
+Sizes = Mapping[str, tuple[int | str, ...]]  # of a file's inputs: numbers, and words where they may change
+
+
+def fed_by(batch: Mapping[str, Any], index: int, inputs: Sizes) -> dict[str, Tensor]:
+    """Calibration batch `index`, cut to the file's inputs.
+
+    Raises:
+        ValueError: it lacks an input, or has a size that the file does not take.
+    """
+    for name, sizes in inputs.items():
+        value = batch.get(name)
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"calibration batch {index} has no {name!r}, which the file takes: it has {', '.join(batch)}. Give batches "
+                "that are alike, and inputs=… with what they have"
+            )
+        fits = len(sizes) == value.dim() and all(
+            isinstance(size, str) or size == got for size, got in zip(sizes, value.shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"calibration batch {index}: {name} is {_product(value.shape)}, the file takes {_product(sizes)}. Give "
+                "batches of that size, or let it change by dynamic=…"
+            )
+    return {name: batch[name] for name in inputs}
+
+
+def quantise(source: Path, made: Path, batches: list[dict[str, Tensor]]) -> Int8Report:
+    """Make a file of 8-bit integers, in the QDQ form: activations unsigned, asymmetric; weights signed, by output channel.
+
+    Raises:
+        ExportError: the network has no product with a weight, or onnxruntime cannot quantise the file, run it in float on
+            the batches, or run what it made.
+    """
+    import onnx
+
+    network = onnx.load(str(source))
+    products = as_gemms(network)
+    if not products:
+        raise ExportError("the network has no linear map with a weight of its own: there is nothing to quantise")
+    expected = _outputs(session(source), batches, "the float file")
+    reader = _Reader(batches)
+    try:
+        with quietly():
+            _quantise_static(network, made, reader, products, size_of(source) > IN_ONE_FILE)
+    except Exception as error:  # onnx's and onnxruntime's classes derive from Exception alone
+        raise ExportError(f"onnxruntime does not quantise the network: {in_a_line(error)}") from error
+    optimised = made.with_name("optimised.onnx")
+    got = _outputs(session(made, optimised), batches, "the file of 8-bit integers")
+    graph = onnx.load(str(optimised), load_external_data=False).graph
+    optimised.unlink()
+    moved = sum(float((a - b).square().sum()) for a, b in zip(got, expected, strict=True))
+    size = sum(float(a.square().sum()) for a in expected)
+    return Int8Report(
+        batches=len(batches),
+        products=(integer_products(graph), len(products)),
+        islands=float_islands(graph),
+        difference=(moved / size) ** 0.5 if size else 0.0,
+        float_size=size_of(source),
+    )
+
+
+def _quantise_static(network: Any, made: Path, reader: _Reader, products: list[str], beside: bool) -> None:
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+    quantize_static(
+        network,
+        str(made),
+        reader,
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["Gemm"],
+        nodes_to_quantize=products,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=beside,
+        extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]},
+    )
+
+
+def _outputs(ready: Any, batches: list[dict[str, Tensor]], what: str) -> list[Tensor]:
+    """The main output of each batch, (rows, features) without padding; ExportError where onnxruntime fails."""
+    found = []
+    for index, batch in enumerate(batches):
+        try:
+            outputs = run(ready, batch)
+        except Exception as error:
+            raise ExportError(
+                f"onnxruntime fails on {what} with calibration batch {index} of {shapes_of(batch)}: {in_a_line(error)}"
+            ) from error
+        main = next(value for value in outputs if value.is_floating_point())
+        found.append(rows(main, token_mask(batch)).double() if main.dim() > 1 else main.double())
+    return found
+
+
+class _Reader:
+    """Batches as onnxruntime's calibration asks for them: one at a time, then None."""
+
+    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
+        self._rest: Iterator[dict[str, Tensor]] = iter(progress(batches, "calibration"))
+
+    def get_next(self) -> dict[str, Any] | None:
+        batch = next(self._rest, None)
+        return None if batch is None else {name: value.detach().cpu().numpy() for name, value in batch.items()}
+
+
+def _product(sizes: Iterable[int | str]) -> str:
+    return " × ".join(map(str, sizes))
