@@ -17,12 +17,14 @@ import torch
 from transformers.utils import logging
 
 from ..tools.tables import append, read
-from . import exact, inference
+from . import exact, inference, quantised
 from .rows import FIELDS, Row, markdown
 
 RESULTS = Path(__file__).parent / "results" / "downstream.csv"
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "onnx": inference.onnx,
+    "int8": quantised.accuracy,
+    "int8 speed": quantised.speed,
     "solvers": exact.solvers,
     "distance": exact.distance,
     "zeros": inference.zeros,

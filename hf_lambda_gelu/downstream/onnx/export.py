@@ -55,8 +55,9 @@ def export_onnx(
         encoder: export the encoder of an encoder-decoder model alone.
         cache: export one step of a decoder, with the keys and values of what came before as inputs and those of all so far
             as outputs; with `encoder`, the encoder and the keys and values that the decoder's layers make of its output.
-        int8: batches like those that the network will meet: weights and activations become 8-bit integers, by onnxruntime's
-            static quantisation, with the ranges that the activations have on these batches.
+        int8: batches like those that the network will meet, some dozens of examples, kept in memory: its linear maps are
+            then of 8-bit integers, by onnxruntime's static quantisation, with the ranges that activations have on these
+            batches. By default `inputs` are the first of them.
         dynamic: input → {dimension: name}, the sizes that may change. By default those of examples, tokens and samples, and
             height and width where the model and its file take other sizes than the config's; where the file does not
             (Swin's windows), they are fixed, with a warning in the report. `{}`: all are fixed.
@@ -67,11 +68,12 @@ def export_onnx(
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing (`pip install 'hf_lambda_gelu[onnx]'`).
         ValueError: `path` exists or cannot be written, no inputs can be made or they do not fit, a model in another dtype,
-            or `dynamic` names what there is not.
+            `dynamic` names what there is not, a batch of `int8` that does not fit the file, or `int8` with `cache`.
+        CalibrationError: `int8` has no batch, or one that holds nothing that the model takes.
         CheckpointError: the folder is no checkpoint.
         FoldError: λ cannot go into the weights.
         ExportError: torch cannot export the network or keep a size dynamic, onnxruntime cannot run the file, or it computes
-            something else (beyond 2e-5 of the largest output).
+            something else (beyond 2e-5 of the largest output); the network has no linear map to quantise.
 
     Nothing is written in any of these cases.
 

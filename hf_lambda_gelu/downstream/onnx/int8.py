@@ -73,7 +73,8 @@ def quantise(source: Path, made: Path, batches: list[dict[str, Tensor]]) -> Int8
     optimised = made.with_name("optimised.onnx")
     got = _outputs(session(made, optimised), batches, "the file of 8-bit integers")
     graph = onnx.load(str(optimised), load_external_data=False).graph
-    optimised.unlink()
+    if not all(bool(value.isfinite().all()) for value in got):
+        raise ExportError("what the file of 8-bit integers puts out is not finite: look for batches with unusual values")
     moved = sum(float((a - b).square().sum()) for a, b in zip(got, expected, strict=True))
     size = sum(float(a.square().sum()) for a in expected)
     return Int8Report(

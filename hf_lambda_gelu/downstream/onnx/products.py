@@ -8,6 +8,7 @@ after it, once for all that follows elementwise (ReLU, GELU, the next product).
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 _FUNCTIONS = "Abs Clip Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Mish Neg Pow Relu Selu Sigmoid Softplus Sqrt Tanh"
@@ -71,7 +72,7 @@ class _Rewriting:
         self._shield()
         del self._graph.node[:]
         self._graph.node.extend(self._nodes)
-        used = {name for node in self._nodes for name in node.input} | self._outputs
+        used = {name for node in self._nodes for name in _taken(node)} | self._outputs
         for tensor in [tensor for tensor in self._graph.initializer if tensor.name not in used]:
             self._graph.initializer.remove(tensor)
         self._graph.ClearField("value_info")  # its shapes are of the old form; they are inferred anew
@@ -145,12 +146,8 @@ class _Rewriting:
         self._is(output, f"{output}/rows", self._features[first], self._source(first))
 
     def _keep(self, node: Any) -> None:
-        for name in node.input:
+        for name in _taken(node):
             self._whole(name)
-        for branch in (item.g for item in node.attribute if item.HasField("g")):  # it may take tensors from around it
-            for inner in branch.node:
-                for name in inner.input:
-                    self._whole(name)
         self._nodes.append(node)
 
     def _source(self, name: str) -> str:
@@ -200,3 +197,11 @@ def _columns(tensor: Any) -> int:
     """The last size of a tensor that is described; 0 if it is not known."""
     sizes = tensor.type.tensor_type.shape.dim
     return sizes[-1].dim_value if sizes else 0
+
+
+def _taken(node: Any) -> Iterator[str]:
+    """What a node takes, its branches included, which may take tensors from around it."""
+    yield from node.input
+    for branch in (item.g for item in node.attribute if item.HasField("g")):
+        for inner in branch.node:
+            yield from _taken(inner)
