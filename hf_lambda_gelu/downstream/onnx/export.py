@@ -23,7 +23,7 @@ from .cache import Step, steps, with_cache
 from .comparison import compared, loaded, outputs, shapes_of
 from .files import check_new_file, need_onnx, operators, remove, shapes, size_of, weights_of, whole_file
 from .inputs import Axes, Feed, check_axes, dynamic_axes, feed, inputs_of, sizes_of
-from .int8 import fed_by, quantise
+from .int8 import fed_by, quantise, warnings_of
 from .report import ExportError, ExportReport, runtime_warnings
 from .tracing import OPSET, write
 
@@ -139,7 +139,8 @@ def _quantised(report: ExportReport, made: Path, batches: list[dict[str, Any]]) 
         if file.exists():
             os.replace(file, source.parent / file.name)
     found = quantise(source, made, fed)
-    return replace(report, size=size_of(made), operators=operators(made), int8=found)
+    warned = (*warnings_of(found), *report.warnings)
+    return replace(report, size=size_of(made), operators=operators(made), int8=found, warnings=warned)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,10 @@ from .quiet import quietly
 from .report import ExportError, Int8Report
 from .tracing import IN_ONE_FILE
 
+# Of MiniLM on movie reviews, rounded to 8, 7, 6 and 5 bits, the logits change by 9, 16, 40 and 89 %, and 0, 0.3, 2.7 and 19
+# points of accuracy are lost.
+_TOO_MUCH = 0.25
+
 Sizes = Mapping[str, tuple[int | str, ...]]  # of a file's inputs: numbers, and words where they may change
 
 
@@ -132,3 +136,17 @@ class _Reader:
 
 def _product(sizes: Iterable[int | str]) -> str:
     return " × ".join(map(str, sizes))
+
+
+def warnings_of(report: Int8Report) -> tuple[str, ...]:
+    """What is to be known of the file: that it computes something else, or that products stayed in float."""
+    found = []
+    if report.difference > _TOO_MUCH:
+        found.append(
+            f"8-bit integers change the main output by {report.difference:.0%}, which will cost accuracy: some activations "
+            "have outliers that all else is small beside. Measure the file on your task, or export in float"
+        )
+    run, of = report.products
+    if run < of:
+        found.append(f"this onnxruntime computes {of - run} of {of} linear maps in float")
+    return tuple(found)
