@@ -55,8 +55,8 @@ def export_onnx(
         encoder: export the encoder of an encoder-decoder model alone.
         cache: export one step of a decoder, with the keys and values of what came before as inputs and those of all so far
             as outputs; with `encoder`, the encoder and the keys and values that the decoder's layers make of its output.
-        int8: batches like those that the network will meet, some dozens of examples, kept in memory: its linear maps are
-            then of 8-bit integers, by onnxruntime's static quantisation, with the ranges that activations have on these
+        int8: batches like those that the network will meet, some hundreds of examples, kept in memory. Its linear maps then
+            compute in 8-bit integers, by onnxruntime's static quantisation, with the ranges that activations have on these
             batches. By default `inputs` are the first of them.
         dynamic: input → {dimension: name}, the sizes that may change. By default those of examples, tokens and samples, and
             height and width where the model and its file take other sizes than the config's; where the file does not

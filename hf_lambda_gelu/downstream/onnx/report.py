@@ -109,7 +109,10 @@ class ExportReport:
         main = next(iter(self.inputs), "")
         *others, last = [sizes_in_words(shapes[main]) for shapes in self.checked]
         fed = f"{', '.join(others)} and {last}" if others else last
-        lines.append(f"  onnxruntime computes what torch does within {self.difference:.1e} (relative), with {main} of {fed}")
+        before = "" if self.int8 is None else "before, in float: "
+        lines.append(
+            f"  {before}onnxruntime computes what torch does within {self.difference:.1e} (relative), with {main} of {fed}"
+        )
         lines += [] if self.int8 is None else [f"  {self.int8}"]
         return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
 
