@@ -23,8 +23,7 @@ from .rows import FIELDS, Row, markdown
 RESULTS = Path(__file__).parent / "results" / "downstream.csv"
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "onnx": inference.onnx,
-    "int8": quantised.accuracy,
-    "int8 speed": quantised.speed,
+    "int8": quantised.int8,
     "solvers": exact.solvers,
     "distance": exact.distance,
     "zeros": inference.zeros,

@@ -86,6 +86,8 @@ def classifiers(name: str) -> tuple[Networks, list[tuple[dict[str, Tensor], Tens
     model = run.model()
     run.trainer(model).train()
     collate, batches = task.collator(), []
+    if "input_ids" in test.column_names:  # little padding, which would be computed too
+        test = test.select(sorted(range(len(test)), key=lambda row: len(test[row]["input_ids"])))
     for start in range(0, len(test), 50):
         batch = dict(collate([test[row] for row in range(start, min(start + 50, len(test)))]))
         batches.append(({key: value for key, value in batch.items() if key != "labels"}, batch["labels"]))

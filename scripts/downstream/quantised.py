@@ -19,50 +19,54 @@ from .networks import classifiers
 from .rows import Row
 
 TASKS = {"movies": "MiniLM, 2,000 movie reviews", "fashion": "DINOv2-small, 1,000 images of clothes"}
-EXAMPLES, TOKENS = 8, 48  # in the batch that is timed
+TOOL = "INT8, onnxruntime"
+EXAMPLES = 8  # in the batch that is timed
 REPEATS, TURNS = 9, 8
 
 
-def accuracy() -> Iterator[Row]:
-    """Of the file in float and of that of integers, on the same test examples."""
+def int8() -> Iterator[Row]:
+    """Both files of each network, in float and in integers: on the same test examples, and by turns in one thread."""
     for name, what in TASKS.items():
         (*networks, batches), test = classifiers(name)
+        model = what.partition(",")[0]
         with tempfile.TemporaryDirectory() as folder:
-            before = [_export(model, Path(folder, f"{n}.onnx"), batches, False) for n, model in enumerate(networks)]
-            after = [_export(model, Path(folder, f"{n}-8.onnx"), batches, True) for n, model in enumerate(networks)]
-            pairs = list(zip(before, after, strict=True))
+            pairs = [_exported(network, Path(folder, str(n)), batches) for n, network in enumerate(networks)]
             cells = [f"{_correct(a.path, test):.1%} → {_correct(b.path, test):.1%}" for a, b in pairs]
-        yield Row("INT8, onnxruntime", f"{what}: accuracy in float → in INT8", *cells)
-        found = [
-            ", ".join(f"{count} {name}" for name, count in b.int8.islands.items()) or "nothing" for b in after if b.int8
-        ]
-        yield Row("INT8, onnxruntime", f"{what.partition(',')[0]}: in float from product to product", *found)
-        sizes = [f"{a.size / 1e6:.0f} → {b.size / 1e6:.0f}" for a, b in pairs]
-        yield Row("INT8, onnxruntime", f"{what.partition(',')[0]}: MB of the file", *sizes)
+            yield Row(TOOL, f"{what}: accuracy in float → in INT8", *cells)
+            found = [b.int8.islands for _, b in pairs if b.int8 is not None]
+            cells = [", ".join(f"{count} {operators}" for operators, count in one.items()) or "nothing" for one in found]
+            yield Row(TOOL, f"{model}: in float from one linear map to the next", *cells)
+            yield Row(TOOL, f"{model}: MB of the file", *(f"{a.size / 1e6:.0f} → {b.size / 1e6:.0f}" for a, b in pairs))
+            if name == "movies":
+                batch = {key: value[:EXAMPLES] for key, value in test[-1][0].items()}
+                yield from _times(f"{model}, {EXAMPLES} reviews", pairs, [batch] * 3)
+                yield from _block(networks, batch, Path(folder))
 
 
-def speed() -> Iterator[Row]:
-    """One thread: each network against ReLU in INT8, and against itself in float, by turns."""
-    (*networks, batches), _ = classifiers("movies")
-    batch = {key: value[:EXAMPLES, :TOKENS] for key, value in batches[0].items()}
-    sites = [
-        next(name for name, part in model.named_modules() if name.endswith("intermediate_act_fn")) for model in networks
-    ]
-    blocks, rows = zip(*(hlg.feed_forward(m, site, batch) for m, site in zip(networks, sites, strict=True)), strict=True)
-    yield from _times(f"a block of MiniLM, {len(rows[0])} tokens", blocks, [[each] for each in rows])
-    yield from _times(f"MiniLM, {EXAMPLES} reviews", networks, [[batch]] * 3)
+def _block(networks: list[nn.Module], batch: dict[str, Tensor], folder: Path) -> Iterator[Row]:
+    """The first feed-forward block alone."""
+    sites = [next(name for name, _ in model.named_modules() if name.endswith("intermediate_act_fn")) for model in networks]
+    found = [hlg.feed_forward(model, site, batch) for model, site in zip(networks, sites, strict=True)]
+    pairs = [_exported(block, folder / f"block-{n}", [rows]) for n, (block, rows) in enumerate(found)]
+    yield from _times(f"a block of it, {len(found[0][1])} tokens", pairs, [{"input": rows} for _, rows in found])
 
 
-def _times(what: str, networks: Any, batches: list[list[Any]]) -> Iterator[Row]:
-    with tempfile.TemporaryDirectory() as folder:
-        runs = [
-            [_runner(_export(model, Path(folder, f"{n}-{int8}.onnx"), given, int8).path, given[0]) for int8 in (False, True)]
-            for n, (model, given) in enumerate(zip(networks, batches, strict=True))
-        ]
+Pair = tuple[hlg.ExportReport, hlg.ExportReport]  # in float, in integers
+
+
+def _exported(model: nn.Module, folder: Path, batches: Any) -> Pair:
+    return (
+        hlg.export_onnx(model, folder / "float.onnx", batches[0]),
+        hlg.export_onnx(model, folder / "int8.onnx", batches[0], int8=batches),
+    )
+
+
+def _times(what: str, pairs: list[Pair], batches: list[dict[str, Tensor]]) -> Iterator[Row]:
+    runs = [[_runner(each.path, batch) for each in pair] for pair, batch in zip(pairs, batches, strict=True)]
     relu = runs[-1][1]
-    cells = [_ratio(int8, relu) for _, int8 in runs[:-1]]
-    yield Row("INT8, onnxruntime", f"{what}: time ÷ ReLU's", *cells, "1")
-    yield Row("INT8, onnxruntime", f"{what}: time in float ÷ in INT8", *(_ratio(*both) for both in runs))
+    cells = [_ratio(integers, relu) for _, integers in runs[:-1]]
+    yield Row(TOOL, f"{what}: time ÷ ReLU's", *cells, "1")
+    yield Row(TOOL, f"{what}: time in float ÷ in INT8", *(_ratio(*both) for both in runs))
 
 
 def _ratio(first: Callable[[], object], second: Callable[[], object]) -> str:
@@ -79,21 +83,15 @@ def _ratio(first: Callable[[], object], second: Callable[[], object]) -> str:
     return f"{statistics.median(ratios):.2f} [{min(ratios):.2f}–{max(ratios):.2f}]"
 
 
-def _export(model: nn.Module, path: Path, batches: Any, int8: bool) -> hlg.ExportReport:
-    return hlg.export_onnx(model, path, batches[0], int8=batches if int8 else None)
-
-
 def _opened(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _runner(path: Path, batch: Any) -> Callable[[], object]:
+def _runner(path: Path, batch: dict[str, Tensor]) -> Callable[[], object]:
     ready = _opened(path)
-    names = [item.name for item in ready.get_inputs()]
-    given = batch if isinstance(batch, dict) else {names[0]: batch}
-    feed = {name: given[name].numpy() for name in names}
+    feed = {item.name: batch[item.name].numpy() for item in ready.get_inputs()}
     return lambda: ready.run(None, feed)
 
 

@@ -56,8 +56,7 @@ def export_onnx(
         cache: export one step of a decoder, with the keys and values of what came before as inputs and those of all so far
             as outputs; with `encoder`, the encoder and the keys and values that the decoder's layers make of its output.
         int8: batches like those that the network will meet, some hundreds of examples, kept in memory. Its linear maps then
-            compute in 8-bit integers, by onnxruntime's static quantisation, with the ranges that activations have on these
-            batches. By default `inputs` are the first of them.
+            compute in 8-bit integers, in the ranges that activations have on them. `inputs` are the first, by default.
         dynamic: input → {dimension: name}, the sizes that may change. By default those of examples, tokens and samples, and
             height and width where the model and its file take other sizes than the config's; where the file does not
             (Swin's windows), they are fixed, with a warning in the report. `{}`: all are fixed.
@@ -68,12 +67,11 @@ def export_onnx(
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing (`pip install 'hf_lambda_gelu[onnx]'`).
         ValueError: `path` exists or cannot be written, no inputs can be made or they do not fit, a model in another dtype,
-            `dynamic` names what there is not, a batch of `int8` that does not fit the file, or `int8` with `cache`.
-        CalibrationError: `int8` has no batch, or one that holds nothing that the model takes.
+            `dynamic` names what there is not, batches of `int8` do not fit the file, or it comes with `cache`.
         CheckpointError: the folder is no checkpoint.
         FoldError: λ cannot go into the weights.
         ExportError: torch cannot export the network or keep a size dynamic, onnxruntime cannot run the file, or it computes
-            something else (beyond 2e-5 of the largest output); the network has no linear map to quantise.
+            something else (beyond 2e-5 of the largest output).
 
     Nothing is written in any of these cases.
 
@@ -86,21 +84,22 @@ def export_onnx(
     need_onnx("export_onnx")
     target = Path(os.path.abspath(path))
     check_new_file(target)
+    _check_together(cache, dynamic, int8)
+    with whole_file(target) as made:
+        whole: Any = model if isinstance(model, nn.Module) else load_saved(model).float()
+        _check_floats(whole)
+        with measuring(whole), in_own_precision(whole):
+            task = (encoder, cache, dynamic, made, target)
+            return _exported(whole, inputs, *task) if int8 is None else _in_integers(whole, inputs, int8, *task)
+
+
+def _check_together(cache: bool, dynamic: Any, int8: Any) -> None:
     if cache and dynamic is not None:
         raise ValueError("with cache=True the names of the sizes are given: leave dynamic=… out")
     if cache and int8 is not None:
         raise ValueError(
             "a decoder's step with its keys and values is exported in float alone: leave cache=True or int8=… out"
         )
-    with whole_file(target) as made:
-        whole: Any = model if isinstance(model, nn.Module) else load_saved(model).float()
-        _check_floats(whole)
-        with measuring(whole), in_own_precision(whole):
-            if int8 is None:
-                return _exported(whole, inputs, encoder, cache, dynamic, made, target)
-            batches = list(model_batches(_encoder(whole) if encoder else whole, int8))
-            report = _exported(whole, batches[0] if inputs is None else inputs, encoder, cache, dynamic, made, target)
-            return _quantised(report, made, batches)
 
 
 def _exported(
@@ -130,8 +129,19 @@ def _exported(
         return _with_sides_or_without(task, batch, dynamic_axes(network, batch))
 
 
-def _quantised(report: ExportReport, made: Path, batches: list[dict[str, Any]]) -> ExportReport:
-    """The report, once the file is one of 8-bit integers."""
+def _in_integers(
+    whole: Any,
+    inputs: Any,
+    int8: Iterable[Any],
+    encoder: bool,
+    cache: bool,
+    dynamic: Mapping[str, Mapping[int, str]] | None,
+    made: Path,
+    target: Path,
+) -> ExportReport:
+    """The export in float, and then the file of 8-bit integers in its place."""
+    batches = list(model_batches(_encoder(whole) if encoder else whole, int8))
+    report = _exported(whole, batches[0] if inputs is None else inputs, encoder, cache, dynamic, made, target)
     fed = [fed_by(batch, index, report.inputs) for index, batch in enumerate(batches)]
     source = made.parent / "float" / made.name
     source.parent.mkdir()
