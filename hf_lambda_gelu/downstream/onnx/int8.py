@@ -7,6 +7,7 @@ softmax, norms and the sums of the residual stream stay in float, for their outl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,27 +68,19 @@ def quantise(source: Path, made: Path, batches: list[dict[str, Tensor]]) -> Int8
     products = as_gemms(network)
     if not products:
         raise ExportError("the network has no linear map with a weight of its own: there is nothing to quantise")
-    expected = _outputs(session(source), batches, "the float file")
-    reader = _Reader(batches)
+    before, reader = session(source), _Reader(batches)
     try:
         with quietly():
             _quantise_static(network, made, reader, products, size_of(source) > IN_ONE_FILE)
     except Exception as error:  # onnx's and onnxruntime's classes derive from Exception alone
+        for index, batch in enumerate(batches):
+            _main(before, batch, index, "the float file")  # an ExportError, if that is what failed
         raise ExportError(f"onnxruntime does not quantise the network: {in_a_line(error)}") from error
     optimised = made.with_name("optimised.onnx")
-    got = _outputs(session(made, optimised), batches, "the file of 8-bit integers")
+    difference = _difference(before, session(made, optimised), batches)
     graph = onnx.load(str(optimised), load_external_data=False).graph
-    if not all(bool(value.isfinite().all()) for value in got):
-        raise ExportError("what the file of 8-bit integers puts out is not finite: look for batches with unusual values")
-    moved = sum(float((a - b).square().sum()) for a, b in zip(got, expected, strict=True))
-    size = sum(float(a.square().sum()) for a in expected)
-    return Int8Report(
-        batches=len(batches),
-        products=(integer_products(graph), len(products)),
-        islands=float_islands(graph),
-        difference=(moved / size) ** 0.5 if size else 0.0,
-        float_size=size_of(source),
-    )
+    done = integer_products(graph), len(products)
+    return Int8Report(len(batches), done, float_islands(graph), difference, size_of(source))
 
 
 def _quantise_static(network: Any, made: Path, reader: _Reader, products: list[str], beside: bool) -> None:
@@ -108,19 +101,29 @@ def _quantise_static(network: Any, made: Path, reader: _Reader, products: list[s
     )
 
 
-def _outputs(ready: Any, batches: list[dict[str, Tensor]], what: str) -> list[Tensor]:
-    """The main output of each batch, (rows, features) without padding; ExportError where onnxruntime fails."""
-    found = []
+def _difference(before: Any, after: Any, batches: list[dict[str, Tensor]]) -> float:
+    """‖after − before‖ / ‖before‖ of the main output of two sessions; ExportError where it is not finite."""
+    moved = size = 0.0
     for index, batch in enumerate(batches):
-        try:
-            outputs = run(ready, batch)
-        except Exception as error:
-            raise ExportError(
-                f"onnxruntime fails on {what} with calibration batch {index} of {shapes_of(batch)}: {in_a_line(error)}"
-            ) from error
-        main = next(value for value in outputs if value.is_floating_point())
-        found.append(rows(main, token_mask(batch)).double() if main.dim() > 1 else main.double())
-    return found
+        expected = _main(before, batch, index, "the float file")
+        got = _main(after, batch, index, "the file of 8-bit integers")
+        moved += float((got - expected).square().sum())
+        size += float(expected.square().sum())
+    if not math.isfinite(moved):
+        raise ExportError("what the file of 8-bit integers puts out is not finite: look for batches with unusual values")
+    return math.sqrt(moved / size) if size else 0.0
+
+
+def _main(ready: Any, batch: dict[str, Tensor], index: int, what: str) -> Tensor:
+    """The main output, (rows, features) without padding; ExportError where onnxruntime fails."""
+    try:
+        outputs = run(ready, batch)
+    except Exception as error:
+        raise ExportError(
+            f"onnxruntime fails on {what} with calibration batch {index} of {shapes_of(batch)}: {in_a_line(error)}"
+        ) from error
+    main = next(value for value in outputs if value.is_floating_point())
+    return rows(main, token_mask(batch)).double() if main.dim() > 1 else main.double()
 
 
 class _Reader:

@@ -40,7 +40,7 @@ class _Rewriting:
         self._columns = {tensor.name: _columns(tensor) for tensor in (*graph.value_info, *graph.output)}
         self._users: dict[str, list[Any]] = {}
         for node in graph.node:
-            for name in node.input:
+            for name in _taken(node):
                 self._users.setdefault(name, []).append(node)
         self._rows: dict[str, str] = {}  # tensor → the same as a matrix
         self._features: dict[str, int] = {}  # tensor that is to be made of a matrix, if at all → the matrix' columns
@@ -137,13 +137,13 @@ class _Rewriting:
         )
 
     def _on_rows(self, node: Any) -> None:
-        first, (output,) = next(name for name in node.input if name in self._leading), node.output
+        data, (output,) = [name for name in node.input if name in self._leading], node.output
         made = copy.deepcopy(node)
         del made.input[:], made.output[:]
         made.input.extend(self._rows[name] if name in self._leading else name for name in node.input)
         made.output.append(f"{output}/rows")
         self._nodes.append(made)
-        self._is(output, f"{output}/rows", self._features[first], self._source(first))
+        self._is(output, f"{output}/rows", max(self._features[name] for name in data), self._source(data[0]))
 
     def _keep(self, node: Any) -> None:
         for name in _taken(node):
