@@ -24,7 +24,7 @@ HARDNESS = 4.0  # λ of the λ-GELU networks
 TRAIN = 1500  # digits; the others are for tests
 SIZES: dict[str, dict[str, Any]] = {  # of the study's tasks: examples to train on and to judge by
     "movies": {"train": 2000, "evaluate": 2000},
-    "fashion": {"train": 800, "evaluate": 1000},
+    "fashion": {"train": 400, "evaluate": 500},
 }
 
 

@@ -77,7 +77,11 @@ def quantise(source: Path, made: Path, batches: list[dict[str, Tensor]]) -> Int8
             _main(before, batch, index, "the float file")  # an ExportError, if that is what failed
         raise ExportError(f"onnxruntime does not quantise the network: {in_a_line(error)}") from error
     optimised = made.with_name("optimised.onnx")
-    difference = _difference(before, session(made, optimised), batches)
+    try:
+        after = session(made, optimised)
+    except Exception as error:
+        raise ExportError(f"onnxruntime does not load the file of 8-bit integers: {in_a_line(error)}") from error
+    difference = _difference(before, after, batches)
     graph = onnx.load(str(optimised), load_external_data=False).graph
     done = integer_products(graph), len(products)
     return Int8Report(len(batches), done, float_islands(graph), difference, size_of(source))
