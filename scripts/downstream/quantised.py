@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hf_lambda_gelu as hlg
 
-from .networks import classifiers
+from .networks import MILD, classifiers
 from .rows import Row
 
 TASKS = {"movies": "MiniLM, 2,000 movie reviews", "fashion": "DINOv2-small, 500 images of clothes"}
@@ -32,7 +32,7 @@ def int8() -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
             pairs = [_exported(network, Path(folder, str(n)), batches) for n, network in enumerate(networks)]
             cells = [f"{_correct(a.path, test):.1%} → {_correct(b.path, test):.1%}" for a, b in pairs]
-            yield Row(TOOL, f"{what}: accuracy in float → in INT8", *cells)
+            yield Row(TOOL, f"{what}: accuracy in float → in INT8 (λ = {MILD})", *cells)
             if name == "movies":
                 found = [b.int8.islands for _, b in pairs if b.int8 is not None]
                 cells = [", ".join(f"{count} {operators}" for operators, count in one.items()) or "nothing" for one in found]

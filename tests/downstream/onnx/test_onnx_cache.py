@@ -99,7 +99,7 @@ def test_an_encoder_and_its_decoder(tmp_path: Path) -> None:
         ("bert", {}, "BertForMaskedLM keeps no keys and values .*leave cache=True out"),
         ("vit", {}, "takes input_ids and attention_mask alone, got pixel_values"),
         ("gpt2", {"encoder": True}, "has no encoder beside a decoder"),
-        ("gpt2", {"dynamic": {}}, "cache=True goes without dynamic"),
+        ("gpt2", {"dynamic": {}}, "with cache=True the names of the sizes are given"),
     ],
 )
 def test_refused(name: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
