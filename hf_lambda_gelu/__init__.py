@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .checkpoints.save import save_relu_pretrained
     from .checkpoints.verify import VerificationError, verify_relu_pretrained
     from .downstream.onnx.export import export_onnx
-    from .downstream.onnx.report import ExportError, ExportReport
+    from .downstream.onnx.report import ExportError, ExportReport, Int8Report
     from .downstream.pruning import PruningReport, prune_dead_units
     from .downstream.sparse_ffn import SparseFFNReport, sparsify_ffn
     from .downstream.sparsity import ActivationSparsityReport, activation_sparsity
@@ -66,6 +66,7 @@ __all__ = [
     "FoldError",
     "FoldReport",
     "HardeningSchedule",
+    "Int8Report",
     "KernelUnavailable",
     "LambdaGELU",
     "LambdaGELUTrainer",
@@ -132,6 +133,7 @@ _MODULES = {
     "FoldError": ".surgery.folding",
     "FoldReport": ".surgery.folding",
     "HardeningSchedule": ".training.schedule",
+    "Int8Report": ".downstream.onnx.report",
     "KernelUnavailable": ".activation.kernels.dispatch",
     "LambdaGELU": ".activation.module",
     "LambdaGELUTrainer": ".training.trainer",

@@ -27,6 +27,9 @@ def onnx(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="File to make. It appears when it is complete.")],
     encoder: Annotated[bool, typer.Option("--encoder", help="The encoder of an encoder-decoder model alone.")] = False,
     cache: Annotated[bool, typer.Option("--cache", help="One step of a decoder, with keys and values in and out.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Linear maps in 8-bit integers, with the ranges that --calibration shows.")
+    ] = False,
     calibration: o.Calibration = None,
     column: o.Column = None,
     split: o.Split = "train",
@@ -47,6 +50,7 @@ def onnx(
     Examples:
       hf-lambda-gelu export onnx runs/sst2-relu sst2-relu.onnx
       hf-lambda-gelu export onnx runs/sst2-relu sst2-relu.onnx --calibration reviews.txt
+      hf-lambda-gelu export onnx runs/sst2-relu sst2-int8.onnx --calibration reviews.txt --int8
       hf-lambda-gelu export onnx openai/whisper-tiny whisper-encoder.onnx --encoder --cache
       hf-lambda-gelu export onnx openai/whisper-tiny whisper-decoder.onnx --cache
     """
@@ -57,7 +61,9 @@ def onnx(
 
         check_new_file(Path(os.path.abspath(target)))
         data = Data(calibration, column, None, split, dataset_config, samples, batch_size, max_length)
-        found, folder = None if calibration is None else examples(data), resolved(source)
+        found = None if calibration is None and not int8 else examples(data)
+        folder = resolved(source)
         model = loaded(folder, trust_remote_code).float()
-        inputs = None if found is None else next(iter(batches(found, data, model, folder, trust_remote_code)))
-        result.set(hlg.export_onnx(model, target, inputs, encoder=encoder, cache=cache))
+        given = None if found is None else batches(found, data, model, folder, trust_remote_code)
+        inputs = None if given is None else next(iter(given))
+        result.set(hlg.export_onnx(model, target, inputs, encoder=encoder, cache=cache, int8=given if int8 else None))

@@ -17,12 +17,13 @@ import torch
 from transformers.utils import logging
 
 from ..tools.tables import append, read
-from . import exact, inference
+from . import exact, inference, quantised
 from .rows import FIELDS, Row, markdown
 
 RESULTS = Path(__file__).parent / "results" / "downstream.csv"
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "onnx": inference.onnx,
+    "int8": quantised.int8,
     "solvers": exact.solvers,
     "distance": exact.distance,
     "zeros": inference.zeros,

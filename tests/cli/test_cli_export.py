@@ -34,6 +34,17 @@ def test_a_text_model_with_its_tokenizer(tmp_path: Path) -> None:
     assert float((got - expected).abs().max() / expected.abs().max()) <= 2e-5
 
 
+def test_int8(tmp_path: Path) -> None:
+    """The ranges come from all of the data, in as many batches as it makes."""
+    bert(tmp_path / "src", hidden_act="relu", **SMALL)
+    arguments = ("--calibration", texts(tmp_path / "texts.txt"), "--batch-size", 5, "--int8")
+    shown = invoke("export", "onnx", tmp_path / "src", tmp_path / "int8.onnx", *arguments).stdout
+    count = -(-len((tmp_path / "texts.txt").read_text().splitlines()) // 5)
+    assert f"linear maps, ranges from {count} batches" in shown
+    assert "in float between one and the next: 1 Tanh\n" in shown, "the pooler's"
+    assert "warning" not in shown
+
+
 def test_an_encoder(tmp_path: Path) -> None:
     """Without data, with what the decoder's steps take; as text."""
     checkpoint(tmp_path / "src", "whisper", encoder_layers=1, decoder_layers=1, activation_function="relu")
@@ -53,6 +64,7 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "exists: remove it" in invoke(*line, tmp_path / "there.onnx", code=2).stderr
     assert "there is no folder" in invoke("export", "onnx", tmp_path / "none", tmp_path / "m.onnx", code=2).stderr
     assert "has no encoder beside a decoder" in invoke(*line, tmp_path / "m.onnx", "--encoder", code=2).stderr
+    assert "no calibration data: add --calibration" in invoke(*line, tmp_path / "m.onnx", "--int8", code=2).stderr
     data = ("--calibration", tmp_path / "src" / "config.json")
     assert "columns could hold the examples" in invoke(*line, tmp_path / "m.onnx", *data, code=2).stderr
 

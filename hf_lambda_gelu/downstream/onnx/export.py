@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...activation.module import hardness_sites
+from ...measurement.batches import model_batches
 from ...measurement.forward import in_own_precision, measuring
 from ...structure.loading import load_saved
 from ...structure.offloading import check_not_offloaded
@@ -20,8 +21,9 @@ from ...structure.transaction import transaction
 from ...surgery.folding import fold
 from .cache import Step, steps, with_cache
 from .comparison import compared, loaded, outputs, shapes_of
-from .files import check_new_file, need_onnx, operators, remove, shapes, size_of, whole_file
+from .files import check_new_file, need_onnx, operators, remove, shapes, size_of, weights_of, whole_file
 from .inputs import Axes, Feed, check_axes, dynamic_axes, feed, inputs_of, sizes_of
+from .int8 import fed_by, quantise, warnings_of
 from .report import ExportError, ExportReport, runtime_warnings
 from .tracing import OPSET, write
 
@@ -36,6 +38,7 @@ def export_onnx(
     *,
     encoder: bool = False,
     cache: bool = False,
+    int8: Iterable[Any] | None = None,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
 ) -> ExportReport:
     """Writes a network as an ONNX file, in opset 20, and compares onnxruntime with torch on inputs of two shapes.
@@ -52,6 +55,8 @@ def export_onnx(
         encoder: export the encoder of an encoder-decoder model alone.
         cache: export one step of a decoder, with the keys and values of what came before as inputs and those of all so far
             as outputs; with `encoder`, the encoder and the keys and values that the decoder's layers make of its output.
+        int8: batches like those that the network will meet, some hundreds of examples, kept in memory. Its linear maps then
+            compute in 8-bit integers, in the ranges that activations have on them. `inputs` are the first, by default.
         dynamic: input → {dimension: name}, the sizes that may change. By default those of examples, tokens and samples, and
             height and width where the model and its file take other sizes than the config's; where the file does not
             (Swin's windows), they are fixed, with a warning in the report. `{}`: all are fixed.
@@ -62,7 +67,7 @@ def export_onnx(
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing (`pip install 'hf_lambda_gelu[onnx]'`).
         ValueError: `path` exists or cannot be written, no inputs can be made or they do not fit, a model in another dtype,
-            or `dynamic` names what there is not.
+            `dynamic` names what there is not, batches of `int8` do not fit the file, or it comes with `cache`.
         CheckpointError: the folder is no checkpoint.
         FoldError: λ cannot go into the weights.
         ExportError: torch cannot export the network or keep a size dynamic, onnxruntime cannot run the file, or it computes
@@ -79,13 +84,22 @@ def export_onnx(
     need_onnx("export_onnx")
     target = Path(os.path.abspath(path))
     check_new_file(target)
-    if cache and dynamic is not None:
-        raise ValueError("with cache=True the names of the sizes are given: leave dynamic=… out")
+    _check_together(cache, dynamic, int8)
     with whole_file(target) as made:
         whole: Any = model if isinstance(model, nn.Module) else load_saved(model).float()
         _check_floats(whole)
         with measuring(whole), in_own_precision(whole):
-            return _exported(whole, inputs, encoder, cache, dynamic, made, target)
+            task = (encoder, cache, dynamic, made, target)
+            return _exported(whole, inputs, *task) if int8 is None else _in_integers(whole, inputs, int8, *task)
+
+
+def _check_together(cache: bool, dynamic: Any, int8: Any) -> None:
+    if cache and dynamic is not None:
+        raise ValueError("with cache=True the names of the sizes are given: leave dynamic=… out")
+    if cache and int8 is not None:
+        raise ValueError(
+            "a decoder's step with its keys and values is exported in float alone: leave cache=True or int8=… out"
+        )
 
 
 def _exported(
@@ -113,6 +127,30 @@ def _exported(
         if dynamic is not None:
             return task.export(feed(network, batch, check_axes(dynamic, batch)))
         return _with_sides_or_without(task, batch, dynamic_axes(network, batch))
+
+
+def _in_integers(
+    whole: Any,
+    inputs: Any,
+    int8: Iterable[Any],
+    encoder: bool,
+    cache: bool,
+    dynamic: Mapping[str, Mapping[int, str]] | None,
+    made: Path,
+    target: Path,
+) -> ExportReport:
+    """The export in float, and then the file of 8-bit integers in its place."""
+    batches = list(model_batches(_encoder(whole) if encoder else whole, int8))
+    report = _exported(whole, batches[0] if inputs is None else inputs, encoder, cache, dynamic, made, target)
+    fed = [fed_by(batch, index, report.inputs) for index, batch in enumerate(batches)]
+    source = made.parent / "float" / made.name
+    source.parent.mkdir()
+    for file in (made, weights_of(made)):
+        if file.exists():
+            os.replace(file, source.parent / file.name)
+    found = quantise(source, made, fed)
+    warned = (*warnings_of(found), *report.warnings)
+    return replace(report, size=size_of(made), operators=operators(made), int8=found, warnings=warned)
 
 
 @dataclass(frozen=True)

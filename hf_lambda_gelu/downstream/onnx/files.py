@@ -87,7 +87,7 @@ def session(path: Path, optimised: Path | None = None) -> Any:
     """onnxruntime's session on the CPU.
 
     Args:
-        optimised: where to write the graph that is really run.
+        optimised: where to write the graph that is really run; its weights lie beside it.
     """
     import onnxruntime
 
@@ -95,6 +95,8 @@ def session(path: Path, optimised: Path | None = None) -> Any:
     options.log_severity_level = 4  # what goes wrong is raised too
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
+        # the weights beside it, as a file holds 2 GiB at most
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{optimised.name}.data")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -26,6 +26,39 @@ class ExportError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Int8Report:
+    """What the quantisation of a file to 8-bit integers did; `ExportReport.int8`.
+
+    Attributes:
+        batches: that the ranges of the activations were taken from.
+        products: linear maps that onnxruntime runs in 8-bit integers, and how many there are.
+        islands: what it computes in float between one such product and the next → how often. Empty where ReLU is the
+            activation, an activation each where it is not; operators joined by +.
+        difference: ‖int8 − float‖ / ‖float‖ of the main output, over these batches, without padding.
+        float_size: bytes of the file in float32.
+
+    Examples:
+        >>> report = hlg.export_onnx(model, "int8.onnx", int8=batches)  # import hf_lambda_gelu as hlg
+        >>> report.int8.islands, report.size / report.int8.float_size
+    """
+
+    batches: int
+    products: tuple[int, int]
+    islands: dict[str, int]
+    difference: float
+    float_size: int
+
+    def __str__(self) -> str:
+        found = ", ".join(f"{count} {name}" for name, count in self.islands.items()) or "nothing"
+        return (
+            f"8-bit integers in {self.products[0]} of {self.products[1]} linear maps, ranges from {self.batches} batches\n"
+            f"  in float between one and the next: {found}\n"
+            f"  main output changed by {self.difference:.1%} (‖int8 − float‖ / ‖float‖); the float file has "
+            f"{self.float_size / 1e6:.1f} MB"
+        )
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """What `export_onnx` wrote. Printing it gives the summary.
 
@@ -38,6 +71,7 @@ class ExportReport:
         folded: sites whose λ went into the weights, with that λ; empty for a network without λ-GELU.
         checked: the shapes of the inputs on which onnxruntime and torch were compared.
         difference: max |onnxruntime − torch| over these, relative to the largest value of each output.
+        int8: of a file of 8-bit integers, how it came to them; `difference` is that of the file in float before.
         warnings: sizes that could not be kept dynamic, and runtimes that would not run what the config says.
 
     Examples:
@@ -56,6 +90,7 @@ class ExportReport:
     checked: tuple[dict[str, tuple[int, ...]], ...]
     difference: float
     warnings: tuple[str, ...] = ()
+    int8: Int8Report | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON can hold it."""
@@ -74,7 +109,11 @@ class ExportReport:
         main = next(iter(self.inputs), "")
         *others, last = [sizes_in_words(shapes[main]) for shapes in self.checked]
         fed = f"{', '.join(others)} and {last}" if others else last
-        lines.append(f"  onnxruntime computes what torch does within {self.difference:.1e} (relative), with {main} of {fed}")
+        before = "" if self.int8 is None else "before, in float: "
+        lines.append(
+            f"  {before}onnxruntime computes what torch does within {self.difference:.1e} (relative), with {main} of {fed}"
+        )
+        lines += [] if self.int8 is None else [f"  {self.int8}"]
         return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
 
 

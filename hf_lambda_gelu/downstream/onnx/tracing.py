@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +11,12 @@ from torch import nn
 from .cache import EncoderStep, InOneMapping, Step
 from .comparison import in_a_line
 from .inputs import Axes, Feed
+from .quiet import quietly
 from .report import ExportError
 
 # The first that has Gelu as one operator. What later ones have besides (Attention in 23), fewer tools read.
 OPSET = 20
-_IN_ONE_FILE = 1_500_000_000  # bytes of weights; a protobuf message holds 2 GiB
-_LOGS = ("torch.onnx", "onnxscript", "onnx_ir")
+IN_ONE_FILE = 1_500_000_000  # bytes of weights; a protobuf message holds 2 GiB
 
 
 def write(model: nn.Module, path: Path, fed: Feed, outputs: list[str]) -> None:
@@ -34,7 +29,7 @@ def write(model: nn.Module, path: Path, fed: Feed, outputs: list[str]) -> None:
     takes: dict[str, Any] = {"kwargs": fed.traced, "dynamic_shapes": fed.axes}
     if isinstance(model, (Step, EncoderStep)):
         takes = {"kwargs": {"inputs": fed.traced}, "dynamic_shapes": {"inputs": fed.axes}, "input_names": list(fed.traced)}
-    with _quietly(), torch.no_grad():
+    with quietly(), torch.no_grad():
         try:
             torch.onnx.export(
                 InOneMapping(model).eval() if "input_names" in takes else model,
@@ -43,7 +38,7 @@ def write(model: nn.Module, path: Path, fed: Feed, outputs: list[str]) -> None:
                 output_names=outputs,
                 opset_version=OPSET,
                 dynamo=True,
-                external_data=size > _IN_ONE_FILE,
+                external_data=size > IN_ONE_FILE,
                 verbose=False,
                 **takes,
             )
@@ -61,18 +56,3 @@ def _refused(model: nn.Module, error: Exception, axes: Axes) -> str:
         f"torch.onnx.export does not take {type(model).__name__}: {type(cause).__name__}: {in_a_line(cause)}. "
         f"{advice if sizes else 'All sizes are fixed already'}"
     )
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without logs and warnings, which tell of packages that nobody needs, and the graphs that torch prints on failures."""
-    levels = {name: logging.getLogger(name).level for name in _LOGS}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

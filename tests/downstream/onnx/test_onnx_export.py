@@ -190,7 +190,7 @@ def test_plain_modules(tmp_path: Path) -> None:
 
 def test_large_weights_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A protobuf file holds 2 GiB; what is over lies in a file that is found after both were moved."""
-    monkeypatch.setattr("hf_lambda_gelu.downstream.onnx.tracing._IN_ONE_FILE", 1000)
+    monkeypatch.setattr("hf_lambda_gelu.downstream.onnx.tracing.IN_ONE_FILE", 1000)
     model = tiny.build("vit", num_hidden_layers=1)
     report = hlg.export_onnx(model, tmp_path / "vit.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["vit.onnx", "vit.onnx.data"]

@@ -182,7 +182,7 @@ def test_a_stop_when_the_file_is_put_in_place(
     stop: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the file of weights was moved, before the graph was."""
-    monkeypatch.setattr("hf_lambda_gelu.downstream.onnx.tracing._IN_ONE_FILE", 1000)
+    monkeypatch.setattr("hf_lambda_gelu.downstream.onnx.tracing.IN_ONE_FILE", 1000)
     real = onnx_files.os.replace
 
     def stopped(source: Path, target: Path) -> None:
