@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from support import tiny
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, NAdam, Optimizer, RAdam
@@ -18,6 +19,13 @@ from transformers import BertForSequenceClassification
 import hf_lambda_gelu as hlg
 
 Make = Callable[[Iterable[Any]], Optimizer]
+
+
+@pytest.fixture(autouse=True)
+def accelerate_as_before() -> Iterator[None]:
+    """Its state is one for the process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class SharpnessAware(Optimizer):

@@ -171,7 +171,9 @@ def test_calibrated_targets_and_checkpoints(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=True)
     assert resumed.learned_hardness == trainer.learned_hardness
     assert all(2.0 < resumed.hardness_targets[site] < 100.0 for site in SITES)
-    assert hlg.hardness_profile(resumed.model) == pytest.approx(resumed.hardness_targets, rel=1e-5)
+    reached = {site: logged(trainer, f"hardness/{site}")[9] for site in SITES}  # a resumed run makes no gate softer
+    expected = {site: max(target, reached[site]) for site, target in resumed.hardness_targets.items()}
+    assert hlg.hardness_profile(resumed.model) == pytest.approx(expected, rel=1e-5)
 
 
 def test_training_sets_that_cannot_be_indexed(tmp_path: Path) -> None:
