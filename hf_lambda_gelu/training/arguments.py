@@ -13,6 +13,7 @@ from .schedule import check_schedule
 
 _TARGETS = ("l1", "calibrated")
 _COMPENSATE = ("least_squares", "bias", "none")
+_SPARSITY_NORMS = ("hoyer", "l1")
 
 
 @dataclass
@@ -79,6 +80,20 @@ class LambdaGELUTrainingArguments(TrainingArguments):
     hardness_hold: float = field(
         default=0.1, metadata={"help": "Fraction of training at the end of a ramp with λ at the target, in [0, 1]."}
     )
+    sparsity_penalty: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a penalty on what the activations let through, max(z, 0) of what enters them, for more exact "
+            "zeros in the ReLU network; 0 for none."
+        },
+    )
+    sparsity_norm: Literal["hoyer", "l1"] = field(
+        default="hoyer",
+        metadata={
+            "help": "What is penalised of the d units r at a token: hoyer: (Σ r)² / (d Σ r²). l1: Σ r / √(d Σ r²), the "
+            "divisor held fixed. The mean over tokens, examples and layers."
+        },
+    )
     eval_relu: bool = field(
         default=True,
         metadata={
@@ -93,9 +108,12 @@ class LambdaGELUTrainingArguments(TrainingArguments):
         check_schedule(self.hardness_switch_point, held, self.hardness_ramp)
         target_hardness(self.hardness_tolerance)
         check_relative_tolerance(self.hardness_relative_tolerance)
-        for name, known in (("hardness_target", _TARGETS), ("hardness_compensate", _COMPENSATE)):
+        choices = {"hardness_target": _TARGETS, "hardness_compensate": _COMPENSATE, "sparsity_norm": _SPARSITY_NORMS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected {' or '.join(map(repr, known))}")
         if not (0.0 <= self.hardness_learning_rate < math.inf):
             raise ValueError(f"hardness_learning_rate must be a finite number >= 0, got {self.hardness_learning_rate}")
+        if not (0.0 <= self.sparsity_penalty < math.inf):
+            raise ValueError(f"sparsity_penalty must be a finite number >= 0, got {self.sparsity_penalty}: 0 is none")
         super().__post_init__()  # type: ignore[no-untyped-call]  # transformers' own has no types
