@@ -54,12 +54,12 @@ class _Sums(torch.autograd.Function):
         return r.sum(-1), r.square().sum(-1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, by_sum: Tensor, by_squares: Tensor) -> Tensor:
         (z,) = ctx.saved_tensors
         r = _finer(z).relu()
         gradient = (by_sum.unsqueeze(-1) + 2 * by_squares.unsqueeze(-1) * r) * (r > 0)
-        return gradient.to(z.dtype)  # type: ignore[no-any-return]
+        return gradient.to(z.dtype)
 
 
 def _finer(z: Tensor) -> Tensor:

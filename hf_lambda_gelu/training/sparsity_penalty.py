@@ -17,6 +17,7 @@ from ..activation.module import hardness_sites
 from ..measurement.batches import batch_size
 from ..measurement.places import Places
 from ..measurement.site_rows import SiteRows
+from ..structure.hooks import Hooks
 from .arguments import LambdaGELUTrainingArguments
 from .sparsity_norms import NORMS
 
@@ -66,8 +67,18 @@ class SparsityPenalty:
     def watching(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         """Within the block, the model runs once, on the inputs; `add` then has its penalty."""
         self._taken, self._size = {}, batch_size(self.model, inputs)
-        with self._rows.counting(inputs):
+        with Hooks() as hooks, self._rows.counting(inputs):
+            for site in self._rows.sites.values():
+                hooks.before(site, self._check_gradients)
             yield
+
+    def _check_gradients(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() or not any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
+            return
+        raise ValueError(
+            "sparsity_penalty does not go with reentrant gradient checkpointing, which runs the model without gradients "
+            "first: set use_reentrant=False where it is set, in gradient_checkpointing_kwargs, or sparsity_penalty=0"
+        )
 
     def add(self, loss: Tensor, batches: int, scaled: bool) -> Tensor:
         """The loss of the block's run: its value, with the gradient of loss + penalty.
@@ -87,9 +98,8 @@ class SparsityPenalty:
         penalty = self._weight * share * norm
         if not penalty.requires_grad and not self._seen:
             raise ValueError(
-                "sparsity_penalty reaches nothing that is trained: no activation ran after a parameter that requires a "
-                "gradient. If the model checkpoints gradients, set gradient_checkpointing_kwargs={'use_reentrant': False}; "
-                "else train what is before the activations, or set sparsity_penalty=0"
+                "sparsity_penalty reaches nothing that is trained: no parameter before an activation that ran requires a "
+                "gradient. Train these, or set sparsity_penalty=0"
             )
         self._seen.append((share, penalty.detach(), share * zeros))
         added = penalty if scaled else batches * penalty
@@ -138,15 +148,12 @@ def _weights(calls: Sequence[_Call], size: int) -> list[Tensor]:
 
 def check_penalisable(args: LambdaGELUTrainingArguments, model: nn.Module) -> None:
     """Raises ValueError where a run's way to compute does not let the penalty see what enters the activations."""
-    checkpointing = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
     compiled = args.torch_compile or any(map(is_compiled, model.modules()))
     reasons = {
         "torch.compile, whose code does not know hooks: train without torch_compile": compiled,
         "torch.nn.DataParallel, which copies the model: start one process per device by torchrun, or show it one by "
         "CUDA_VISIBLE_DEVICES": args.n_gpu > 1,
         "FSDP and DeepSpeed, with which it was not tested: train by DistributedDataParallel": args.fsdp or args.deepspeed,
-        "reentrant gradient checkpointing, which runs the model without gradients first: set "
-        "gradient_checkpointing_kwargs={'use_reentrant': False}": checkpointing,
     }
     for reason, holds in reasons.items():
         if holds:

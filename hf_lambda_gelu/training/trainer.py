@@ -205,9 +205,9 @@ class LambdaGELUTrainer(Trainer):
             return compute()
         with self._penalty.watching(inputs):
             found = compute()
-        loss, *outputs = found if return_outputs else (found,)
+        loss, outputs = found if isinstance(found, tuple) else (found, None)
         loss = self._penalty.add(loss, self.current_gradient_accumulation_steps, self._scaled(num_items_in_batch))
-        return (loss, *outputs) if return_outputs else loss
+        return (loss, outputs) if return_outputs else loss
 
     def _scaled(self, items: torch.Tensor | int | None) -> bool:
         """Whether Trainer takes a loss for one that is divided by what an update accumulates, as in its `training_step`."""
