@@ -20,8 +20,18 @@ _SPARSITY_NORMS = ("hoyer", "l1")
 class LambdaGELUTrainingArguments(TrainingArguments):
     """Holds the arguments of `LambdaGELUTrainer`: all fields of `TrainingArguments`, and those below.
 
-    Learning with a ramp is the paper's (arXiv 2603.21991); the refit and calibrated targets are derived. Fractions are of
-    the optimizer steps of the run.
+    Learning with a ramp is the paper's (arXiv 2603.21991); the refit, calibrated targets and the penalty are derived.
+    Fractions are of the optimizer steps of the run.
+
+    With `sparsity_penalty` w > 0, gradients are those of loss + w · P, for more exact zeros in the ReLU network. P is the
+    mean over sites, examples and tokens, padding left out, of a norm of r = max(z, 0), where z are the d pre-activations of
+    a site (of the gate, in a gated FFN) at a token, and r is what ReLU will put out for them, whatever λ is now:
+
+    - "hoyer": (Σ r)² / (d Σ r²), from 1/d, where one unit fires, to 1, where all fire alike. The Hoyer-square norm is of
+      DeepHoyer (Yang et al. 2020, arXiv 1908.09979), there on weights;
+    - "l1": Σ r / √(d Σ r²), from 1/√d to 1. The divisor gets no gradient, so that all r > 0 of a token shrink alike.
+
+    Neither changes with the scale of z, nor if every unit is repeated: one w means about the same in any model.
 
     Raises:
         ValueError: a value out of its range; the message names it.
