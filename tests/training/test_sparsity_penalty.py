@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support import tiny
 from support.training import Rows, StopAfterSaving, arguments, converted, logged
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, StableLmConfig, StableLmForCausalLM
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.training.sparsity_norms import NORMS
+from hf_lambda_gelu.training.sparsity_penalty import check_penalisable
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -279,6 +281,29 @@ def test_one_weight_means_the_same_at_any_width_and_scale(norm: str) -> None:
     assert float(measure(torch.ones(1, 64))) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("case", ["bf16", "adapters"])
+def test_it_goes_with(tmp_path: Path, case: str) -> None:
+    """Under autocast the penalty is that of float64 but for the rounding of z; adapters of LoRA learn from it too."""
+    runs = {}
+    for kind, weight in (("plain", 3.0), (case, 3.0), (case, 0.0)):
+        model: Any = model_of("bert-classifier")
+        if kind == "bf16":
+            model = model.float()
+        elif kind == "adapters":
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(target_modules=["dense"], init_lora_weights=False)).double()
+        changes = {"bf16": kind == "bf16", "sparsity_penalty": weight, "hardness_compensate": "none", "max_steps": 1}
+        runs[kind, weight] = trainer_of(tmp_path, model, **changes)
+        runs[kind, weight].train()
+    with_it, without = (runs[case, weight].model.state_dict() for weight in (3.0, 0.0))
+    changed = [name for name, value in with_it.items() if not torch.equal(value, without[name])]
+    assert any("intermediate.dense" in name for name in changed)
+    if case == "bf16":
+        first, second = (logged(runs[key, 3.0], "sparsity/penalty")[1] for key in ("plain", case))
+        assert second == pytest.approx(first, rel=5e-3)
+        assert second != first
+
+
 class OwnLoss(hlg.LambdaGELUTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return model(**inputs).loss
@@ -302,6 +327,27 @@ def test_refused(tmp_path: Path, changes: dict[str, Any], cls: type[hlg.LambdaGE
         trainer_of(tmp_path, model, cls, **changes).train()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in hlg.hardness_sites(model).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("_n_gpu", 2, r"sparsity_penalty=0\.3 does not go with torch\.nn\.DataParallel.*by torchrun"),
+        ("fsdp", True, r"does not go with FSDP and DeepSpeed.*train by DistributedDataParallel"),
+        ("deepspeed", "zero.json", r"does not go with FSDP and DeepSpeed.*train by DistributedDataParallel"),
+        ("compiled", True, r"does not go with torch\.compile"),
+    ],
+)
+def test_refused_where_it_was_not_made_for(tmp_path: Path, name: str, value: Any, expected: str) -> None:
+    """By the arguments as the trainer finds them: there are no two devices here."""
+    args, model = arguments(tmp_path, sparsity_penalty=0.3), converted()
+    assert args.n_gpu < 2  # sets it up
+    check_penalisable(args, model)
+    setattr(args, name, value)
+    if name == "compiled":
+        model.compile()
+    with pytest.raises(ValueError, match=expected):
+        check_penalisable(args, model)
 
 
 def test_refused_where_it_has_no_gradient(tmp_path: Path) -> None:
