@@ -73,10 +73,16 @@ class SiteRows:
         """Within the block, the model runs once, on the batch."""
         size = batch_size(self.model, batch)
         self._waiting = {}
-        with Hooks() as hooks, self.towers.following(size, batch):
-            for name, site in self.sites.items():
-                hooks.before(site, partial(self._on_site, name))
-            yield
+        try:
+            with Hooks() as hooks, self.towers.following(size, batch):
+                for name, site in self.sites.items():
+                    hooks.before(site, partial(self._on_site, name))
+                yield
+            self._hand_on_waiting(batch, size)
+        finally:
+            self._waiting = {}
+
+    def _hand_on_waiting(self, batch: Mapping[str, Any], size: int) -> None:
         doubtful = [n for n, seen in self._waiting.items() if n not in self._turned and any(_doubtful(s[1]) for s in seen)]
         if doubtful:
             square: dict[nn.Module, Sequence[int]] = {self.sites[name]: (size, size) for name in doubtful}
@@ -85,7 +91,6 @@ class SiteRows:
         for name, seen in self._waiting.items():
             for (x, note), chunk in zip(seen, chunks([note for _, note in seen]), strict=True):
                 self._hand_on(name, x, places(note, chunk, self._turned.get(name, False)))
-        self._waiting = {}
 
     def _on_site(self, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if self.features is None else args[0].movedim(self.features(args[0]), -1)

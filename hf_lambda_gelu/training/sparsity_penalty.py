@@ -41,7 +41,8 @@ class SparsityPenalty:
         self._taken: dict[str, list[_Call]] = {}
         self._size = 0  # examples in the batch
         self._examples: int | None = None  # in all batches of the update; None where that is not known
-        self._seen: list[tuple[float, Tensor, Tensor]] = []  # of each batch: its share of an update, penalty, zeros
+        self._reached = False  # whether it ever had a gradient
+        self._sums: tuple[float, Any, Any] = (0.0, 0.0, 0.0)  # of updates, penalties and zeros, since they were logged
 
     def begin_update(self, batches: Sequence[Any]) -> None:
         """The next update accumulates these batches."""
@@ -54,7 +55,7 @@ class SparsityPenalty:
         try:
             loss = step()
         finally:
-            self.wanted = False
+            self.wanted, self._taken = False, {}
         if not self.added:
             self.model.zero_grad()
             raise ValueError(
@@ -96,23 +97,22 @@ class SparsityPenalty:
             return loss
         norm, zeros = self._measured(loss.device)
         penalty = self._weight * share * norm
-        if not penalty.requires_grad and not self._seen:
+        self._reached = self._reached or penalty.requires_grad
+        if not self._reached:
             raise ValueError(
                 "sparsity_penalty reaches nothing that is trained: no parameter before an activation that ran requires a "
                 "gradient. Train these, or set sparsity_penalty=0"
             )
-        self._seen.append((share, penalty.detach(), share * zeros))
+        updates, penalties, shares = self._sums
+        self._sums = updates + share, penalties + penalty.detach(), shares + share * zeros
         added = penalty if scaled else batches * penalty
         return loss + (added - added.detach())
 
     def logs(self) -> dict[str, float]:
         """The penalty, and the share of zeros that ReLU would put out, each a mean since the last call; in this process."""
-        if not self._seen:
-            return {}
-        shares, penalties, zeros = zip(*self._seen, strict=True)
-        self._seen = []
-        found = {"sparsity/penalty": penalties, "sparsity/zeros": zeros}
-        return {name: float(torch.stack(values).sum()) / sum(shares) for name, values in found.items()}
+        updates, penalties, zeros = self._sums
+        self._sums = (0.0, 0.0, 0.0)
+        return {"sparsity/penalty": float(penalties) / updates, "sparsity/zeros": float(zeros) / updates} if updates else {}
 
     def _take(self, name: str, rows: Tensor, seen: Places) -> None:
         if seen.example is None or seen.token is None:
