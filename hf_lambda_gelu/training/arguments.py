@@ -13,7 +13,7 @@ from .schedule import check_schedule
 
 _TARGETS = ("l1", "calibrated")
 _COMPENSATE = ("least_squares", "bias", "none")
-_SPARSITY_NORMS = ("hoyer", "l1")
+_SPARSITY_NORMS = ("l1", "hoyer")
 
 
 @dataclass
@@ -27,9 +27,10 @@ class LambdaGELUTrainingArguments(TrainingArguments):
     mean over sites, examples and tokens, padding left out, of a norm of r = max(z, 0), where z are the d pre-activations of
     a site (of the gate, in a gated FFN) at a token, and r is what ReLU will put out for them, whatever λ is now:
 
-    - "hoyer": (Σ r)² / (d Σ r²), from 1/d, where one unit fires, to 1, where all fire alike. The Hoyer-square norm is of
-      DeepHoyer (Yang et al. 2020, arXiv 1908.09979), there on weights;
-    - "l1": Σ r / √(d Σ r²), from 1/√d to 1. The divisor gets no gradient, so that all r > 0 of a token shrink alike.
+    - "l1": Σ r / √(d Σ r²), from 1/√d, where one unit fires, to 1, where all fire alike. The divisor gets no gradient, so
+      that all r > 0 of a token shrink alike;
+    - "hoyer": (Σ r)² / (d Σ r²), from 1/d to 1, by which large r grow and small ones shrink. The Hoyer-square norm is of
+      DeepHoyer (Yang et al. 2020, arXiv 1908.09979), there on weights.
 
     Neither changes with the scale of z, nor if every unit is repeated: one w means about the same in any model.
 
@@ -97,11 +98,11 @@ class LambdaGELUTrainingArguments(TrainingArguments):
             "zeros in the ReLU network; 0 for none."
         },
     )
-    sparsity_norm: Literal["hoyer", "l1"] = field(
-        default="hoyer",
+    sparsity_norm: Literal["l1", "hoyer"] = field(
+        default="l1",
         metadata={
-            "help": "What is penalised of the d units r at a token: hoyer: (Σ r)² / (d Σ r²). l1: Σ r / √(d Σ r²), the "
-            "divisor held fixed. The mean over tokens, examples and layers."
+            "help": "What is penalised of the d units r at a token. l1: Σ r / √(d Σ r²), the divisor held fixed. hoyer: "
+            "(Σ r)² / (d Σ r²). The mean over tokens, examples and layers."
         },
     )
     eval_relu: bool = field(
