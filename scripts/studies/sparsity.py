@@ -15,6 +15,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -46,8 +47,11 @@ FIELDS = (
     "versions",
 )
 TASKS: dict[str, Task] = {task.name: task for task in PRETRAINED}
-# more steps at a higher rate make more zeros: the same weight does more on text
-WEIGHTS = {"movies": (0.0, 0.1, 0.3), "fashion": (0.0, 1.0, 3.0)}
+# by task and norm; the same weight does more on text, which has more steps at a higher rate
+WEIGHTS: dict[str, dict[str, tuple[float, ...]]] = {
+    "movies": {"none": (0.0,), "l1": (0.1, 0.3), "hoyer": (0.1, 0.3, 1.0, 3.0)},
+    "fashion": {"none": (0.0,), "l1": (1.0, 3.0), "hoyer": (1.0, 3.0)},
+}
 COUNTED = 300  # test examples on which zeros are counted
 
 
@@ -56,8 +60,8 @@ def main() -> None:
         prog="python -m scripts.studies.sparsity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tasks", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), metavar="TASK")
-    parser.add_argument("--norm", choices=("l1", "hoyer"), default="l1")
-    parser.add_argument("--weights", nargs="+", type=float, help="default: those of the table, other ones by task")
+    parser.add_argument("--norms", nargs="+", choices=("none", "l1", "hoyer"), default=["none", "l1", "hoyer"])
+    parser.add_argument("--weights", nargs="+", type=float, help="of the norms; by default those of the table")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="make no run")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -65,8 +69,10 @@ def main() -> None:
     datasets.disable_progress_bars()
     for seed in [] if options.table else options.seeds:
         for name in options.tasks:
-            for weight in WEIGHTS[name] if options.weights is None else options.weights:
-                run(options.results, TASKS[name], options.norm if weight else "none", weight, seed)
+            for norm in options.norms:
+                own = WEIGHTS[name][norm] if options.weights is None or norm == "none" else options.weights
+                for weight in own:
+                    run(options.results, TASKS[name], norm, weight, seed)
     print(table(read(options.results)))
 
 
@@ -78,7 +84,7 @@ def run(results: Path, task: Task, norm: str, weight: float, seed: int) -> None:
     start = time.time()
     train, judged = task.splits(seed, "test")
     given = Run(task, seed, task.rates[0], task.encode(train), task.encode(judged))
-    penalty = {"sparsity_penalty": weight, "sparsity_norm": norm} if weight else {}
+    penalty: dict[str, Any] = {} if norm == "none" else {"sparsity_penalty": weight, "sparsity_norm": norm}
     model = trained(given, penalty)
     found = given.judge(model)
     counted = hlg.activation_sparsity(model, task.batches(given.judged, COUNTED))
@@ -98,7 +104,7 @@ def run(results: Path, task: Task, norm: str, weight: float, seed: int) -> None:
     print({name: row[name] for name in ("task", "norm", "weight", "seed", "accuracy", "zeros", "seconds")}, flush=True)
 
 
-def trained(given: Run, penalty: dict[str, float | str]) -> PreTrainedModel:
+def trained(given: Run, penalty: dict[str, Any]) -> PreTrainedModel:
     """The ReLU network of a fine-tuning, saved and loaded by transformers."""
     model = given.model()
     hlg.convert(model)
