@@ -13,7 +13,7 @@ from .schedule import check_schedule
 
 _TARGETS = ("l1", "calibrated")
 _COMPENSATE = ("least_squares", "bias", "none")
-_SPARSITY_NORMS = ("l1", "hoyer")
+_SPARSITY_NORMS = ("hoyer", "l1")
 
 
 @dataclass
@@ -98,8 +98,8 @@ class LambdaGELUTrainingArguments(TrainingArguments):
             "zeros in the ReLU network; 0 for none."
         },
     )
-    sparsity_norm: Literal["l1", "hoyer"] = field(
-        default="l1",
+    sparsity_norm: Literal["hoyer", "l1"] = field(
+        default="hoyer",
         metadata={
             "help": "What is penalised of the d units r at a token. l1: Σ r / √(d Σ r²), the divisor held fixed. hoyer: "
             "(Σ r)² / (d Σ r²). The mean over tokens, examples and layers."
