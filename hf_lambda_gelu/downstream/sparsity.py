@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..measurement.batches import CalibrationError, model_batches
 from ..measurement.forward import measuring, random_state_kept, run_batch
+from ..measurement.places import Places
 from ..measurement.site_rows import Count, SiteRows
 from ..reports import finite_or_none, progress, table, to_dict
 from ..structure.linear_calls import LinearCall
@@ -123,7 +124,7 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Any]) -> ActivationS
     def on_linear(linear: LinearCall) -> None:
         channels[linear.restored(linear.output).shape] = -1 if linear.order is None else linear.order[-1]
 
-    def take(name: str, x: Tensor) -> None:
+    def take(name: str, x: Tensor, _: Places) -> None:
         if bool(torch.isnan(x).any()):
             raise CalibrationError(
                 f"calibration batch {index}: what enters {name} is NaN. Look for an overflow of half precision, or for "

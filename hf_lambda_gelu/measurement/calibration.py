@@ -25,6 +25,7 @@ from ..structure.transaction import transaction
 from .batches import CalibrationError, model_batches
 from .forward import measuring, run_batch
 from .in_effect import check_in_effect, counting_calls
+from .places import Places
 from .site_rows import Count, SiteRows
 
 # A histogram of log2|x|. Its lowest bin is for 0 and what fp32 has as subnormal, taken as 0; in its highest, |x| ≥ 2¹⁰,
@@ -188,7 +189,7 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
     running = {name: _RunningStatistics() for name in sites}
     index = 0
 
-    def take(name: str, x: Tensor) -> None:
+    def take(name: str, x: Tensor, _: Places) -> None:
         if not bool(torch.isfinite(x).all()):
             raise CalibrationError(
                 f"calibration batch {index}: the pre-activations of {name} are not finite. Look for an overflow of half "

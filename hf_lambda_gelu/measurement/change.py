@@ -18,6 +18,7 @@ from ..reports import progress
 from .batches import CalibrationError
 from .forward import main_output, run_batch, same_random_numbers
 from .in_effect import check_in_effect, counting_calls
+from .places import Places
 from .site_rows import SiteRows
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class _Zeros:
         with self.rows.counting(batch):
             yield
 
-    def _take(self, name: str, x: Tensor) -> None:
+    def _take(self, name: str, x: Tensor, _: Places) -> None:
         self.counts[name][0] += int((x <= 0).sum())
         self.counts[name][1] += x.numel()
 

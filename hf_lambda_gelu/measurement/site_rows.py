@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..structure.hooks import Hooks
 from ..structure.tracing import with_more
 from .batches import FORWARD_ERRORS, CalibrationError, batch_size
-from .forward import call
+from .forward import call, evaluating, random_state_kept
 from .places import Places, chunks, places
 from .towers import Note, Towers
 
@@ -43,19 +43,23 @@ class Count:
 class SiteRows:
     """Hands on what enters each site, (tokens, features) or more pieces of it, and counts tokens and padding.
 
-    A call on part of a sequence waits until the forward pass is over, since only then is known which part it was.
+    A call on part of a sequence waits until the forward pass is over, since only then is known which part it was. Where
+    gradients are on, what is handed on has them.
 
     Attributes:
         sites: the activations by name, λ-GELUs or others.
-        take: called with a site's name and rows.
+        take: called with a site's name, the rows that are tokens, and the places of those and the others.
         features: which dimension of what enters a site its features are; the last one, where it is not given.
+        later: whether all is handed on after the pass, so that within it nothing is computed: gradient checkpointing, which
+            runs parts of it again, finds the same operations then.
         counts: by site.
     """
 
     model: nn.Module
     sites: Mapping[str, nn.Module]
-    take: Callable[[str, Tensor], None]
+    take: Callable[[str, Tensor, Places], None]
     features: Callable[[Tensor], int] | None = None
+    later: bool = False
     counts: dict[str, Count] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,11 +73,17 @@ class SiteRows:
         """Within the block, the model runs once, on the batch."""
         size = batch_size(self.model, batch)
         self._waiting = {}
-        with Hooks() as hooks, self.towers.following(size, batch):
-            for name, site in self.sites.items():
-                hooks.before(site, partial(self._on_site, name))
-            yield
-        doubtful = [n for n, seen in self._waiting.items() if n not in self._turned and any(_square(s[1]) for s in seen)]
+        try:
+            with Hooks() as hooks, self.towers.following(size, batch):
+                for name, site in self.sites.items():
+                    hooks.before(site, partial(self._on_site, name))
+                yield
+            self._hand_on_waiting(batch, size)
+        finally:
+            self._waiting = {}
+
+    def _hand_on_waiting(self, batch: Mapping[str, Any], size: int) -> None:
+        doubtful = [n for n, seen in self._waiting.items() if n not in self._turned and any(_doubtful(s[1]) for s in seen)]
         if doubtful:
             square: dict[nn.Module, Sequence[int]] = {self.sites[name]: (size, size) for name in doubtful}
             first = positions_first(self.model, square, batch, size)
@@ -81,20 +91,16 @@ class SiteRows:
         for name, seen in self._waiting.items():
             for (x, note), chunk in zip(seen, chunks([note for _, note in seen]), strict=True):
                 self._hand_on(name, x, places(note, chunk, self._turned.get(name, False)))
-        self._waiting = {}
 
     def _on_site(self, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if self.features is None else args[0].movedim(self.features(args[0]), -1)
         note = self.towers.note(x)
-        if not note.tower.padded:
-            self._hand_on(name, x, places(note))
-            return
         found = places(note)
         if not found.told and (x.dim() == 3 or (x.dim() == 4 and x.shape[2] == 1)):  # a convolution's channels
             turned = self.towers.note(moved := x.movedim(1, -1))
             if places(turned).told:
                 x, note, found = moved, turned, places(turned)
-        if found.told and not _square(note):
+        if not self.later and found.told and not _doubtful(note):
             self._hand_on(name, x, found)
         else:
             self._waiting.setdefault(name, []).append((x, note))
@@ -102,12 +108,13 @@ class SiteRows:
     def _hand_on(self, name: str, x: Tensor, seen: Places) -> None:
         self.counts[name].add(seen)
         flat = x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
-        self.take(name, flat if seen.token is None else flat[seen.token.to(flat.device)])
+        self.take(name, flat if seen.token is None else flat[seen.token.to(flat.device)], seen)
 
 
-def _square(note: Note) -> bool:
-    """Whether the sizes alone do not say which dimension is the examples."""
-    return len(note.leading) > 1 and note.leading[0] == note.leading[1] == note.tower.size > 1
+def _doubtful(note: Note) -> bool:
+    """Whether it matters which dimension is the examples, and the sizes alone do not say it."""
+    square = len(note.leading) > 1 and note.leading[0] == note.leading[1] == note.tower.size > 1
+    return square and note.tower.padded
 
 
 @torch.no_grad()
@@ -129,7 +136,7 @@ def positions_first(
     def watch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         seen[module] = with_more(seen.get(module), args[0].shape[:-1])
 
-    with Hooks() as hooks:
+    with evaluating(model), random_state_kept(model), Hooks() as hooks:
         for module in modules:
             hooks.before(module, watch)
         try:

@@ -13,14 +13,26 @@ from .schedule import check_schedule
 
 _TARGETS = ("l1", "calibrated")
 _COMPENSATE = ("least_squares", "bias", "none")
+_SPARSITY_NORMS = ("hoyer", "l1")
 
 
 @dataclass
 class LambdaGELUTrainingArguments(TrainingArguments):
     """Holds the arguments of `LambdaGELUTrainer`: all fields of `TrainingArguments`, and those below.
 
-    Learning with a ramp is the paper's (arXiv 2603.21991); the refit and calibrated targets are derived. Fractions are of
-    the optimizer steps of the run.
+    Learning with a ramp is the paper's (arXiv 2603.21991); the refit, calibrated targets and the penalty are derived.
+    Fractions are of the optimizer steps of the run.
+
+    With `sparsity_penalty` w > 0, gradients are those of loss + w · P, for more exact zeros in the ReLU network. P is the
+    mean over sites, examples and tokens, padding left out, of a norm of r = max(z, 0), where z are the d pre-activations of
+    a site (of the gate, in a gated FFN) at a token, and r is what ReLU will put out for them, whatever λ is now:
+
+    - "l1": Σ r / √(d Σ r²), from 1/√d, where one unit fires, to 1, where all fire alike. The divisor gets no gradient, so
+      that all r > 0 of a token shrink alike;
+    - "hoyer": (Σ r)² / (d Σ r²), from 1/d to 1, by which large r grow and small ones shrink. The Hoyer-square norm is of
+      DeepHoyer (Yang et al. 2020, arXiv 1908.09979), there on weights.
+
+    Neither changes with the scale of z, nor if every unit is repeated: one w means about the same in any model.
 
     Raises:
         ValueError: a value out of its range; the message names it.
@@ -79,6 +91,20 @@ class LambdaGELUTrainingArguments(TrainingArguments):
     hardness_hold: float = field(
         default=0.1, metadata={"help": "Fraction of training at the end of a ramp with λ at the target, in [0, 1]."}
     )
+    sparsity_penalty: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a penalty on what the activations let through, max(z, 0) of what enters them, for more exact "
+            "zeros in the ReLU network; 0 for none."
+        },
+    )
+    sparsity_norm: Literal["hoyer", "l1"] = field(
+        default="hoyer",
+        metadata={
+            "help": "What is penalised of the d units r at a token. l1: Σ r / √(d Σ r²), the divisor held fixed. hoyer: "
+            "(Σ r)² / (d Σ r²). The mean over tokens, examples and layers."
+        },
+    )
     eval_relu: bool = field(
         default=True,
         metadata={
@@ -98,8 +124,11 @@ class LambdaGELUTrainingArguments(TrainingArguments):
         check_schedule(self.hardness_switch_point, held, self.hardness_ramp)
         target_hardness(self.hardness_tolerance)
         check_relative_tolerance(self.hardness_relative_tolerance)
-        for name, known in (("hardness_target", _TARGETS), ("hardness_compensate", _COMPENSATE)):
+        choices = {"hardness_target": _TARGETS, "hardness_compensate": _COMPENSATE, "sparsity_norm": _SPARSITY_NORMS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected {' or '.join(map(repr, known))}")
         if not (0.0 <= self.hardness_learning_rate < math.inf):
             raise ValueError(f"hardness_learning_rate must be a finite number >= 0, got {self.hardness_learning_rate}")
+        if not (0.0 <= self.sparsity_penalty < math.inf):
+            raise ValueError(f"sparsity_penalty must be a finite number >= 0, got {self.sparsity_penalty}: 0 is none")

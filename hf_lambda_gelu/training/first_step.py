@@ -18,19 +18,26 @@ from ..structure.forwards import refusal
 logger = logging.get_logger(__name__)
 
 
-def first_step(model: nn.Module, step: Callable[[], torch.Tensor], rerun: Callable[[], Any]) -> torch.Tensor:
+def first_step(
+    model: nn.Module, step: Callable[[], torch.Tensor], rerun: Callable[[], Any], hooked: bool = False
+) -> torch.Tensor:
     """What `step` returns, if the sites of `model` ran in it. [derived]
 
     Args:
         step: forward and backward on a batch.
         rerun: forward on that batch once more. It is run, without gradients, only if a site was not called.
+        hooked: whether `step` has hooks on the model, with which fused kernels stand back: a run without comes first.
 
     Raises:
         ValueError: a site that something else runs in the place of, with what to switch off. No gradient is left.
     """
     called: set[str] = set()
-    with counting_calls(model, called):
-        loss = step()
+    if hooked:
+        with counting_calls(model, called), torch.no_grad(), random_state_kept(model):
+            rerun()
+    else:
+        with counting_calls(model, called):
+            loss = step()
     with torch.no_grad(), random_state_kept(model):
         missed = bypassed(model, called, rerun)
     reasons = {site: why for site, why in missed.items() if why is not None}
@@ -42,4 +49,4 @@ def first_step(model: nn.Module, step: Callable[[], torch.Tensor], rerun: Callab
             f"{len(missed)} of {len(hardness_sites(model))} λ-GELU did not run on the first batch, {span(list(missed))}: "
             "their λ is learned from batches that reach them, if there are any"
         )
-    return loss
+    return step() if hooked else loss

@@ -94,8 +94,12 @@ def substitute_trained(trainer: LambdaGELUTrainer, model: nn.Module, force: bool
 
 
 def stated_arguments(args: TrainingArguments, hardness: bool = True) -> dict[str, Any]:
-    """{name: value} of the arguments that a card states; with `hardness`, those of hardness learning are among them."""
-    return {n: value for n, value in vars(args).items() if n in _STATED or (hardness and n.startswith("hardness_"))}
+    """{name: value} of the arguments that a card states; with `hardness`, those of hardness learning are among them.
+
+    Those of the sparsity penalty are, where there was one.
+    """
+    prefixes = ("hardness_", "sparsity_") if getattr(args, "sparsity_penalty", 0.0) else ("hardness_",)
+    return {n: value for n, value in vars(args).items() if n in _STATED or (hardness and n.startswith(prefixes))}
 
 
 def evaluation_sample(trainer: Trainer, batches: int = 4) -> list[dict[str, Any]] | None:

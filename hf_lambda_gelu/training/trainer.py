@@ -30,6 +30,7 @@ from .callback import HardeningCallback
 from .first_step import first_step
 from .publish import push_trained
 from .second_evaluation import without_a_trace
+from .sparsity_penalty import SparsityPenalty, check_penalisable
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +45,8 @@ class LambdaGELUTrainer(Trainer):
     - the target is that of `hardness_tolerance`, or with `hardness_target="calibrated"` each site's own, from its
       pre-activations on 64 training examples at the switch;
     - λ of every layer is in the logs, as `hardness/<module>`;
+    - with `sparsity_penalty`, the gradient is that of the loss and of a penalty on what the gates let through; the logs have
+      it as `sparsity/penalty`, and the share of zeros that ReLU would put out as `sparsity/zeros`;
     - evaluation also reports the metrics with the gates as ReLU, as `eval_relu_*`.
 
     Everything else is transformers' Trainer. `args` must be `LambdaGELUTrainingArguments`.
@@ -69,6 +72,7 @@ class LambdaGELUTrainer(Trainer):
     """
 
     _sites_run = False  # whether a training step has shown that the sites are what runs
+    _penalty: SparsityPenalty | None = None
     args: LambdaGELUTrainingArguments
     model: nn.Module  # Trainer's __init__ raises where there is none
 
@@ -98,6 +102,8 @@ class LambdaGELUTrainer(Trainer):
         if has_adapters(self.model):
             self._check_adapters()
             save_hardness_with_adapters(self.model)
+        if args.sparsity_penalty:
+            check_penalisable(args, self.model)
         best = args.metric_for_best_model or ""
         if "relu_" in best and not args.eval_relu:
             raise ValueError(f"metric_for_best_model={best!r} is not measured with eval_relu=False: set eval_relu=True")
@@ -164,14 +170,51 @@ class LambdaGELUTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         step = partial(super().training_step, model, inputs, num_items_in_batch)
+        if self._penalty is not None:
+            step = partial(self._penalty.step, step)
         if self._sites_run:
             return step()
         self._hardening.inputs = self.calibration_inputs
         loader = cast("DataLoader[Any]", self.callback_handler.train_dataloader)  # while a Trainer runs
         self._hardening.try_a_batch(self.args, self.model, loader)
-        loss = first_step(self.model, step, lambda: self.compute_loss(model, self._prepare_inputs(inputs)))
+
+        def rerun() -> Any:
+            return self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+
+        loss = first_step(self.model, step, rerun, hooked=self._penalty is not None)
         self._sites_run = True
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | int | None]:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if self.args.sparsity_penalty:
+            if self._penalty is None or self._penalty.model is not self.model:  # a search for hyperparameters makes new ones
+                self._penalty = SparsityPenalty(self.model, self.args)
+            self._penalty.begin_update(batches)
+        return batches, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        compute = partial(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
+        if self._penalty is None or not self._penalty.wanted:
+            return compute()
+        with self._penalty.watching(inputs):
+            found = compute()
+        loss, outputs = found if isinstance(found, tuple) else (found, None)
+        loss = self._penalty.add(loss, self.current_gradient_accumulation_steps, self._scaled(num_items_in_batch))
+        return (loss, outputs) if return_outputs else loss
+
+    def _scaled(self, items: torch.Tensor | int | None) -> bool:
+        """Whether Trainer takes a loss for one that is divided by what an update accumulates, as in its `training_step`."""
+        told = getattr(self, "loss_is_scaled_for_ga", None)  # of newer transformers
+        if told is not None:
+            return bool(told)
+        return (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
 
     def calibration_inputs(self, batch: Any) -> Iterable[Any]:
         """The batches of what the model's forward takes, made of a training batch, on which the switch measures and refits.
@@ -215,6 +258,7 @@ class LambdaGELUTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update({f"hardness/{name}": value for name, value in hardness_profile(self.model).items()})
+            logs.update({} if self._penalty is None else self._penalty.logs())
         super().log(logs, start_time)
 
     def push_to_hub(

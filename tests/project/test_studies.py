@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 import hf_lambda_gelu as hlg
-from scripts.studies import claims, report, updates
+from scripts.studies import claims, report, sparsity, updates
 from scripts.studies import run as study
 from scripts.studies.recipes import stages
 from scripts.studies.recipes.recipe import RECIPES, Run
@@ -60,6 +60,24 @@ def test_rows_and_resuming(tmp_path: Path) -> None:
     assert len({row["before"] for row in found[1:]} | {found[0]["accuracy"]}) == 1
     assert {int(row["steps"]) for row in found} == {256 // 32 * TASK.epochs}
     assert float(found[0]["accuracy"]) > 0.6
+
+
+def test_sparsity_rows_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is made once, and a penalty makes zeros; the table pairs each seed with its own run without a penalty."""
+    monkeypatch.setattr(hlg, "save_relu_pretrained", lambda model, folder: model.save_pretrained(folder))  # of no Hub class
+    results = tmp_path / "sparsity.csv"
+    for norm, weight in (("none", 0.0), ("hoyer", 1.0), ("none", 0.0)):
+        sparsity.run(results, TASK, norm, weight, 0)
+    plain, penalised = read(results)
+    assert (plain["weight"], penalised["weight"], plain["steps"]) == ("0", "1", "32")
+    assert float(plain["zeros"]) + 0.05 < float(penalised["zeros"])
+
+    rows = [{**plain, "seed": str(seed), "zeros": zeros} for seed, zeros in enumerate(("0.5", "0.6"))]
+    rows += [{**penalised, "seed": str(seed), "zeros": zeros} for seed, zeros in enumerate(("0.8", "0.7", "0.9"))]
+    first, second = sparsity.table(rows).splitlines()[2:]
+    assert first.startswith("| toy | none | 55.0 | ")
+    assert second.startswith(f"| toy | hoyer, 1 | 80.0 ({report.shown(np.array([30.0, 10.0]))}) | ")
+    assert (first[-5:], second[-5:]) == ("| 2 |", "| 3 |")
 
 
 @pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"gelu"}))

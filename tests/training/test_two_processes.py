@@ -53,6 +53,7 @@ OPTIONS = "--text_column first --text_pair_column second --num_train_epochs 4 --
 OPTIONS += " --learning_rate 3e-3 --hardness_learning_rate 0.05 --init_hardness 1.5 --weight_decay 0.1 --logging_steps 1"
 OPTIONS += " --eval_strategy epoch --save_strategy epoch --report_to none --disable_tqdm true --use_cpu true --seed 5"
 OPTIONS += " --hardness_compensate none --hardness_switch_point 0.25"  # the refit: tests/test_switch.py
+OPTIONS += " --sparsity_penalty 0.5"
 OPTIONS += " --dataloader_pin_memory false --ddp_find_unused_parameters false"  # raises if λ takes no part in a step
 
 
