@@ -171,8 +171,8 @@ def check_card(folder: Path) -> None:
         return
     told = "its card does not say so" if card.is_file() else "there is no card"
     raise ValueError(
-        f"the weights in {str(folder)!r} are quantised ({method}), and {told}: save the model that llm-compressor returns by "
-        f"save_relu_pretrained, which writes a card, or say how it was done in a README.md with the word {method} in it"
+        f"the weights in {str(folder)!r} are quantised ({method}), and {told}: save the model that llm-compressor returns "
+        f"by save_relu_pretrained, which writes a card, or say how it was done in a README.md with the word {method} in it"
     )
 
 

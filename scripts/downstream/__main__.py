@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging
 
 from ..tools.tables import append, read
-from . import exact, inference
+from . import compression, exact, inference
 from .rows import FIELDS, Row, markdown
 
 RESULTS = Path(__file__).parent / "results" / "downstream.csv"
@@ -28,6 +28,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "zeros": inference.zeros,
     "sparse": inference.sparse,
     "hardware": exact.hardware,
+    "compression": compression.compression,
 }
 
 

@@ -1,4 +1,4 @@
-"""After `relu_ize` comes llm-compressor: its folder is a ReLU network still, its card says what was done, traps are named."""
+"""After `relu_ize` comes llm-compressor: its folder is a ReLU network still, its card says what was done; traps."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_what_was_loaded_compressed_is_not_saved_again(relu: tuple[Path, hlg.Sub
     model = compressed(BertForSequenceClassification.from_pretrained(relu[0]), gptq("W8A8"))
     saved = hlg.save_relu_pretrained(model, tmp_path / "w8a8")
     assert "; their inputs: 8-bit int, a scale for each token, found as it runs\n" in (saved / "README.md").read_text()
-    with pytest.raises(ValueError, match="loaded from compressed weights.* publish the folder that it came from"):
+    with pytest.raises(ValueError, match=r"loaded from compressed weights.* publish the folder that it came from"):
         hlg.save_relu_pretrained(BertForSequenceClassification.from_pretrained(saved), tmp_path / "again")
     assert [path.name for path in tmp_path.iterdir()] == ["w8a8"]
 
