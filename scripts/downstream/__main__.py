@@ -17,13 +17,14 @@ import torch
 from transformers.utils import logging
 
 from ..tools.tables import append, read
-from . import compression, exact, inference
+from . import blocks, compression, exact, inference
 from .rows import FIELDS, Row, markdown
 
 RESULTS = Path(__file__).parent / "results" / "downstream.csv"
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "onnx": inference.onnx,
     "solvers": exact.solvers,
+    "blocks": blocks.blocks,
     "distance": exact.distance,
     "zeros": inference.zeros,
     "sparse": inference.sparse,

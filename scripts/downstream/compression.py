@@ -42,17 +42,20 @@ def recipes() -> dict[str, Callable[[], Any]]:
 
 
 def compression() -> Iterator[Row]:
-    """Accuracy of a probe on the embeddings, before and after."""
+    """Accuracy of a probe on the embeddings, before and after, and the cosine between these embeddings."""
     smooth, hardened, relu, _ = sentence_networks()
     folded = copy.deepcopy(hardened)
     hlg.fold(folded)  # a stock network, as llm-compressor writes stock configs
     networks = [smooth, folded, relu]
     for network in networks:
         assert isinstance(network, PreTrainedModel)
-    before = [accuracy(network) for network in networks]
+    before = [embeddings(network, reviews().test[0]) for network in networks]
     for name, recipe in recipes().items():
-        after = [accuracy(compressed(network, recipe())) for network in networks]  # type: ignore[arg-type]
-        cells = [f"{a:.1%} → {b:.1%}" for a, b in zip(before, after, strict=True)]
+        cells = []
+        for network, dense in zip(networks, before, strict=True):
+            found = embeddings(compressed(network, recipe()), reviews().test[0])  # type: ignore[arg-type]
+            cosine = float((found * dense).sum(1).mean())
+            cells.append(f"{accuracy(dense):.1%} → {accuracy(found):.1%}, cosine {cosine:.3f}")
         yield Row("llm-compressor", f"MiniLM, {name}: accuracy of a probe on {TEST} reviews", *cells)
 
 
@@ -86,11 +89,9 @@ def compressed(network: PreTrainedModel, modifier: Any) -> PreTrainedModel:
     return found
 
 
-def accuracy(network: nn.Module) -> float:
+def accuracy(found: Tensor) -> float:
     """Of the probe, which was fitted to the smooth network's embeddings and knows no other."""
-    texts = reviews()
-    guesses = probe().predict(embeddings(network, texts.test[0]).numpy())
-    return float((torch.tensor(guesses) == torch.tensor(texts.test[1])).float().mean())
+    return float((torch.tensor(probe().predict(found.numpy())) == torch.tensor(reviews().test[1])).float().mean())
 
 
 @cache

@@ -30,7 +30,7 @@ class Networks(NamedTuple):
     batches: Sequence[Any]
 
 
-def _three(smooth: nn.Module, batches: Sequence[Any]) -> Networks:
+def three(smooth: nn.Module, batches: Sequence[Any]) -> Networks:
     hardened = copy.deepcopy(smooth)
     hlg.convert(hardened, init_hardness=HARDNESS)
     relu = copy.deepcopy(smooth)
@@ -43,7 +43,7 @@ def _three(smooth: nn.Module, batches: Sequence[Any]) -> Networks:
 def digit_networks() -> Networks:
     """64–32–32–10, trained with GELU on 1,500 images of digits. Not to be changed."""
     images, _ = digits()
-    return _three(digits_network(32, 32, activation=nn.GELU), list(images[:TRAIN].split(300)))
+    return three(digits_network(32, 32, activation=nn.GELU), list(images[:TRAIN].split(300)))
 
 
 def digit_accuracy(run: Callable[[Tensor], Tensor]) -> float:
@@ -63,4 +63,4 @@ def sentence_networks() -> Networks:
         for start in range(0, len(texts), 8)
     ]
     with torch.no_grad():
-        return _three(AutoModel.from_pretrained(folder).eval(), batches)
+        return three(AutoModel.from_pretrained(folder).eval(), batches)
