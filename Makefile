@@ -27,10 +27,11 @@ help:
 	@echo "make docs          the documentation into site/, strictly: names, links and anchors must hold"
 
 # torch first and pinned: its CPU build is taken where one is offered, and nothing later pulls in another
-$(STAMP): pyproject.toml $(CONSTRAINTS)
+$(STAMP): pyproject.toml $(CONSTRAINTS) requirements-compress.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-compress.txt
 	touch $(STAMP)
 
 demo: $(STAMP)

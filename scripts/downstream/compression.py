@@ -78,6 +78,7 @@ def compressed(network: PreTrainedModel, modifier: Any) -> PreTrainedModel:
             processor=texts.tokenizer,
             max_seq_length=LENGTH,
             num_calibration_samples=len(rows),
+            shuffle_calibration_samples=False,  # the same order each time, or roundings differ
         )
         if network.config.hidden_act == "relu":
             hlg.save_relu_pretrained(model, target)
