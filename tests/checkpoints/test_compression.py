@@ -105,7 +105,7 @@ def test_gptq(relu: tuple[Path, hlg.SubstitutionReport], tmp_path: Path) -> None
 
     text = ModelCard.load(saved / "README.md").text
     for wanted in (
-        "Its weights were then quantised, so that it computes something else than before: see [Compression](#compression).",
+        "Its weights were then quantised, which changes what it computes: see [Compression](#compression).",
         "`pip install compressed-tensors`",
         "\n## Compression\n\nLossy. What it costs in accuracy is not stated here. The sections below are about",
         f"\n- Format: compressed-tensors {config['quantization_config']['version']}\n",
