@@ -15,7 +15,7 @@ OLDEST = .venv-oldest
 help:
 	@echo "make demo          MiniLM on movie reviews: fine-tune, harden, substitute, reload in stock transformers"
 	@echo "make demo-vision   DINOv2-small on Fashion-MNIST, likewise      (SIZE=full for more data and epochs)"
-	@echo "make downstream    what ReLU unlocks: each tool on GELU, λ-GELU and ReLU, in one table   (two minutes on one core)"
+	@echo "make downstream    what ReLU unlocks: each tool on GELU, λ-GELU and ReLU, in one table   (six minutes on one core)"
 	@echo "make test          set up, fetch the test models, run the test suite offline"
 	@echo "make test-oldest   the suite with the oldest versions that pyproject.toml allows, in $(OLDEST); TORCH=… for another torch"
 	@echo "make cards         the demos' model cards into model_cards/, after both demos"
@@ -27,10 +27,11 @@ help:
 	@echo "make docs          the documentation into site/, strictly: names, links and anchors must hold"
 
 # torch first and pinned: its CPU build is taken where one is offered, and nothing later pulls in another
-$(STAMP): pyproject.toml $(CONSTRAINTS)
+$(STAMP): pyproject.toml $(CONSTRAINTS) requirements-compress.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-compress.txt
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
@@ -92,6 +92,8 @@ def card_record(
     versions: Mapping[str, str],
     learned: Mapping[str, float] | None = None,
     plot: str | None = None,
+    compression: Mapping[str, Any] | None = None,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All that is known of a ReLU-ized model, as JSON can hold it: what `render_card` makes the card of."""
     record: dict[str, Any] = {
@@ -103,6 +105,8 @@ def card_record(
         "left": [asdict(item) for item in left],
         "learned_hardness": learned,
         "plot": plot,
+        "compression": compression,
+        "warnings": list(warnings),
         "versions": versions,
     }
     plain: dict[str, Any] = json.loads(json.dumps(record, default=_plain))
@@ -152,7 +156,7 @@ def render_card(record: Mapping[str, Any]) -> ModelCard:
     card: ModelCard = ModelCard.from_template(
         data,
         template_str=(files(__package__) / "templates" / "card.md").read_text(encoding="utf-8"),
-        **{**record, "report": report},
+        **{"compression": None, "warnings": [], **record, "report": report},  # records of before have neither
         results_table=_results_table(details),
         formula="x Φ(λx)" if erf else "a(λx)/λ with a its own activation",
         sites_table=_sites_table(report) if report else "",

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from ..structure.loading import load_saved
 from ..surgery.report import SubstitutionReport
 from .card import CardDetails
+from .compression import quantisation
 from .published_files import published_files
 from .save import check_relu, save_relu_pretrained
 from .verify import verify_relu_pretrained
@@ -63,14 +64,13 @@ def push_relu_to_hub(
     api: HfApi | None = None,
 ) -> CommitInfo:
     """Publishes a ReLU-ized model: saves it, proves by `verify_relu_pretrained` that stock transformers computes the same
-    without this package, and only then uploads, in one commit, whose `CommitInfo` it returns.
-
-    Only what the model's and its processor's own saves and this package wrote goes up; the rest is named in a warning.
+    without this package, and only then uploads, in one commit, whose `CommitInfo` it returns. Only what the model's and its
+    processor's own saves and this package wrote goes up; the rest is named in a warning.
 
     Args:
         model: a model after `relu_ize`, or the folder of one that `save_relu_pretrained` wrote, uploaded as it is.
         repo_id: "name" or "owner/name".
-        processor: tokenizer, image processor or feature extractor, a list for several; `()` to publish without one.
+        processor: tokenizer, image processor or feature extractor, a list for several; `()` for none.
         details, learned, history, report: as for `save_relu_pretrained`; not for a folder, which has them. Where the details
             name a base model and no licence, the licence is asked of the Hub.
         folder: where to keep the saved model; by default a temporary folder, which stays only where the upload failed.
@@ -80,7 +80,8 @@ def push_relu_to_hub(
         token, api: by default what `hf auth login` saved, and the Hub. A token is never stored or shown.
 
     Raises:
-        ValueError: bad repo id, no token, offline, no processor, no finite ReLU network, a token of the Hub in a card.
+        ValueError: bad repo id, no token, offline, no processor, no finite ReLU network, a card that holds a token or hides
+            that the weights are quantised.
         VerificationError: stock transformers computes something else. Nothing is uploaded.
         PushError: the upload failed; the folder is kept.
 
@@ -155,8 +156,24 @@ def _proven(folder: Path, inputs: dict[str, Tensor] | None) -> Path:
     """The folder, after it was loaded and found to be a ReLU network that stock transformers computes alike."""
     model = load_saved(folder)
     check_relu(model)
+    check_card(folder)
     verify_relu_pretrained(model, folder, inputs)
     return folder
+
+
+def check_card(folder: Path) -> None:
+    """Raises ValueError where weights are quantised and the card does not name the method: nobody would know."""
+    quantised, card = quantisation(folder), folder / "README.md"
+    if quantised is None:
+        return
+    method = str(quantised.get("quant_method", ""))
+    if card.is_file() and method in card.read_text(encoding="utf-8"):
+        return
+    told = "its card does not say so" if card.is_file() else "there is no card"
+    raise ValueError(
+        f"the weights in {str(folder)!r} are quantised ({method}), and {told}: save the model that llm-compressor returns "
+        f"by save_relu_pretrained, which writes a card, or say how it was done in a README.md with the word {method} in it"
+    )
 
 
 @contextlib.contextmanager

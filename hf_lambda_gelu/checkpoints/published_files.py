@@ -15,7 +15,7 @@ from .folders import of_the_cache
 from .redaction import holds_hub_token
 
 _CARD = "README.md"
-_MODEL = ("config.json", "generation_config.json")
+_MODEL = ("config.json", "generation_config.json", "recipe.yaml")  # the last is llm-compressor's
 _PACKAGE = (_CARD, REPORT_NAME, PLOT_NAME)
 _PROCESSOR_CONFIGS = (
     "tokenizer_config.json",

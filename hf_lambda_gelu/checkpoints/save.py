@@ -17,10 +17,12 @@ from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import governed_modules, other_activations
 from ..structure.modules import has_adapters
 from ..structure.offloading import check_not_offloaded
+from ..structure.other_runtimes import runtime_warnings
 from ..structure.smooth_activations import smooth_activations, smooth_modules
 from ..structure.transaction import transaction
 from ..surgery.report import SubstitutionReport
 from .card import PLOT_NAME, CardDetails, card_record, package_versions, render_card, write_record
+from .compression import compression, pruned_maps
 from .folders import check_new, whole_folder
 
 _RELUS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU)
@@ -42,7 +44,8 @@ def save_relu_pretrained(
     """Writes weights (safetensors), a stock config, the processor, a model card and the λ profile; whole or not at all.
 
     Args:
-        model: a model after `relu_ize`, in any floating point dtype.
+        model: a model after `relu_ize`, in any floating point dtype; or one that was saved, loaded and compressed by
+            llm-compressor, of which the card then says how.
         folder: the folder to make. An existing one that is not empty is refused unless `overwrite`, which replaces it.
         processor: tokenizer, image processor or feature extractor to save beside the weights; a list for several.
         details: what the card should say, see `CardDetails`.
@@ -56,8 +59,8 @@ def save_relu_pretrained(
         The folder.
 
     Raises:
-        ValueError: smooth gates left in model or config, tensors that are not finite, an existing or unwritable folder.
-            Nothing is written.
+        ValueError: smooth gates left in model or config, tensors that are not finite, an existing or unwritable folder,
+            a model that was loaded from compressed weights or is saved with another config. Nothing is written.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -69,18 +72,47 @@ def save_relu_pretrained(
     """
     folder = Path(os.path.abspath(folder))
     check_relu(model)
+    _check_not_loaded_compressed(model)
     check_new(folder, overwrite)
     report = report or report_left_on(model)
     smooth = smooth_modules(model)
     if report is None and smooth:
         raise ValueError(f"the model did not come from relu_ize and has smooth modules, from {smooth[0]} on")
+    pruned = pruned_maps(model)
     with whole_folder(folder, overwrite) as temporary:
         model.save_pretrained(temporary)
+        _check_saved_config(model, temporary)
         for item in processor if isinstance(processor, (list, tuple)) else [processor]:
             if item is not None:
                 item.save_pretrained(temporary)
-        write_card(model, temporary, model_name or folder.name, report, details or CardDetails(), learned, history)
+        write_card(model, temporary, model_name or folder.name, report, details or CardDetails(), learned, history, pruned)
     return folder
+
+
+def _check_saved_config(model: PreTrainedModel, folder: Path) -> None:
+    """ValueError where the saved config names other activations than the model's: llm-compressor writes the config of the
+    folder that a model was loaded from, in which it may have been smooth."""
+    saved = type(model.config).from_pretrained(folder)
+    smooth = set(activation_attributes(saved)) - set(activation_attributes(model.config))
+    if smooth:
+        path, value = min(smooth)
+        raise ValueError(
+            f"the model's own save_pretrained wrote config.{path} = {value!r}, which is not what the model is: "
+            "llm-compressor writes the config of the folder that a model was loaded from. Save the ReLU model first, load "
+            "that folder, and compress what was loaded"
+        )
+
+
+def _check_not_loaded_compressed(model: PreTrainedModel) -> None:
+    """ValueError for a model of a folder with compressed weights, which transformers unpacks when it first runs: what is
+    saved of it then is neither."""
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if getattr(method, "quant_method", None) == "compressed-tensors":
+        raise ValueError(
+            f"{type(model).__name__} was loaded from compressed weights, and would be saved with unpacked ones that its "
+            "config does not describe: publish the folder that it came from, push_relu_to_hub(folder, …). To have a card, "
+            "call save_relu_pretrained on the model that llm-compressor returns"
+        )
 
 
 def report_left_on(model: PreTrainedModel) -> SubstitutionReport | None:
@@ -96,6 +128,7 @@ def write_card(
     details: CardDetails,
     learned: dict[str, float] | None = None,
     history: list[dict[str, Any]] | None = None,
+    pruned: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the model card and what it is made from: the λ profile, and its plot where matplotlib is there."""
     profile = learned or (report.profile if report else None)
@@ -110,6 +143,8 @@ def write_card(
         package_versions(),
         learned,
         plot,
+        compression(folder, pruned),
+        runtime_warnings(model),
     )
     write_record(folder, record)
     render_card(record).save(folder / "README.md")

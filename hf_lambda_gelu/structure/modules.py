@@ -64,8 +64,12 @@ def quantised_weight(model: nn.Module) -> str | None:
     """The name of a weight that is quantised: its elements cannot be scaled or refit.
 
     Known by its elements (float8, integers) or its class (bitsandbytes, torchao), by the buffer that GPTQ and AWQ pack it
-    into, or by the module that torch's own quantisation put in the place of a linear one, which has no parameter.
+    into, by the module that torch's own quantisation put in the place of a linear one, which has no parameter, or by the
+    scheme that compressed-tensors leaves on the module, whose weight may be floating point with rounded values.
     """
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "quantization_scheme", None), "weights", None) is not None:
+            return joined(name, "weight")
     for name, parameter in model.named_parameters():
         packed = type(parameter).__module__.startswith(("torchao", "bitsandbytes"))
         if packed or not parameter.is_floating_point() or parameter.element_size() == 1:

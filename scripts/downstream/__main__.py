@@ -1,6 +1,6 @@
 """Runs every tool on the three networks, prints the table and keeps it.
 
-    python -m scripts.downstream --results runs/downstream.csv     # two minutes on one core; what `make downstream` runs
+    python -m scripts.downstream --results runs/downstream.csv     # six minutes on one core; what `make downstream` runs
     python -m scripts.downstream                                   # README's table; measures what it lacks
 
 Rows that are there are kept (delete the file to measure anew), so a run that was stopped goes on.
@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging
 
 from ..tools.tables import append, read
-from . import exact, inference, quantised
+from . import blocks, compression, exact, inference, quantised
 from .rows import FIELDS, Row, markdown
 
 RESULTS = Path(__file__).parent / "results" / "downstream.csv"
@@ -25,10 +25,12 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "onnx": inference.onnx,
     "int8": quantised.int8,
     "solvers": exact.solvers,
+    "blocks": blocks.blocks,
     "distance": exact.distance,
     "zeros": inference.zeros,
     "sparse": inference.sparse,
     "hardware": exact.hardware,
+    "compression": compression.compression,
 }
 
 

@@ -38,7 +38,7 @@ class Networks(NamedTuple):
     batches: Sequence[Any]
 
 
-def _three(smooth: nn.Module, batches: Sequence[Any], hardness: float = HARDNESS) -> Networks:
+def three(smooth: nn.Module, batches: Sequence[Any], hardness: float = HARDNESS) -> Networks:
     hardened = copy.deepcopy(smooth)
     hlg.convert(hardened, init_hardness=hardness)
     relu = copy.deepcopy(smooth)
@@ -51,7 +51,7 @@ def _three(smooth: nn.Module, batches: Sequence[Any], hardness: float = HARDNESS
 def digit_networks() -> Networks:
     """64–32–32–10, trained with GELU on 1,500 images of digits. Not to be changed."""
     images, _ = digits()
-    return _three(digits_network(32, 32, activation=nn.GELU), list(images[:TRAIN].split(300)))
+    return three(digits_network(32, 32, activation=nn.GELU), list(images[:TRAIN].split(300)))
 
 
 def digit_accuracy(run: Callable[[Tensor], Tensor]) -> float:
@@ -71,7 +71,7 @@ def sentence_networks() -> Networks:
         for start in range(0, len(texts), 8)
     ]
     with torch.no_grad():
-        return _three(AutoModel.from_pretrained(folder).eval(), batches)
+        return three(AutoModel.from_pretrained(folder).eval(), batches)
 
 
 @cache
@@ -93,4 +93,4 @@ def classifiers(name: str) -> tuple[Networks, list[tuple[dict[str, Tensor], Tens
         batch = dict(collate([test[row] for row in range(start, min(start + 50, len(test)))]))
         batches.append(({key: value for key, value in batch.items() if key != "labels"}, batch["labels"]))
     with torch.no_grad():
-        return _three(model.cpu().eval(), run.calibration(), MILD), batches
+        return three(model.cpu().eval(), run.calibration(), MILD), batches

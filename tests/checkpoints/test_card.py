@@ -115,6 +115,25 @@ def test_card(tmp_path: Path) -> None:
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50
 
 
+@pytest.mark.parametrize(
+    ("name", "warned"),
+    [
+        (
+            "llama",
+            "of a llama checkpoint llama.cpp runs SiLU whatever the config says (relu), and vLLM's own llama takes SiLU",
+        ),
+        ("bert", "of a bert checkpoint llama.cpp runs GELU whatever the config says (relu): it does not run this network"),
+        ("gpt2", "of a gpt2 checkpoint llama.cpp runs GELU whatever the config says (relu): it does not run this network"),
+        ("vit", None),
+    ],
+)
+def test_runtimes_that_ignore_the_activation(name: str, warned: str | None, tmp_path: Path) -> None:
+    folder = hlg.save_relu_pretrained(relu_model(name, 300.0), tmp_path / "model")
+    text = ModelCard.load(folder / "README.md").text
+    assert ("Not every runtime runs it" in text) == (warned is not None)
+    assert warned is None or f"\n\n**Not every runtime runs it:** {warned}" in text
+
+
 VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "hard": relu_model,
     "forced": lambda: relu_model("bert", 1.0),

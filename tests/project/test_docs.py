@@ -171,6 +171,8 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 @pytest.mark.parametrize("page", [page for page in pages() if any(code(page))], ids=lambda page: str(page.relative_to(DOCS)))
 def test_examples_run(page: Path, stand_in: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a page run in order and share their names. Only what the table above names is put in place of the page's."""
+    if "import oneshot" in page.read_text(encoding="utf-8"):
+        pytest.importorskip("llmcompressor", reason="llm-compressor needs torch 2.10, and is not in the oldest set")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

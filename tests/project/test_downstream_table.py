@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import hf_lambda_gelu as hlg
+from scripts.downstream import blocks
 from scripts.downstream.__main__ import PARTS, RESULTS
 from scripts.downstream.rows import FIELDS, REFUSED, Row, answer, markdown
 from scripts.tools.tables import read
@@ -37,6 +41,25 @@ def test_readme_shows_the_table() -> None:
     ordered = sorted(read(RESULTS), key=lambda row: list(PARTS).index(row["part"]))
     table = markdown(Row(**{name: row[name] for name in FIELDS}) for row in ordered)
     assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_solvers_that_do_not_agree_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the rows of blocks stand on: a verdict of one solver that the other contradicts is no row."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    rows = torch.rand(3, 4)
+    assert blocks.verdicts(network, rows, 1e-6) == "3 robust, all by bounds and search"
+    ask = hlg.verify_robustness
+
+    def lying(*args: object, solver: str, **options: object) -> hlg.RobustnessReport:
+        report = ask(*args, solver=solver, **options)  # type: ignore[arg-type]
+        if solver == "highs":
+            report.verdicts[1] = replace(report.verdicts[1], verdict="refuted")
+        return report
+
+    monkeypatch.setattr(hlg, "verify_robustness", lying)
+    with pytest.raises(RuntimeError, match="do not agree on row 1: robust, refuted"):
+        blocks.verdicts(network, rows, 1e-6)
 
 
 def test_only_the_refusal_that_is_meant_counts() -> None:

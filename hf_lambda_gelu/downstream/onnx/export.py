@@ -17,6 +17,7 @@ from ...measurement.batches import model_batches
 from ...measurement.forward import in_own_precision, measuring
 from ...structure.loading import load_saved
 from ...structure.offloading import check_not_offloaded
+from ...structure.other_runtimes import runtime_warnings
 from ...structure.transaction import transaction
 from ...surgery.folding import fold
 from .cache import Step, steps, with_cache
@@ -24,7 +25,7 @@ from .comparison import compared, loaded, outputs, shapes_of
 from .files import check_new_file, need_onnx, operators, remove, shapes, size_of, weights_of, whole_file
 from .inputs import Axes, Feed, check_axes, dynamic_axes, feed, inputs_of, sizes_of
 from .int8 import fed_by, quantise, warnings_of
-from .report import ExportError, ExportReport, runtime_warnings
+from .report import ExportError, ExportReport
 from .tracing import OPSET, write
 
 _SIDES = ("height", "width")

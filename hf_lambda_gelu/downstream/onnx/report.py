@@ -1,4 +1,4 @@
-"""What is told of an ONNX export: the report, the error, and warnings about runtimes that read checkpoints themselves."""
+"""What is told of an ONNX export: the report and the error."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ...reports import span, to_dict
-from ...structure.config import config_of
 
 _ACTIVATIONS = ("Relu", "Gelu", "Erf", "Tanh", "Sigmoid", "HardSwish", "Mish")
 
@@ -120,15 +117,3 @@ class ExportReport:
 def sizes_in_words(shape: tuple[int | str, ...]) -> str:
     """2 × 3 × height × width."""
     return " × ".join(map(str, shape)) or "a number"
-
-
-def runtime_warnings(model: nn.Module) -> tuple[str, ...]:
-    """What is to be known of runtimes that read checkpoints by their architecture."""
-    config = config_of(model)
-    activation = getattr(config, "hidden_act", "silu")
-    if getattr(config, "model_type", None) != "llama" or activation in ("silu", "swish"):
-        return ()
-    return (
-        f"of a Llama checkpoint llama.cpp runs SiLU whatever the config says ({activation}), and vLLM's own Llama takes "
-        "SiLU alone: neither runs this network. This file and transformers do",
-    )

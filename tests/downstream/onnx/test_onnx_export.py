@@ -20,7 +20,6 @@ from transformers import AutoModel, AutoTokenizer, BertForMaskedLM, PreTrainedMo
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.downstream.onnx import export
 from hf_lambda_gelu.downstream.onnx.inputs import dynamic_axes
-from hf_lambda_gelu.downstream.onnx.report import runtime_warnings
 
 CLOSE = 2e-5  # max |onnxruntime − torch| relative to the largest output
 
@@ -109,14 +108,7 @@ def test_networks(name: str, batches: list[dict[str, Tensor]], activation: str |
         assert found["Relu"] == 1
         assert not found.keys() & {"Gelu", "Erf", "Tanh", "Sigmoid"}
     assert report.folded == {}
-    assert ("llama.cpp" in str(report)) == (name == "llama")
-
-
-def test_llama_with_silu_is_not_warned_of() -> None:
-    assert runtime_warnings(tiny.build("llama")) == ()
-    assert (
-        "llama.cpp runs SiLU whatever the config says (relu)" in runtime_warnings(tiny.build("llama", hidden_act="relu"))[0]
-    )
+    assert ("llama.cpp" in str(report)) == (name in ("llama", "gpt2", "bert") and not activation)
 
 
 def test_encoder(tmp_path: Path) -> None:
