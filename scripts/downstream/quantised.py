@@ -18,7 +18,6 @@ import hf_lambda_gelu as hlg
 from .networks import MILD, classifiers
 from .rows import Row
 
-TASKS = {"movies": "MiniLM, 2,000 movie reviews", "fashion": "DINOv2-small, 500 images of clothes"}
 TOOL = "INT8, onnxruntime"
 EXAMPLES = 8  # in the batch that is timed
 REPEATS, TURNS = 9, 8
@@ -26,29 +25,25 @@ REPEATS, TURNS = 9, 8
 
 def int8() -> Iterator[Row]:
     """Both files of each network, in float and in integers: on the same test examples, and by turns in one thread."""
-    for name, what in TASKS.items():
-        (*networks, batches), test = classifiers(name)
-        model = what.partition(",")[0]
-        with tempfile.TemporaryDirectory() as folder:
-            pairs = [_exported(network, Path(folder, str(n)), batches) for n, network in enumerate(networks)]
-            cells = [f"{_correct(a.path, test):.1%} → {_correct(b.path, test):.1%}" for a, b in pairs]
-            yield Row(TOOL, f"{what}: accuracy in float → in INT8 (λ = {MILD})", *cells)
-            if name == "movies":
-                found = [b.int8.islands for _, b in pairs if b.int8 is not None]
-                cells = [", ".join(f"{count} {operators}" for operators, count in one.items()) or "nothing" for one in found]
-                yield Row(TOOL, f"{model}: in float from one linear map to the next", *cells)
-                yield Row(TOOL, f"{model}: MB of the file", *(f"{a.size / 1e6:.0f} → {b.size / 1e6:.0f}" for a, b in pairs))
-                batch = {key: value[:EXAMPLES] for key, value in test[-1][0].items()}
-                yield from _times(f"{model}, {EXAMPLES} reviews", pairs, [batch] * 3)
-                yield from _block(networks, batch, Path(folder))
+    (*networks, batches), test = classifiers()
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = [_exported(network, Path(folder, str(n)), batches) for n, network in enumerate(networks)]
+        cells = [f"{_correct(a.path, test):.1%} → {_correct(b.path, test):.1%}" for a, b in pairs]
+        yield Row(TOOL, f"MiniLM, 2,000 reviews: accuracy in float → in INT8 (λ = {MILD})", *cells)
+        found = [b.int8.islands for _, b in pairs if b.int8 is not None]
+        cells = [", ".join(f"{count} {operators}" for operators, count in one.items()) or "nothing" for one in found]
+        yield Row(TOOL, "MiniLM: in float between one linear map and the next", *cells)
+        batch = {key: value[:EXAMPLES] for key, value in test[-1][0].items()}
+        yield _times(f"MiniLM, {EXAMPLES} reviews", pairs, [batch] * 3)
+        yield _block(networks, batch, Path(folder))
 
 
-def _block(networks: list[nn.Module], batch: dict[str, Tensor], folder: Path) -> Iterator[Row]:
+def _block(networks: list[nn.Module], batch: dict[str, Tensor], folder: Path) -> Row:
     """The first feed-forward block alone."""
     sites = [next(name for name, _ in model.named_modules() if name.endswith("intermediate_act_fn")) for model in networks]
     found = [hlg.feed_forward(model, site, batch) for model, site in zip(networks, sites, strict=True)]
     pairs = [_exported(block, folder / f"block-{n}", [rows]) for n, (block, rows) in enumerate(found)]
-    yield from _times(f"a block of it, {len(found[0][1])} tokens", pairs, [{"input": rows} for _, rows in found])
+    return _times(f"an FFN of it, {len(found[0][1])} tokens", pairs, [{"input": rows} for _, rows in found])
 
 
 Pair = tuple[hlg.ExportReport, hlg.ExportReport]  # in float, in integers
@@ -61,12 +56,9 @@ def _exported(model: nn.Module, folder: Path, batches: Any) -> Pair:
     )
 
 
-def _times(what: str, pairs: list[Pair], batches: list[dict[str, Tensor]]) -> Iterator[Row]:
-    runs = [[_runner(each.path, batch) for each in pair] for pair, batch in zip(pairs, batches, strict=True)]
-    relu = runs[-1][1]
-    cells = [_ratio(integers, relu) for _, integers in runs[:-1]]
-    yield Row(TOOL, f"{what}: time ÷ ReLU's", *cells, "1")
-    yield Row(TOOL, f"{what}: time in float ÷ in INT8", *(_ratio(*both) for both in runs))
+def _times(what: str, pairs: list[Pair], batches: list[dict[str, Tensor]]) -> Row:
+    *smooth, relu = [_runner(pair[1].path, batch) for pair, batch in zip(pairs, batches, strict=True)]
+    return Row(TOOL, f"{what}: time ÷ ReLU's", *(_ratio(run, relu) for run in smooth), "1")
 
 
 def _ratio(first: Callable[[], object], second: Callable[[], object]) -> str:
