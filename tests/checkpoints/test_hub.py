@@ -117,12 +117,21 @@ def test_card_on_the_hub(hub: HubServer) -> None:
     assert DETAILS.command in card.text
 
 
-def test_nothing_is_uploaded_when_the_folder_is_not_the_model(hub: HubServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        (1, hlg.VerificationError, "do not fit"),
+        (3, hlg.CheckpointError, "lacks 16 tensors"),
+    ],
+)
+def test_nothing_is_uploaded_when_the_folder_is_not_the_model(
+    hub: HubServer, tmp_path: Path, layers: int, error: type[Exception], message: str
+) -> None:
     """A folder whose weights differ from what its config and the reload say is caught before the first request."""
     folder = hlg.save_relu_pretrained(relu_model(), tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(hlg.VerificationError, match="do not fit"):
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    with pytest.raises(error, match=message):
         hlg.push_relu_to_hub(folder, "tester/m", processor=(), api=HfApi(endpoint=hub.url, token=TOKEN))
     assert not hub.requests
 

@@ -135,9 +135,10 @@ def test_errors_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             raise ValueError("could not determine the shape") from None
 
     monkeypatch.setattr(hlg, "audit", torn)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     stopped = CliRunner().invoke(app, ["audit", str(tmp_path / "src")])
     assert (stopped.exit_code, stopped.stderr.splitlines()[-1]) == (130, "interrupted: nothing was left half done")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
     monkeypatch.setattr(hlg, "audit", broken)
     error = OSError("gone")
     debugged = CliRunner().invoke(app, ["audit", str(tmp_path / "src"), "--debug"])
@@ -194,6 +195,7 @@ def test_ctrl_c_in_the_refit(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=other,
         env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp")},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a background job would ignore
     )
     os.close(other)
     shown = read_until(terminal, b"Loading weights")
