@@ -15,7 +15,7 @@ OLDEST = .venv-oldest
 help:
 	@echo "make demo          MiniLM on movie reviews: fine-tune, harden, substitute, reload in stock transformers"
 	@echo "make demo-vision   DINOv2-small on Fashion-MNIST, likewise      (SIZE=full for more data and epochs)"
-	@echo "make downstream    what ReLU unlocks: each tool on GELU, λ-GELU and ReLU, in one table   (six minutes on one core)"
+	@echo "make downstream    what ReLU unlocks: each tool on GELU, λ-GELU and ReLU, in one table   (ten minutes on one core)"
 	@echo "make test          set up, fetch the test models, run the test suite offline"
 	@echo "make test-oldest   the suite with the oldest versions that pyproject.toml allows, in $(OLDEST); TORCH=… for another torch"
 	@echo "make cards         the demos' model cards into model_cards/, after both demos"

@@ -1,6 +1,6 @@
 """Runs every tool on the three networks, prints the table and keeps it.
 
-    python -m scripts.downstream --results runs/downstream.csv     # six minutes on one core; what `make downstream` runs
+    python -m scripts.downstream --results runs/downstream.csv     # ten minutes on one core; what `make downstream` runs
     python -m scripts.downstream                                   # README's table; measures what it lacks
 
 Rows that are there are kept (delete the file to measure anew), so a run that was stopped goes on.

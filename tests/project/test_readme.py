@@ -107,7 +107,7 @@ def test_published(pasted: tuple[Path, Path, HubServer]) -> None:
 
 
 def test_three_screens() -> None:
-    assert len(README.splitlines()) <= 135
+    assert len(README.splitlines()) <= 142  # with the table of make downstream
     assert max(map(len, README.splitlines())) < 200
 
 
