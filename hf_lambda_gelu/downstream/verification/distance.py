@@ -14,6 +14,7 @@ from ...activation.functional import lambda_gelu_reference
 from ...activation.module import LambdaGELU
 from ...reports import progress, table, to_dict
 from ...structure.modules import probed_base
+from ...structure.transaction import transaction
 from .balls import balls, checked_inputs
 from .bounds import Box, affine_bounds, interval_bounds, linear_bounds, lower_bounds, outwards, relu_bounds
 from .gate_errors import Gate, gate_error
@@ -58,6 +59,7 @@ class DistanceReport:
         return "\n".join(lines + table(["largest difference", "least", "median", "most"], [">9"] * 3, rows))
 
 
+@transaction
 def certified_distance(
     block: nn.Module,
     inputs: Tensor,

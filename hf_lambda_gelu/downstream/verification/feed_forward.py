@@ -16,9 +16,11 @@ from ...structure.linear_calls import LinearCall
 from ...structure.linear_maps import watch_linears
 from ...structure.modules import is_activation
 from ...structure.offloading import check_not_offloaded
+from ...structure.transaction import transaction
 from ...surgery.folding import forward
 
 
+@transaction
 def feed_forward(model: nn.Module, site: str, inputs: Any = None) -> tuple[nn.Sequential, Tensor]:
     """The block around an activation, as an nn.Sequential of its own, and what entered it: down(activation(up(x))).
 

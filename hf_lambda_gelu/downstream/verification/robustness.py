@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...reports import progress
+from ...structure.transaction import transaction
 from .balls import balls, checked_inputs
 from .bounds import Box, interval_bounds, linear_bounds, lower_bounds
 from .counterexamples import Replay
@@ -28,6 +29,7 @@ from .verdicts import ResultsFile, RobustnessReport, RobustnessVerdict
 _SLACK = 1e-6
 
 
+@transaction
 def verify_robustness(
     model: nn.Module,
     inputs: Tensor,
