@@ -26,9 +26,7 @@ class _HardCoded(NamedTuple):
 # as their sources are in 2026: llama.cpp's src/models, vLLM's vllm/model_executor/models
 _HARD_CODED = {
     "llama": _HardCoded("hidden_act", "silu", refused=True),
-    "mistral": _HardCoded("hidden_act", "silu", refused=True),
     "qwen2": _HardCoded("hidden_act", "silu", refused=True),
-    "qwen3": _HardCoded("hidden_act", "silu", refused=True),
     "bert": _HardCoded("hidden_act", "gelu", refused=False),
     "gpt2": _HardCoded("activation_function", "gelu", refused=False),
 }

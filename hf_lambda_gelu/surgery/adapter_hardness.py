@@ -29,6 +29,8 @@ def save_hardness_with_adapters(model: nn.Module) -> None:
 
 def _save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
     cls: Any = type(model)
+    if kwargs.get("is_main_process", True):
+        Path(save_directory, FILE).unlink(missing_ok=True)  # a stop leaves no λ there, rather than that of other adapters
     saved = cls.save_pretrained(model, save_directory, *args, **kwargs)
     sites = hardness_sites(model)
     if sites and kwargs.get("is_main_process", True):

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
@@ -35,6 +36,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self.at_switch: dict[str, float] | None = None
         self.calibrated: dict[str, float] | None = None
         self.inputs: Callable[[Any], Iterable[Any]] = lambda batch: [batch]
+        self._clipping: RemovableHandle | None = None
         self._floor: dict[str, float] = {}  # λ of a run that was resumed after its switch
         self.refit: CompensationReport | None = None  # in this process; a resumed run has the weights, not the report
 
@@ -63,7 +65,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
                 "with the model that was converted for this run"
             )
         self._floor = hardness_profile(kwargs["model"]) if self.at_switch is not None else {}
-        attach_to_the_run(kwargs["optimizer"], kwargs["model"])
+        self._clipping = attach_to_the_run(kwargs["optimizer"], kwargs["model"])
         self._apply(args, state, **kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -73,6 +75,8 @@ class HardeningCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         args = cast(LambdaGELUTrainingArguments, args)
+        if self._clipping is not None:
+            self._clipping.remove()
         warn_if_soft(kwargs["model"], self.targets(args, kwargs["model"]), state)
 
     def _apply(

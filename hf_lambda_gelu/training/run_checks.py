@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerState
 from transformers.utils import logging
 
@@ -16,16 +17,18 @@ from .optimizer import attach_hardness_update
 logger = logging.get_logger(__name__)
 
 
-def attach_to_the_run(optimizer: Any, model: nn.Module) -> None:
-    """Clips λ after each step of the optimizer that a Trainer steps, whoever made it.
+def attach_to_the_run(optimizer: Any, model: nn.Module) -> RemovableHandle | None:
+    """Clips λ after each step of the optimizer that a Trainer steps, whoever made it, until the handle is removed.
+
+    None where no λ is trained.
 
     Raises:
         ValueError: a λ is not in it, or in a group with weight decay.
     """
     frozen = not any(site.unclipped_hardness.requires_grad for site in hardness_sites(model).values())
     if frozen or type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":  # it steps its own copies; λ < 1 counts as 1
-        return
-    attach_hardness_update(optimizer, model)
+        return None
+    return attach_hardness_update(optimizer, model)
 
 
 def check_finite(model: nn.Module, state: TrainerState, last: str | None) -> None:

@@ -101,6 +101,23 @@ def test_resuming(tmp_path: Path, switch: float) -> None:
     assert run.learned_hardness == twin.learned_hardness
 
 
+def test_a_save_that_stops_leaves_no_hardness_of_other_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over an older folder: new adapters beside the λ of the old ones would load without a word."""
+    model = adapted()
+    hlg.convert(model, init_hardness=2.0)
+    model.save_pretrained(tmp_path)
+    tiny.set_hardness(model, 9.0)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_lambda_gelu.surgery.adapter_hardness.save_file", stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="lambda_gelu_hardness"):
+        hlg.load_hardness(model, tmp_path)
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_saved_beside_adapters(tmp_path: Path, copied: bool, caplog: pytest.LogCaptureFixture) -> None:
     """λ of the model that was saved, said at the first save; on a fresh base, converted, the function comes back."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -19,28 +18,28 @@ def batches(model: nn.Module, count: int = 4) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name", ["bert-classifier", "llama"])
-def test_is_relu_ize_with_the_modules_left(name: str) -> None:
-    """What the maps become is what `relu_ize` makes of them where it adds no bias; names and memory are what they were."""
-    model = tiny.build(name).eval()
-    hlg.convert(model, init_hardness=2.0)
-    twin = copy.deepcopy(model)
+def test_the_same_parameters_go_on(name: str) -> None:
+    """Names and memory are what they were, λ is at its target, and an optimizer goes on."""
+    model = _converted(name)
     places = {n: p.data_ptr() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD(hlg.parameter_groups(model), lr=0.1)
     report = hlg.harden(model, batches(model))
     assert {n: p.data_ptr() for n, p in model.named_parameters()} == places
     base = "silu" if name == "llama" else "gelu"
     assert list(hlg.hardness_profile(model).values()) == pytest.approx([hlg.target_hardness(base=base)] * 2, rel=1e-6)
-    assert report.sites
+    assert {site.method for site in report.sites} == {"least_squares"}
     model(**batches(model)[0])[0].sum().backward()
-    optimizer.step()  # goes on with the same parameters
-    if name == "bert-classifier":
-        model.zero_grad()
-        hlg.relu_ize(twin, calibration=batches(model), compensate="least_squares")
-        hard = copy.deepcopy(twin)
-        hlg.harden(again := _converted(name), batches(model))
-        hlg.relu_ize(again)
-        for (key, one), other in zip(again.state_dict().items(), hard.state_dict().values(), strict=True):
-            torch.testing.assert_close(one, other, msg=key, rtol=1e-6, atol=1e-7)
+    optimizer.step()
+
+
+def test_then_relu_is_what_a_refit_makes_of_the_soft_network() -> None:
+    """`relu_ize` with a refit, of a twin: the same weights."""
+    soft, hard = _converted("bert-classifier"), _converted("bert-classifier")
+    hlg.relu_ize(soft, calibration=batches(soft), compensate="least_squares")
+    hlg.harden(hard, batches(hard))
+    hlg.relu_ize(hard)
+    for (key, one), other in zip(hard.state_dict().items(), soft.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, msg=key, rtol=1e-6, atol=1e-7)
 
 
 def _converted(name: str) -> nn.Module:

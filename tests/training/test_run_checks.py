@@ -65,6 +65,7 @@ def test_an_optimizer_of_ones_own_keeps_hardness_above_one(tmp_path: Path) -> No
     trainer.train()
     assert [logged(trainer, f"hardness/{SITES[0]}")[step] for step in (1, 2, 3)] == [1.0] * 3
     assert trainer.learned_hardness == dict.fromkeys(SITES, 1.0)
+    assert not trainer.optimizer.optimizer._optimizer_step_post_hooks, "they are gone with the run"
 
 
 @pytest.mark.parametrize(

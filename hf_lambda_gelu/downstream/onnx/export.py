@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +90,18 @@ def export_onnx(
         whole: Any = model if isinstance(model, nn.Module) else load_saved(model).float()
         _check_floats(whole)
         with measuring(whole), in_own_precision(whole):
-            task = (encoder, cache, dynamic, made, target)
-            return _exported(whole, inputs, *task) if int8 is None else _in_integers(whole, inputs, int8, *task)
+            asked = _Asked(encoder, cache, dynamic, made, target)
+            return _exported(whole, inputs, asked) if int8 is None else _in_integers(whole, inputs, int8, asked)
+
+
+class _Asked(NamedTuple):
+    """What `export_onnx` was asked for, and where the file is made and will be."""
+
+    encoder: bool
+    cache: bool
+    dynamic: Mapping[str, Mapping[int, str]] | None
+    made: Path
+    target: Path
 
 
 def _check_together(cache: bool, dynamic: Any, int8: Any) -> None:
@@ -103,15 +113,8 @@ def _check_together(cache: bool, dynamic: Any, int8: Any) -> None:
         )
 
 
-def _exported(
-    whole: Any,
-    inputs: Any,
-    encoder: bool,
-    cache: bool,
-    dynamic: Mapping[str, Mapping[int, str]] | None,
-    made: Path,
-    target: Path,
-) -> ExportReport:
+def _exported(whole: Any, inputs: Any, asked: _Asked) -> ExportReport:
+    encoder, cache, dynamic, made, target = asked
     part = _encoder(whole) if encoder else whole
     network = whole if cache else part
     batch = inputs_of(network, inputs, whole if encoder and not cache else None)
@@ -130,19 +133,10 @@ def _exported(
         return _with_sides_or_without(task, batch, dynamic_axes(network, batch))
 
 
-def _in_integers(
-    whole: Any,
-    inputs: Any,
-    int8: Iterable[Any],
-    encoder: bool,
-    cache: bool,
-    dynamic: Mapping[str, Mapping[int, str]] | None,
-    made: Path,
-    target: Path,
-) -> ExportReport:
+def _in_integers(whole: Any, inputs: Any, int8: Iterable[Any], asked: _Asked) -> ExportReport:
     """The export in float, and then the file of 8-bit integers in its place."""
-    batches = list(model_batches(_encoder(whole) if encoder else whole, int8))
-    report = _exported(whole, batches[0] if inputs is None else inputs, encoder, cache, dynamic, made, target)
+    made, batches = asked.made, list(model_batches(_encoder(whole) if asked.encoder else whole, int8))
+    report = _exported(whole, batches[0] if inputs is None else inputs, asked)
     fed = [fed_by(batch, index, report.inputs) for index, batch in enumerate(batches)]
     source = made.parent / "float" / made.name
     source.parent.mkdir()
