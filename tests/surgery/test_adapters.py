@@ -82,13 +82,13 @@ def test_convert_train_merge(tmp_path: Path) -> None:
 def test_resuming(tmp_path: Path, switch: float) -> None:
     """Checkpoints hold adapters, and λ in a file beside them, to the bit."""
     twin_model = adapted()
-    hlg.convert(twin_model)
+    hlg.convert(twin_model, init_hardness=1.5)
     twin = trainer(twin_model, tmp_path / "twin", hardness_switch_point=switch)
     twin.train()
     saving = {"save_strategy": "steps", "save_steps": SAVED, "hardness_switch_point": switch}
     for seed in (0, 9):  # the interrupted run; a new process, whose adapters are others until they are loaded
         model = adapted(seed)
-        hlg.convert(model)
+        hlg.convert(model, init_hardness=1.0 if seed else 1.5)
         run = trainer(model, tmp_path / "run", **saving)
         if seed == 0:
             run.add_callback(Stop())

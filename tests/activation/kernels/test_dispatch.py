@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -89,6 +90,17 @@ def test_built_once(tmp_path: Path) -> None:
     made = built.stat().st_mtime_ns
     assert float(in_fresh_process(code, TORCH_EXTENSIONS_DIR=str(tmp_path))) == pytest.approx(0.8413447)
     assert [path.stat().st_mtime_ns for path in tmp_path.rglob("*.so")] == [made]
+
+
+def test_a_header_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was built with another header is not taken for it."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
+    monkeypatch.setattr(compiled, "_HEADERS", tmp_path)
+    source = tmp_path / "answer.cpp"
+    source.write_text('#include "number.h"\nextern "C" int answer() { return NUMBER; }\n')
+    for number in (41, 42):
+        (tmp_path / "number.h").write_text(f"#define NUMBER {number}\n")
+        assert compiled.Library(source, {"answer": (0, 0, 0)}, ctypes.c_int).loaded().answer() == number
 
 
 def test_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

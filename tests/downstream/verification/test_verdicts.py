@@ -164,3 +164,22 @@ def test_report() -> None:
     assert plain["counts"] == report.counts
     assert [verdict["verdict"] for verdict in plain["verdicts"]] == [verdict.verdict for verdict in report.verdicts]
     assert "counterexample" not in plain["verdicts"][0]
+
+
+@pytest.mark.parametrize("verb", ["verify_robustness", "certified_distance"])
+def test_a_stop_leaves_gradients_as_they_were(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that comes while torch.no_grad ends."""
+
+    def stop(*_: object, **__: object) -> None:
+        torch.set_grad_enabled(False)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"hf_lambda_gelu.downstream.verification.{_MODULES[verb]}.progress", stop)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    arguments = (torch.zeros(2, 4), [0, 1], 0.1) if verb == "verify_robustness" else (torch.zeros(2, 4), 0.1)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(hlg, verb)(network, *arguments)
+    assert torch.is_grad_enabled()
+
+
+_MODULES = {"verify_robustness": "robustness", "certified_distance": "distance"}
