@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,20 +169,32 @@ def test_report() -> None:
     assert "counterexample" not in plain["verdicts"][0]
 
 
-@pytest.mark.parametrize("verb", ["verify_robustness", "certified_distance"])
+@pytest.mark.parametrize("verb", ["verify_robustness", "certified_distance", "feed_forward"])
 def test_a_stop_leaves_gradients_as_they_were(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one does that comes while torch.no_grad ends."""
-
-    def stop(*_: object, **__: object) -> None:
-        torch.set_grad_enabled(False)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(f"hf_lambda_gelu.downstream.verification.{_MODULES[verb]}.progress", stop)
+    """One that comes where torch.no_grad ends, before it has put them back."""
     network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-    arguments = (torch.zeros(2, 4), [0, 1], 0.1) if verb == "verify_robustness" else (torch.zeros(2, 4), 0.1)
-    with pytest.raises(KeyboardInterrupt):
-        getattr(hlg, verb)(network, *arguments)
-    assert torch.is_grad_enabled()
+    rows = torch.zeros(2, 4)
+    arguments = {"verify_robustness": (rows, [0, 1], 0.1), "certified_distance": (rows, 0.1), "feed_forward": ("1", rows)}
 
+    ends, stopped = torch.no_grad.__exit__, True
+    for number in itertools.count(1):
+        calls = itertools.count(1)
 
-_MODULES = {"verify_robustness": "robustness", "certified_distance": "distance"}
+        def end(block: torch.no_grad, *error: Any, calls: Iterator[int] = calls, number: int = number) -> None:
+            if next(calls) == number:
+                raise KeyboardInterrupt
+            ends(block, *error)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.no_grad, "__exit__", end)
+            try:
+                getattr(hlg, verb)(network, *arguments[verb])
+                stopped = False
+            except KeyboardInterrupt:
+                pass
+            enabled = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+        assert enabled, number
+        if not stopped:
+            break
+    assert number > 1
