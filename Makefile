@@ -10,7 +10,7 @@ STAMP = $(VENV)/.installed
 DOCS = $(VENV)/.docs
 OLDEST = .venv-oldest
 
-.PHONY: help demo demo-vision cards downstream test test-oldest assets lint coverage coverage-latest fuzz bench docs clean
+.PHONY: help demo demo-vision cards downstream test test-oldest assets lint coverage coverage-latest fuzz matrix bench docs clean
 
 help:
 	@echo "make demo          MiniLM on movie reviews: fine-tune, harden, substitute, reload in stock transformers"
@@ -22,6 +22,7 @@ help:
 	@echo "make coverage      every architecture of transformers: converted, substituted, folded, reloaded; what is not done yet"
 	@echo "make coverage-latest   the same with the newest transformers, in .venv-latest; prints what changed"
 	@echo "make fuzz          the refit of every architecture against a slow reference, padded, packed, in bf16 …; what is not done yet"
+	@echo "make matrix        optimizer × precision × engine × trainer: λ against its twin, or the refusal; what is not done yet"
 	@echo "make bench         what λ-GELU costs, as ratios to F.gelu: activation, torch.compile, training steps, conversion"
 	@echo "make lint          ruff, the direction of imports, types"
 	@echo "make docs          the documentation into site/, strictly: names, links and anchors must hold"
@@ -83,6 +84,10 @@ coverage-latest:
 fuzz: $(STAMP)
 	$(BIN)/python -m scripts.differential.run
 	$(BIN)/python -m scripts.differential.run --table
+
+matrix: $(STAMP)
+	$(BIN)/python -m scripts.matrix.run
+	$(BIN)/python -m scripts.matrix.run --table
 
 bench: $(STAMP)
 	$(BIN)/python -m scripts.benchmarks.run

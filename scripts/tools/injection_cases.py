@@ -70,7 +70,8 @@ class Verb:
     """A verb, as it is run on a model; it may write into the folder.
 
     Attributes:
-        stage: what the model must be: "stock", "converted", "evaluating" (converted, in eval mode) or "relu".
+        stage: what the model must be: "stock", "converted", "evaluating" (converted, in eval mode), "relu" or "dead" (ReLU,
+            with units that are always zero).
         skips: models that it does not take.
     """
 
@@ -82,8 +83,10 @@ class Verb:
         """The model, at this stage."""
         if self.stage != "stock":
             hlg.convert(model, init_hardness=4.0)
-        if self.stage == "relu":
+        if self.stage in ("relu", "dead"):
             hlg.relu_ize(model, force=True)
+        if self.stage == "dead":
+            _kill_units(model)
         if self.stage == "evaluating":
             model.eval()
         return model
@@ -107,6 +110,20 @@ def _gates(model: nn.Module, folder: Path) -> None:
         torch.set_grad_enabled(gradients)
 
 
+def _kill_units(model: nn.Module) -> None:
+    """Three units of each feed-forward block put out zero; Llama's maps have no biases, so a gate's rows are zero there."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(("intermediate.dense", "gate_proj", "first.0", "second.0", "in")):
+            with torch.no_grad():
+                module.weight[:3] = 0.0
+                if module.bias is not None:
+                    module.bias[:3] = -1.0
+
+
+def _robustness(model: nn.Module, folder: Path) -> None:
+    hlg.verify_robustness(nn.Sequential(*model.first), _first(model)[:2], [0, 1], 0.01)  # type: ignore[misc]
+
+
 def _first(model: nn.Module) -> Any:
     return batches(model)[0]
 
@@ -127,4 +144,10 @@ VERBS: dict[str, Verb] = {
     "save_relu_pretrained": Verb(
         lambda model, folder: hlg.save_relu_pretrained(model, folder / "saved"), "relu", skips=("llama", "shared")
     ),  # a folder is written alike whatever is in it
+    "activation_sparsity": Verb(lambda model, folder: hlg.activation_sparsity(model, batches(model)), "relu"),
+    "prune_dead_units": Verb(
+        lambda model, folder: hlg.prune_dead_units(model, batches(model)), "dead", skips=("bert",)
+    ),  # as in a Llama, with fewer maps
+    "sparsify_ffn": Verb(lambda model, folder: hlg.sparsify_ffn(model, _first(model)), "relu"),
+    "verify_robustness": Verb(_robustness, "relu", skips=("bert", "llama")),
 }
