@@ -87,7 +87,6 @@ fuzz: $(STAMP)
 
 matrix: $(STAMP)
 	$(BIN)/python -m scripts.matrix.run
-	$(BIN)/python -m scripts.matrix.run --table
 
 bench: $(STAMP)
 	$(BIN)/python -m scripts.benchmarks.run
