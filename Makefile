@@ -85,8 +85,12 @@ fuzz: $(STAMP)
 	$(BIN)/python -m scripts.differential.run
 	$(BIN)/python -m scripts.differential.run --table
 
-matrix: $(STAMP)
-	$(BIN)/python -m scripts.matrix.run
+# in an environment of its own, as some optimizers' libraries print what tests of the command line would see
+matrix:
+	$(PYTHON) -m venv .venv-matrix
+	.venv-matrix/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	.venv-matrix/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[matrix]'
+	.venv-matrix/bin/python -m scripts.matrix.run
 
 bench: $(STAMP)
 	$(BIN)/python -m scripts.benchmarks.run
@@ -100,4 +104,4 @@ docs: $(DOCS)
 	@echo "site/index.html"
 
 clean:
-	rm -rf $(VENV) .venv-latest $(OLDEST) runs site build dist *.egg-info
+	rm -rf $(VENV) .venv-latest .venv-matrix $(OLDEST) runs site build dist *.egg-info

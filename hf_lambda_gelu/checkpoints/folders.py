@@ -2,45 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import constants
+from transformers.utils import CONFIG_NAME
 
-from ..structure.transaction import scratch_in_use
+from ..structure.claims import Claim, clear_left
+from ..structure.transaction import if_it_fails
+from .swap import exchange, flush, flush_names
+
+_PARTIAL, _OLD = "hf_lambda_gelu-partial", "hf_lambda_gelu-old"
+_APPEARED = "{!r} has appeared meanwhile, made by somebody else, and was not touched. Choose another folder"
 
 
 @contextmanager
 def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Within the block, a temporary folder beside `folder`, which takes its place at the end, or is removed on an error.
+    """Within the block, a new folder beside `folder`, which takes its place at the end, or is removed on an error.
 
-    A process that is killed leaves `.<name>-<random>` behind, and `folder` as it was.
+    No other process makes the same folder meanwhile. Files are on the disk before the one step that puts them in place, so
+    that a kill leaves what was there or all that is new, and beside it a `.<name>.hf_lambda_gelu-partial`, which
+    the next call removes. A link stays one; the folder that it leads to is made. An existing folder's mode is kept.
+
+    Callers ask `check_new` before their work.
 
     Raises:
-        ValueError: nothing can be written there; without `overwrite`, something that is not empty has appeared there.
+        ValueError: as `check_new`; nothing can be written there; another process is making it; something has appeared there
+            since, which was not touched.
     """
+    target = Path(os.path.realpath(folder))
+    if _something_in(target) and not overwrite:
+        raise ValueError(_APPEARED.format(str(folder)))
+    check_new(folder, overwrite)
+    new = [parent for parent in target.parents if not parent.exists()]  # the innermost first
+    claim = Claim(_beside(target, _PARTIAL))
+    if_it_fails(claim.remove)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write into {str(folder.parent)!r}: {error}. Choose another folder") from error
-    temporary = folder.parent / f".{folder.name}-{secrets.token_hex(8)}"
-    scratch_in_use(temporary)
-    try:
-        try:
-            temporary.mkdir()  # in the mode that the process gives to new folders
-        except OSError as error:
-            raise ValueError(f"cannot write into {str(folder.parent)!r}: {error}. Choose another folder") from error
-        yield temporary
-        if overwrite:
-            _put_in_place(temporary, folder)
+        _take(claim, target)
+        yield claim.folder
+        flush(claim.folder)
+        claim.folder.chmod(_mode(target, claim.mode))
+        if overwrite and _something_in(target):
+            _replace(claim, target)
         else:
-            _put_where_nothing_is(temporary, folder)
+            _put_where_nothing_is(claim.folder, target)
+            claim.leave()
+        flush_names(target.parent)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        claim.remove()
+        for parent in new:
+            with contextlib.suppress(OSError):  # not empty: somebody else's by now
+                parent.rmdir()
         raise
 
 
@@ -52,12 +69,21 @@ def of_the_cache(link: Path) -> bool:
 
 def check_new(folder: Path, overwrite: bool | None = None) -> None:
     """Raises ValueError unless a folder can be made there; `overwrite` None: where the caller has no such option."""
-    if folder == Path.cwd() or (folder.exists() and not folder.is_dir()):
-        kind = "the current folder" if folder.is_dir() else "a file"
-        raise ValueError(f"{str(folder)!r} exists and is {kind}: give the name of a folder to make")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
+    target = Path(os.path.realpath(folder))
+    _undo_half_swap(target)
+    reason = _why_not(folder, target)
+    if reason:
+        raise ValueError(f"{str(folder)!r} {reason}: give the name of a folder to make")
+    if not _something_in(target):
+        return
+    if not overwrite:
         hint = "" if overwrite is None else ", or pass overwrite=True"
         raise ValueError(f"{str(folder)!r} exists and is not empty: choose another folder{hint}")
+    if not (target / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds no {CONFIG_NAME}, so it is no saved model, and overwrite=True would delete all of it: "
+            "choose another folder, or empty this one"
+        )
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
@@ -71,35 +97,87 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"cannot write into the output folder {str(folder)!r}: {error}. Choose another folder") from error
 
 
-def _put_where_nothing_is(temporary: Path, folder: Path) -> None:
-    """One rename, which takes the place of an empty folder at most, so that two processes cannot both succeed."""
+def _why_not(folder: Path, target: Path) -> str | None:
+    """What stands in the way of a folder there, whatever is in it."""
+    if folder.is_symlink() and not folder.exists():
+        return "is a link that leads nowhere"
+    if target.exists() and not target.is_dir():
+        return "exists and is a file"
+    if not target.exists():
+        return None
+    here = Path.cwd().resolve()
+    if target == here:
+        return "exists and is the current folder"
+    if target in here.parents:
+        return "exists and holds the current folder"
+    if target == Path.home().resolve():
+        return "is your home folder"
+    if os.path.ismount(target):
+        return "is a mount point, which nothing can take the place of"
+    return None
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}")
+
+
+def _something_in(target: Path) -> bool:
+    return target.exists() and any(target.iterdir())
+
+
+def _take(claim: Claim, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        claim.take()
+    except BlockingIOError as error:
+        raise ValueError(
+            f"another process is making {str(target)!r} just now: choose another folder, or wait for it"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"cannot write into {str(target.parent)!r}: {error}. Choose another folder") from error
+
+
+def _mode(target: Path, new: int) -> int:
+    return stat.S_IMODE(target.stat().st_mode) if target.is_dir() else new
+
+
+def _put_where_nothing_is(made: Path, target: Path) -> None:
+    """One rename, which takes the place of an empty folder at most, so that nothing that has appeared there is lost."""
     try:
         try:
-            temporary.rename(folder)
+            made.rename(target)
         except FileExistsError:  # on Windows, of an empty folder too
-            folder.rmdir()
-            temporary.rename(folder)
+            target.rmdir()
+            made.rename(target)
     except OSError as error:
-        if not (folder.exists() or folder.is_symlink()):
+        if not os.path.lexists(target):
             raise
-        raise ValueError(
-            f"{str(folder)!r} has appeared meanwhile, made by somebody else, and was not touched. Choose another folder"
-        ) from error
+        raise ValueError(_APPEARED.format(str(target))) from error
 
 
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    if not folder.exists():
-        temporary.rename(folder)
+def _replace(claim: Claim, target: Path) -> None:
+    """The new folder in the place of the old one, which is then deleted."""
+    if exchange(claim.folder, target):
+        claim.leave()
+        clear_left(claim.folder)  # which is the old one now
         return
-    aside = temporary.with_name(temporary.name + "-old")
-    folder.rename(aside)
+    old = _beside(target, _OLD)
+    target.rename(old)  # a kill from here on: `_undo_half_swap`
     try:
-        temporary.rename(folder)
+        claim.folder.rename(target)
     except BaseException:
-        aside.rename(folder)
+        old.rename(target)
         raise
-    try:
-        shutil.rmtree(aside)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    claim.leave()
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _undo_half_swap(target: Path) -> None:
+    """Puts back the folder that a kill between two renames left aside; deletes what one after them left."""
+    old = _beside(target, _OLD)
+    if not os.path.lexists(old):
+        return
+    if target.exists():
+        clear_left(old)
+    else:
+        old.rename(target)

@@ -7,8 +7,6 @@ import dataclasses
 import glob
 import os
 import shlex
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..structure.loading import load_saved
+from ..structure.scratch import scratch_folder
 from ..surgery.report import SubstitutionReport
 from .card import CardDetails
 from .compression import quantisation
@@ -182,15 +181,8 @@ def _place_to_save(folder: str | os.PathLike[str] | None, repo_id: str) -> Itera
     if folder is not None:
         yield Path(folder)
         return
-    scratch = Path(tempfile.mkdtemp(prefix="relu-model-"))
-    try:
+    with scratch_folder(kept_on=(PushError,)) as scratch:  # which names the folder
         yield scratch / repo_id.rpartition("/")[2]
-    except PushError:  # it names the folder
-        raise
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_target(api: HfApi, repo_id: str, token: str | None, tag: str | None, create_pr: bool) -> None:

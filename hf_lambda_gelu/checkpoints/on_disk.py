@@ -76,7 +76,7 @@ def convert_checkpoint(
 
     It holds what `convert(model)` and `model.save_pretrained(dst)` write, without loading the weights: memory does not grow
     with the checkpoint. Tokenizer, processor, card and nested folders come along, pickles and a Trainer's state do not.
-    `dst` appears when it is complete; a process that is killed leaves `.<name>-<random>` beside it, to be deleted.
+    `dst` appears when it is complete; what a killed process leaves beside it, the next call removes.
 
     The weight files of `dst` are hard links where the file system has them: the same bytes under a second name, at no cost.
     A program that changes such a file in place changes `src` too.

@@ -14,12 +14,15 @@ from .._compat import auto_mapping
 from ..activation.module import hardness_sites
 from ..structure.config_probe import hard_coded_sites
 from ..structure.modules import has_adapters
+from ..structure.transaction import transaction
+from .folders import check_new, whole_folder
 
 CODE_NAME = "modeling_lambda_gelu.py"
 
 
-def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Path:
-    """Saves as `model.save_pretrained(folder)` does, and beside the weights the code that they need.
+@transaction
+def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Saves as `model.save_pretrained(folder)` does, and beside the weights the code that they need; whole or not at all.
 
     `AutoModelFor….from_pretrained(folder, trust_remote_code=True)` then loads the model where this package is not installed.
     Other ways to load a λ-GELU checkpoint: with this package imported, as any other; or folded (`fold`), in stock
@@ -27,13 +30,14 @@ def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Pa
 
     Args:
         model: a converted model of a class that transformers itself exports.
+        folder: the folder to make. One that is not empty is refused unless `overwrite`, which replaces a saved model.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: no λ-GELU in the model, sites that no config attribute governs, adapters that are not merged, or a class
-            that no Auto class knows. Nothing is written.
+            that no Auto class knows; an existing or unwritable folder. Nothing is written.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -55,14 +59,16 @@ def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Pa
         raise ValueError(
             f"no Auto class of transformers makes a {name}: save_pretrained, and load with hf_lambda_gelu imported"
         )
-    folder = Path(folder)
-    model.save_pretrained(folder)
-    code = (resources.files(__package__) / "templates" / CODE_NAME).read_text(encoding="utf-8").replace("@CLASS@", name)
-    (folder / CODE_NAME).write_text(code, encoding="utf-8")
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["auto_map"] = {auto: f"{CODE_NAME.removesuffix('.py')}.LambdaGELU{name}" for auto in autos}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    folder = Path(os.path.abspath(folder))
+    check_new(folder, overwrite)
+    with whole_folder(folder, overwrite) as temporary:
+        model.save_pretrained(temporary)
+        code = (resources.files(__package__) / "templates" / CODE_NAME).read_text(encoding="utf-8").replace("@CLASS@", name)
+        (temporary / CODE_NAME).write_text(code, encoding="utf-8")
+        path = temporary / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["auto_map"] = {auto: f"{CODE_NAME.removesuffix('.py')}.LambdaGELU{name}" for auto in autos}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
 
 

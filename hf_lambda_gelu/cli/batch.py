@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from huggingface_hub import HfApi
 import hf_lambda_gelu as hlg
 
 from ..reports import markdown_table
-from .inner import REPORT_NAME, check_processor, check_relu, check_target, published_files, whole_folder
+from .inner import REPORT_NAME, check_processor, check_relu, check_target, published_files, scratch_folder, whole_folder
 from .models import loaded, processors, resolved, writable
 from .work import UsageError
 
@@ -95,8 +94,7 @@ def pushed(batch: Batch, target: dict[str, Any], collection: str | None, dry_run
     if not dry_run:
         for repo_id in names.values():
             check_target(api, repo_id, None, target["tag"], target["create_pr"])
-    scratch, keep = Path(tempfile.mkdtemp(prefix="push-")), False
-    try:
+    with scratch_folder(kept_on=(hlg.PushError,)) as scratch:  # its message names a folder in there
         saved: dict[str, Path] = {}
         for index, (folder, repo_id) in enumerate(names.items()):
             own = scratch / str(index)
@@ -124,12 +122,6 @@ def pushed(batch: Batch, target: dict[str, Any], collection: str | None, dry_run
             return value, f"{text}\n{contents(value['files'])}{stays(value['left_out'])}"
         value["urls"] = urls = upload(saved, api, target)
         text += "".join(f"\n{url}" for url in urls.values()) + stays(value["left_out"])
-    except hlg.PushError:
-        keep = True  # its message names a folder in there
-        raise
-    finally:
-        if not keep:
-            shutil.rmtree(scratch, ignore_errors=True)
     if collection:
         value["collection"] = collect(api, collection, list(names.values()), target["private"])
         text += f"\n{value['collection']}"

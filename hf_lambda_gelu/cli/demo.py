@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,17 +45,20 @@ def demo(
       hf-lambda-gelu demo
       hf-lambda-gelu demo distilbert/distilbert-base-uncased --save-to distilbert-relu
     """
-    with working(json, debug) as result, tempfile.TemporaryDirectory(prefix="demo-") as scratch:
+    with working(json, debug) as result:
+        from .inner import scratch_folder
+
         if save_to is not None:
             from .transform import check_target_folder
 
             check_target_folder(save_to)
-        data = Data(calibration, column, None, split, None, samples, 32, 64)
-        found = examples(data) if calibration else Examples("text", SENTENCES[: min(samples, len(SENTENCES))])
-        folder = tiny(Path(scratch) / "tiny") if model is None else resolved(model)
-        network = loaded(folder, trust_remote_code)
-        fed = batches(found, data, network, folder, trust_remote_code)
-        value = way(network, fed, save_to or Path(scratch) / "relu", processors(folder, trust_remote_code))
+        with scratch_folder() as scratch:
+            data = Data(calibration, column, None, split, None, samples, 32, 64)
+            found = examples(data) if calibration else Examples("text", SENTENCES[: min(samples, len(SENTENCES))])
+            folder = tiny(scratch / "tiny") if model is None else resolved(model)
+            network = loaded(folder, trust_remote_code)
+            fed = batches(found, data, network, folder, trust_remote_code)
+            value = way(network, fed, save_to or scratch / "relu", processors(folder, trust_remote_code))
         value["folder"] = None if save_to is None else str(save_to)
         result.set(value, shown(value))
 

@@ -14,6 +14,7 @@ from ..downstream.onnx.files import check_new_file
 from ..measurement.batches import model_batches, rows, token_mask
 from ..measurement.forward import call, main_output
 from ..structure.loading import load_saved
+from ..structure.scratch import scratch_folder
 
 __all__ = [
     "REPORT_NAME",
@@ -28,6 +29,7 @@ __all__ = [
     "model_batches",
     "published_files",
     "rows",
+    "scratch_folder",
     "token_mask",
     "whole_folder",
 ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,23 +26,31 @@ def verify(
     Example:
       hf-lambda-gelu verify runs/sst2-relu
     """
-    with working(json, debug) as result, tempfile.TemporaryDirectory(prefix="verify-") as scratch:
-        import hf_lambda_gelu as hlg
+    with working(json, debug) as result:
+        from .inner import scratch_folder
 
-        from .inner import check_relu
+        with scratch_folder() as scratch:
+            value, text = _proof(model, scratch)
+        result.set(value, text, 0 if value["holds"] else FAILED)
 
-        folder = writable(model, resolved(model), Path(scratch))
-        network = loaded(folder)
-        try:
-            check_relu(network)
-            difference = hlg.verify_relu_pretrained(network, folder)
-        except (ValueError, hlg.VerificationError) as error:
-            reason = " ".join(str(error).split())
-            value = {"model": model, "holds": False, "largest_difference": None, "reason": reason}
-            result.set(value, f"{model} is no ReLU checkpoint of stock transformers: {reason}", FAILED)
-            return
-        value = {"model": model, "holds": True, "largest_difference": difference, "reason": None}
-        result.set(value, f"{model} holds: stock transformers loads it, and its outputs differ by {difference:g} at most")
+
+def _proof(model: str, scratch: Path) -> tuple[dict[str, Any], str]:
+    """What `verify` found, and its text."""
+    import hf_lambda_gelu as hlg
+
+    from .inner import check_relu
+
+    folder = writable(model, resolved(model), scratch)
+    network = loaded(folder)
+    try:
+        check_relu(network)
+        difference = hlg.verify_relu_pretrained(network, folder)
+    except (ValueError, hlg.VerificationError) as error:
+        reason = " ".join(str(error).split())
+        value = {"model": model, "holds": False, "largest_difference": None, "reason": reason}
+        return value, f"{model} is no ReLU checkpoint of stock transformers: {reason}"
+    value = {"model": model, "holds": True, "largest_difference": difference, "reason": None}
+    return value, f"{model} holds: stock transformers loads it, and its outputs differ by {difference:g} at most"
 
 
 def push(

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import shutil
 import threading
 import traceback
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -85,10 +83,10 @@ def keep(tensor: Tensor, values: Tensor | None = None) -> None:
             snapshot.kept[key] = (data, data.clone() if values is None else values)
 
 
-def scratch_in_use(folder: Path) -> None:
-    """To be called before a verb makes a folder for its own use: it is removed if the verb fails."""
+def if_it_fails(undo: Callable[[], None]) -> None:
+    """To be called before a verb changes something beside the model: `undo` runs, perhaps twice, if the verb fails."""
     for snapshot in _OPEN.__dict__.get("snapshots", []):
-        snapshot.scratch.append(folder)
+        snapshot.undo.append(undo)
 
 
 def _end_blocks(error: BaseException | None) -> None:
@@ -106,12 +104,12 @@ class Snapshot:
 
     Attributes:
         kept: place in memory → (tensor, its values), of the tensors that were written into.
-        scratch: folders that are removed on `restore`.
+        undo: what else is to be done on `restore`.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
         self.kept: dict[Any, tuple[Tensor, Tensor]] = {}
-        self.scratch: list[Path] = []
+        self.undo: list[Callable[[], None]] = []
         self._contents: list[tuple[Any, list[Any]]] = []
         self._tensors: list[_TensorState] = []
         self._classes = [] if model is None else [(module, type(module)) for module in model.modules()]
@@ -137,8 +135,8 @@ class Snapshot:
             state.restore()
         for tensor, values in self.kept.values():
             tensor.copy_(values)
-        for folder in self.scratch:
-            shutil.rmtree(folder, ignore_errors=True)
+        for undo in self.undo:
+            undo()
 
 
 class _TensorState:

@@ -53,16 +53,15 @@ hlg.convert_checkpoint(*sys.argv[1:])
 
 
 def test_kill(tmp_path: Path) -> None:
-    """What is left has a name that says so, and is no obstacle."""
+    """What is left has a name that says so, and the next call removes it."""
     src = sharded(tmp_path)
     before = digests(src)
     command = [sys.executable, "-c", KILLED, str(src), str(tmp_path / "dst")]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert len(left) == 2
-    assert left[0].startswith(".dst-")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".dst.hf_lambda_gelu-partial", "src"]
     assert digests(src) == before
     hlg.convert_checkpoint(src, tmp_path / "dst")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "src"]
     load(BertForMaskedLM, tmp_path / "dst")
 
 

@@ -17,6 +17,7 @@ from support.stock import Saved, reload_in_stock
 from transformers import PreTrainedModel, XLMConfig, XLMModel
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.checkpoints import folders
 from hf_lambda_gelu.measurement.examples.choice import example_inputs
 from hf_lambda_gelu.measurement.forward import main_output
 
@@ -118,6 +119,7 @@ def test_refused(case: str, tmp_path: Path) -> None:
     make, name, arguments, message = REFUSED[case]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("keep me")
+    (tmp_path / "full" / "config.json").write_text("{}")
     (tmp_path / "file").write_text("me too")
     before = tree(tmp_path)
     with pytest.raises(RuntimeError if "processor" in case else ValueError, match=message):
@@ -125,7 +127,8 @@ def test_refused(case: str, tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
-def test_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "by two renames"])
+def test_overwrite(at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new folder replaces the old one as a whole, and an empty one without being asked; a failed move brings it back."""
     folder = tmp_path / "model"
     folder.mkdir()
@@ -135,13 +138,16 @@ def test_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tree(tmp_path)
     move = Path.rename
 
-    def fail_once(self: Path, target: Path) -> Path:
-        if Path(target) == folder and not self.name.endswith("-old"):
-            raise OSError("disk on fire")
-        return move(self, target)
+    def fail(one: Path, other: Path) -> bool:
+        raise OSError("disk on fire")
 
+    def fail_once(self: Path, target: Path) -> Path:
+        return fail(self, target) if Path(target) == folder and "partial" in self.name else move(self, target)
+
+    if not at_once:
+        monkeypatch.setattr(folders, "exchange", lambda *_: False)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail_once)
+        patch.setattr(*((folders, "exchange", fail) if at_once else (Path, "rename", fail_once)))
         with pytest.raises(OSError, match="disk on fire"):
             hlg.save_relu_pretrained(relu_model("gpt2"), folder, overwrite=True)
     assert tree(tmp_path) == before

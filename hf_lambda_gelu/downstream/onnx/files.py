@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...structure.transaction import scratch_in_use
+from ...structure.claims import Claim
+from ...structure.transaction import if_it_fails
 
 
 def need_onnx(verb: str) -> None:
@@ -52,16 +51,18 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: nothing can be written there.
     """
-    temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}"
+    claim = Claim(path.parent / f".{path.name}.hf_lambda_gelu-partial")
     new = [folder for folder in path.parents if not folder.exists()]  # the innermost first
-    scratch_in_use(temporary)
+    if_it_fails(claim.remove)
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir()
+            claim.take()
+        except BlockingIOError as error:
+            raise ValueError(f"another process is making {str(path)!r} just now: choose another name") from error
         except OSError as error:
             raise ValueError(f"cannot write into {str(path.parent)!r}: {error}. Choose another folder") from error
-        made = temporary / path.name
+        made = claim.folder / path.name
         yield made
         if weights_of(made).exists():
             os.replace(weights_of(made), weights_of(path))
@@ -71,7 +72,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             weights_of(path).unlink(missing_ok=True)
             raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        claim.remove()
         for folder in new:
             with suppress(OSError):  # not empty: the file is there
                 folder.rmdir()
