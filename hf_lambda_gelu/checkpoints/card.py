@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -201,10 +201,13 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     Secrets and absolute paths do not reach it, see `cleaned_record`.
     """
     text = json.dumps(cleaned_record(record), indent=2) + "\n"
-    temporary = folder / f".{REPORT_NAME}-{secrets.token_hex(8)}"
+    temporary = folder / f".{REPORT_NAME}.hf_lambda_gelu-partial"
+    temporary.unlink(missing_ok=True)  # of a killed process
     try:
         with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(folder / REPORT_NAME)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from .._compat import attention_implementation, pytree
 from ..measurement.audit.audit import audit
 from ..measurement.examples.choice import example_inputs
 from ..measurement.forward import evaluating, in_own_precision, same_random_numbers
+from ..structure.loading import checkpoint_errors
 from ..structure.offloading import check_not_offloaded
 from ..structure.scratch import scratch_folder
 from ..structure.smooth_activations import smooth_activations
@@ -97,6 +98,7 @@ def verify_relu_pretrained(
 
     Raises:
         VerificationError: it does not load, keys do not fit, or outputs differ by more than 1e-6 of their scale.
+        CheckpointError: the folder's lambda_gelu.json is damaged.
         ValueError: weights are offloaded, or no batch can be made for such a model: pass inputs.
 
     Examples:
@@ -108,6 +110,7 @@ def verify_relu_pretrained(
         0.0
     """
     check_not_offloaded(model)
+    record = _record(Path(folder))
     if model.device.type != "cpu":
         model = copy.deepcopy(model).cpu()
     inputs = {k: v.cpu() for k, v in (inputs or example_inputs(model)).items()}
@@ -122,7 +125,9 @@ def verify_relu_pretrained(
             f"{str(folder)!r} computes something else in stock transformers: {len(other)} tensors differ, e.g. {other[0]}"
         )
     outputs = {"largest_difference_of_outputs": difference, "scale_of_outputs": scale}
-    _record_checks(Path(folder), model, inputs, {**outputs, "identical_tensors": len(stock.digests)})
+    if record is not None:
+        compared = {**outputs, "identical_tensors": len(stock.digests)}
+        write_record(Path(folder), record | {"checks": _checks(model, inputs, compared)})
     return difference
 
 
@@ -214,18 +219,24 @@ def _isolated_environment(empty: str) -> dict[str, str]:
     }
 
 
-def _record_checks(folder: Path, model: PreTrainedModel, inputs: dict[str, Tensor], compared: dict[str, float]) -> None:
-    """Adds what was compared, and which activations ran, to the folder's record, if it has one."""
+def _record(folder: Path) -> dict[str, Any] | None:
+    """The folder's record; None where it has none, as what a link points to is not the folder's."""
     path = folder / REPORT_NAME
-    if path.is_symlink() or not path.is_file():  # what a link points to is not the folder's
-        return
-    checks = {
+    if path.is_symlink() or not path.is_file():
+        return None
+    with checkpoint_errors(f"{str(path)!r} is damaged, expected what save_relu_pretrained wrote"):
+        record: dict[str, Any] = {**json.loads(path.read_text(encoding="utf-8"))}
+    return record
+
+
+def _checks(model: PreTrainedModel, inputs: dict[str, Tensor], compared: dict[str, float]) -> dict[str, Any]:
+    """What was compared, and which activations ran."""
+    return {
         "reloaded_by": f"transformers {version('transformers')}, in a process without hf_lambda_gelu",
         **compared,
         "smooth_activations_left": [item.name for item in smooth_activations(model)],
         "activations_that_ran": audit(model, inputs).counts,
     }
-    write_record(folder, json.loads(path.read_text(encoding="utf-8")) | {"checks": checks})
 
 
 def _digest(tensor: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Any
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .._compat import generation_config_in_config
 from ..activation.module import hardness_sites
+from ..activation.older_checkpoints import NAME
+
+_COUNTED = re.compile("layer|block|depth|expert")
+_MOST = 10_000  # of layers, or of experts in one: no network has as many
 
 
 class CheckpointError(ValueError):
@@ -47,15 +52,37 @@ def saved_class(
         raise CheckpointError(f"{str(folder)!r} is a file: pass the folder that it lies in")
     if not (folder / CONFIG_NAME).is_file():
         raise CheckpointError(f"{str(folder)!r} holds no config.json: expected the folder of a saved checkpoint")
-    try:
+    with checkpoint_errors(f"{str(folder / CONFIG_NAME)!r} makes no config"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{str(folder / CONFIG_NAME)!r} makes no config: {error}") from error
-    name = (config.architectures or ["none"])[0]
-    cls: type[PreTrainedModel] | None = getattr(transformers, name, otherwise)
+        _check_counts(config)
+        name = (config.architectures or ["none"])[0]
+        cls = getattr(transformers, name, otherwise)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)) and cls is not otherwise:
+        cls = None
     if cls is None:
         raise CheckpointError(f"config.json names the class {name!r}, which transformers {transformers.__version__} lacks")
     return config, cls
+
+
+@contextmanager
+def checkpoint_errors(what: str) -> Iterator[None]:
+    """Within the block, whatever a library makes of a damaged file is a CheckpointError that says `what` fails, and why."""
+    try:
+        yield
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no message"
+        raise CheckpointError(f"{what}: {type(error).__name__}: {reason}") from error
+
+
+def _check_counts(config: PreTrainedConfig) -> None:
+    """CheckpointError for a config that would build for hours."""
+    for key, value in config.to_dict().items():
+        counts = value if isinstance(value, list) else [value]
+        for count in counts if _COUNTED.search(key) else ():
+            if isinstance(count, (int, float)) and count > _MOST:
+                raise CheckpointError(f"{CONFIG_NAME} has {key} = {value!r}: expected at most {_MOST:,}")
 
 
 def load_saved(folder: str | os.PathLike[str], *, otherwise: type[PreTrainedModel] | None = None) -> PreTrainedModel:
@@ -72,16 +99,12 @@ def load_saved(folder: str | os.PathLike[str], *, otherwise: type[PreTrainedMode
             are missing or do not fit.
     """
     config, cls = saved_class(Path(folder), otherwise)
-    try:
+    expected = "expected a folder with config.json and weights, as save_pretrained writes it"
+    with checkpoint_errors(f"{cls.__name__} does not load {str(folder)!r}, {expected}"):
         loaded: Any = cls.from_pretrained(
             folder, config=config, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
         model: PreTrainedModel = loaded[0]
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{cls.__name__} does not load {str(folder)!r}: {error}. Expected a folder with config.json and weights, as "
-            "save_pretrained writes it"
-        ) from error
     if cls is not otherwise:  # a part of a network lacks what is not its own
         _check_complete(Path(folder), model, loaded[1]["missing_keys"])
     return model
@@ -89,7 +112,7 @@ def load_saved(folder: str | os.PathLike[str], *, otherwise: type[PreTrainedMode
 
 def _check_complete(folder: Path, model: PreTrainedModel, missing: Collection[str]) -> None:
     """CheckpointError if weights are missing, but for λ, which is 1 where a checkpoint of a smooth model has none."""
-    hardness = {f"{name}.unclipped_hardness" for name in hardness_sites(model)}
+    hardness = {f"{name}.{NAME}" for name in hardness_sites(model)}
     lost = sorted(set(missing) - hardness)
     if lost:
         raise CheckpointError(
@@ -110,26 +133,27 @@ def load_on_meta(
         CheckpointError: config and tensors do not fit.
     """
     quantised = config.__dict__.pop("quantization_config", None)  # its modules are not needed, nor is a GPU for them
-    try:
-        with quietly():
-            loaded: Any = cls.from_pretrained(
-                None,
-                config=config,
-                state_dict=dict(tensors),
-                device_map={"": "meta"},
-                ignore_mismatched_sizes=quantised is not None,
-                output_loading_info=True,
-            )
-            model: PreTrainedModel = loaded[0]
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{cls.__name__} does not load {str(folder)!r}: {error}") from error
+    with checkpoint_errors(f"{cls.__name__} does not load {str(folder)!r}"), quietly():
+        loaded: Any = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(tensors),
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=quantised is not None,
+            output_loading_info=True,
+        )
+        model: PreTrainedModel = loaded[0]
     if quantised is None:
         _check_complete(folder, model, loaded[1]["missing_keys"])
     else:
         model.config.quantization_config = quantised
-    if model.can_generate() and not (folder / GENERATION_CONFIG_NAME).is_file():
+    if model.can_generate() and (folder / GENERATION_CONFIG_NAME).is_file():
+        with checkpoint_errors(f"{str(folder / GENERATION_CONFIG_NAME)!r} makes no generation config"):
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+    elif model.can_generate():
         # an old checkpoint has the settings in config.json, which is rewritten without them
-        model.generation_config = generation_config_in_config(folder, CONFIG_NAME)
+        with checkpoint_errors(f"{str(folder / CONFIG_NAME)!r} makes no generation config"):
+            model.generation_config = generation_config_in_config(folder, CONFIG_NAME)
     return model
 
 

@@ -7,7 +7,9 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -67,37 +69,88 @@ class Library:
 
 
 def _build(source: Path) -> Path:
-    """The shared library's path; compiled if no earlier process of the same sources, compiler and CPU has."""
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    compiler = next(filter(None, map(shutil.which, candidates)), None)
-    if compiler is None:
-        raise FileNotFoundError(f"no C++ compiler found (looked for {', '.join(candidates)}); install g++ or set CXX")
+    """The shared library's path; compiled if no earlier process of the same sources, compiler and CPU has.
+
+    A name holds the hash of its library's own bytes: what a full disk or a kill left of one is not loaded, but built anew.
+    """
+    compiler = _compiler()
     flags = _FLAGS + _CAPABILITY_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
     text = b"".join(path.read_bytes() for path in (source, *sorted(_HEADERS.glob("*.h"))))
-    key = hashlib.sha256(text + " ".join([compiler, *flags, platform.machine()]).encode()).hexdigest()
-    path = folder() / f"kernel-{key[:16]}.so"
-    if not path.exists():
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as unfinished:
-            pass
-        try:
-            command = [compiler, *flags, f"-I{_HEADERS}", str(source), "-o", unfinished.name]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if done.returncode:
-                raise OSError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
-            os.replace(unfinished.name, path)  # so that another process sees all of it or nothing
-        finally:
-            Path(unfinished.name).unlink(missing_ok=True)
+    key = hashlib.sha256(text + " ".join([*compiler, *flags, platform.machine()]).encode()).hexdigest()[:16]
+    kept = folder()
+    found = next(filter(_is_whole, sorted(kept.glob(f"kernel-{key}-*.so"))), None)
+    if found is not None:
+        return found
+    handle, unfinished = tempfile.mkstemp(dir=kept, suffix=".so")
+    os.close(handle)
+    try:
+        command = [*compiler, *flags, f"-I{_HEADERS}", str(source), "-o", unfinished]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+        if done.returncode:
+            raise OSError(f"{compiler[0]} failed: {done.stderr.strip()[-500:]}")
+        content = Path(unfinished).read_bytes()
+        if not content:
+            raise OSError(f"{compiler[0]} reported no error and wrote nothing: {done.stderr.strip()[-500:]}")
+        os.chmod(unfinished, 0o700)
+        path = kept / f"kernel-{key}-{_digest(content)}.so"
+        os.replace(unfinished, path)  # so that another process sees all of it or nothing
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
     return path
 
 
+def _compiler() -> list[str]:
+    """The command, with the options that CXX may have."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for command in [asked] if asked else [["c++"], ["g++"], ["clang++"]]:
+        found = shutil.which(command[0])
+        if found:
+            return [found, *command[1:]]
+    looked = " ".join(asked) if asked else "c++, g++, clang++"
+    raise FileNotFoundError(f"no C++ compiler found (looked for {looked}); install g++ or set CXX")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library holds what its name says, and is this user's alone."""
+    return _is_own(path) and path.is_file() and path.stem.rpartition("-")[2] == _digest(path.read_bytes())
+
+
+def _is_own(path: Path) -> bool:
+    """Whether it belongs to this user, is no link, and nobody else may write into it."""
+    found = path.lstat()
+    if not hasattr(os, "geteuid"):
+        return not stat.S_ISLNK(found.st_mode)
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022 and not stat.S_ISLNK(found.st_mode)
+
+
 def folder() -> Path:
-    """Where libraries are kept; a new one for this process where that cannot be written to."""
+    """Where libraries are kept, which this user alone may write into; else a new one, for this process.
+
+    Who can write there can run code as this user.
+    """
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "torch_extensions")
     kept = Path(root) / "hf_lambda_gelu"
     try:
-        kept.mkdir(parents=True, exist_ok=True)
-        if os.access(kept, os.W_OK):
+        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_own(kept) and kept.lstat().st_uid == os.geteuid() and not kept.is_symlink():
+            kept.chmod(0o700)  # made by an earlier version, in the mode of any folder
+        if _is_own(kept) and os.access(kept, os.W_OK) and _is_safe(kept.parent):
             return kept
-    except OSError:
+    except (OSError, AttributeError):
         pass
-    return Path(tempfile.mkdtemp(prefix="hf_lambda_gelu-"))
+    return Path(_own_folder().name)
+
+
+def _is_safe(parent: Path) -> bool:
+    """Whether nobody else can put another folder in the place of one in there."""
+    mode = parent.stat().st_mode
+    return not mode & 0o002 or bool(mode & stat.S_ISVTX)
+
+
+@functools.cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="hf_lambda_gelu-")  # removed as the process ends
