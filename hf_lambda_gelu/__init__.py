@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .checkpoints.on_disk import CheckpointReport, convert_checkpoint, relu_ize_checkpoint
     from .checkpoints.remote_code import save_with_code
     from .checkpoints.save import save_relu_pretrained
-    from .checkpoints.verify import VerificationError, verify_relu_pretrained
+    from .checkpoints.stock_process import VerificationError
+    from .checkpoints.verify import verify_relu_pretrained
     from .downstream.onnx.export import export_onnx
     from .downstream.onnx.report import ExportError, ExportReport, Int8Report
     from .downstream.pruning import PruningReport, prune_dead_units
@@ -147,7 +148,7 @@ _MODULES = {
     "SoftGateError": ".surgery.gates",
     "SparseFFNReport": ".downstream.sparse_ffn",
     "SubstitutionReport": ".surgery.report",
-    "VerificationError": ".checkpoints.verify",
+    "VerificationError": ".checkpoints.stock_process",
     "activation_sparsity": ".downstream.sparsity",
     "attach_hardness_update": ".training.optimizer",
     "audit": ".measurement.audit.audit",

@@ -22,10 +22,10 @@ from support.publishing import TOKEN
 from support.warm_stock import run_in_stock
 from transformers.utils import logging
 
-from hf_lambda_gelu.checkpoints import verify
+from hf_lambda_gelu.checkpoints import stock_process
 from scripts.tools.assets import available
 
-_RUN_APART = verify._run_apart
+_RUN_APART = stock_process.run_apart
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +65,7 @@ def progress_bars_as_before() -> Iterator[None]:
 def proofs_in_forks() -> Iterator[None]:
     """Proofs run in forks of one process that has imported stock transformers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "_run_apart", run_in_stock)
+        patch.setattr(stock_process, "run_apart", run_in_stock)
         yield
 
 
@@ -73,7 +73,7 @@ def proofs_in_forks() -> Iterator[None]:
 def own_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for tests marked `own_process`, which start them as the package does."""
     if "own_process" in request.keywords:
-        monkeypatch.setattr(verify, "_run_apart", _RUN_APART)
+        monkeypatch.setattr(stock_process, "run_apart", _RUN_APART)
 
 
 @pytest.fixture

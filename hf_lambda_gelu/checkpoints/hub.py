@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import os
 import shlex
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, constants, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but imported there lazily
 from torch import Tensor
@@ -23,13 +22,17 @@ from transformers.utils import logging
 from ..structure.loading import load_saved
 from ..structure.scratch import scratch_folder
 from ..surgery.report import SubstitutionReport
-from .card import CardDetails
+from .card import REPORT_NAME, CardDetails
 from .compression import quantisation
+from .manifest import FileEntry, Manifest
 from .published_files import published_files
 from .save import check_relu, save_relu_pretrained
-from .verify import verify_relu_pretrained
+from .stock_process import VerificationError
+from .verify import prove
 
 logger = logging.get_logger(__name__)
+
+_IN_MEMORY = 10 << 20  # bytes; larger files are weights, whose SHA-256 the Hub checks
 
 
 class PushError(RuntimeError):
@@ -96,13 +99,12 @@ def push_relu_to_hub(
     if isinstance(model, (str, os.PathLike)):
         if processor or details or learned or history or report or folder:
             raise ValueError("a saved folder is uploaded as it is: change its card and files there, and pass it alone")
-        return upload.send(_proven(Path(model), inputs))
+        return upload.send(Path(model), _proven(Path(model), inputs))
     with _place_to_save(folder, repo_id) as place:
         details = _licensed(api, details or CardDetails(), token)
         save = partial(save_relu_pretrained, processor=processor, model_name=repo_id, learned=learned, history=history)
         saved = save(model, place, details=details, report=report)
-        verify_relu_pretrained(model, saved, inputs)
-        return upload.send(saved)
+        return upload.send(saved, prove(model, saved, inputs).files)
 
 
 @dataclass(frozen=True)
@@ -118,18 +120,23 @@ class _Upload:
     tag: str | None
     create_pr: bool
 
-    def send(self, folder: Path) -> CommitInfo:
-        """Uploads the folder's `published_files` in one commit; PushError if that fails, whatever the reason is."""
+    def send(self, folder: Path, proven: Manifest) -> CommitInfo:
+        """Uploads the folder's `published_files` in one commit: the bytes that were proven.
+
+        Raises:
+            VerificationError: a file is another by now.
+            PushError: the upload failed, whatever the reason is.
+        """
         files = published_files(folder)
+        operations = _operations(folder, files.names, proven)
         if files.left_out:
             logger.warning(f"Not uploaded of {str(folder)!r}: {files}")
         try:
             self.api.create_repo(self.repo_id, private=self.private, exist_ok=True, token=self.token)
-            commit = self.api.upload_folder(
+            commit = self.api.create_commit(  # upload_folder may make several
                 repo_id=self.repo_id,
-                folder_path=folder,
-                allow_patterns=[glob.escape(name) for name in files.names],
-                commit_message=self.commit_message,
+                operations=operations,
+                commit_message=self.commit_message or "Upload ReLU-ized model",
                 revision=self.revision,
                 create_pr=self.create_pr,
                 token=self.token,
@@ -151,13 +158,26 @@ class _Upload:
         return ["hf-lambda-gelu", "push", str(folder), "--repo-id", self.repo_id, *options]
 
 
-def _proven(folder: Path, inputs: dict[str, Tensor] | None) -> Path:
-    """The folder, after it was loaded and found to be a ReLU network that stock transformers computes alike."""
+def _operations(folder: Path, names: list[str], proven: Manifest) -> list[CommitOperationAdd]:
+    """The files as the Hub's client sends them, each with the size and SHA-256 that was proven."""
+    operations = []
+    for name in names:
+        path = folder / name
+        small = path.stat().st_size <= _IN_MEMORY  # sent as it is read now
+        operation = CommitOperationAdd(name, path.read_bytes() if small else str(path))
+        info = operation.upload_info
+        if name != REPORT_NAME and proven.get(name) != FileEntry(size=info.size, sha256=info.sha256.hex()):
+            raise VerificationError(f"{str(path)!r} was changed after the proof: nothing was uploaded. Push it once more")
+        operations.append(operation)
+    return operations
+
+
+def _proven(folder: Path, inputs: dict[str, Tensor] | None) -> Manifest:
+    """The folder's files, after it was loaded and found to be a ReLU network that stock transformers computes alike."""
     model = load_saved(folder)
     check_relu(model)
     check_card(folder)
-    verify_relu_pretrained(model, folder, inputs)
-    return folder
+    return prove(model, folder, inputs).files
 
 
 def check_card(folder: Path) -> None:

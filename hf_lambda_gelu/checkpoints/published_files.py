@@ -68,6 +68,13 @@ def published_files(folder: Path) -> PublishedFiles:
     Raises:
         ValueError: the config or weights are missing or lie behind a link, or the card holds a token of the Hub.
     """
+    found = listed_files(folder)
+    _check_complete(folder, found.names, found.left_out)
+    return found
+
+
+def listed_files(folder: Path) -> PublishedFiles:
+    """As `published_files`, whether they make a model or not."""
     allowed = {*_MODEL, *_PACKAGE, *_weights(folder), *_processor_files(folder)}
     names: list[str] = []
     left_out: dict[str, str] = {}
@@ -80,7 +87,6 @@ def published_files(folder: Path) -> PublishedFiles:
         else:
             name = path.name + ("/" if path.is_dir() and not path.is_symlink() else "")
             _sort(name, path, name in allowed, names, left_out)
-    _check_complete(folder, names, left_out)
     return PublishedFiles(names, left_out)
 
 

@@ -6,87 +6,35 @@ import copy
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._compat import attention_implementation, pytree
+from .._compat import pytree
 from ..measurement.audit.audit import audit
 from ..measurement.examples.choice import example_inputs
 from ..measurement.forward import evaluating, in_own_precision, same_random_numbers
 from ..structure.loading import checkpoint_errors
 from ..structure.offloading import check_not_offloaded
-from ..structure.scratch import scratch_folder
 from ..structure.smooth_activations import smooth_activations
 from ..structure.transaction import transaction
 from .card import REPORT_NAME, write_record
-from .redaction import is_secret_name
+from .manifest import Manifest, changed_files, manifest
+from .stock_process import VerificationError, reloaded
 
 
-class VerificationError(RuntimeError):
-    """The saved folder does not reproduce the model in stock transformers; the message says what differed.
-
-    Examples:
-        >>> try:  # doctest: +SKIP
-        ...     hlg.verify_relu_pretrained(model, folder)
-        ... except hlg.VerificationError as error:
-        ...     print(error)
-    """
-
-
-_RELOAD = """
-import os, sys
-sys.path += [place for place in sys.argv[1].split(os.pathsep) if place and place not in sys.path]
-sys.modules["hf_lambda_gelu"] = None  # any import of it fails
-import hashlib, json, random, numpy, torch, transformers
-from safetensors.torch import load_file, save_file
-folder, inputs, outputs, name, attention, threads = sys.argv[2:]
-transformers.utils.logging.disable_progress_bar()
-torch.set_num_threads(int(threads))
-extra = {"attn_implementation": attention} if attention else {}
-model, info = getattr(transformers, name).from_pretrained(
-    folder, output_loading_info=True, trust_remote_code=False, **extra
-)
-wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(map(str, info["mismatched_keys"]))
-if wrong:
-    sys.exit("keys that do not fit: " + ", ".join(wrong[:5]))
-for parameter in model.parameters():  # mapped memory is aligned otherwise, which can change the last bit of a product
-    parameter.data = parameter.data.clone()
-torch.manual_seed(0); random.seed(0); numpy.random.seed(0)  # as `same_random_numbers` does
-with torch.no_grad():
-    output = model.eval()(**load_file(inputs))
-leaves = torch.utils._pytree.tree_leaves(list(output.values()))  # as `_tensors` does
-found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-save_file({f"{index:06}": tensor.contiguous().clone() for index, tensor in enumerate(found)}, outputs)
-def digest(tensor):
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
-print(json.dumps({name: digest(tensor) for name, tensor in model.state_dict().items()}))
-"""
-
-
-class _Stock(NamedTuple):
-    """What stock transformers makes of a folder: all that its forward puts out, and a digest of each tensor."""
-
-    outputs: list[Tensor]
-    digests: dict[str, str]
-
-
-@transaction
-@torch.no_grad()
 def verify_relu_pretrained(
     model: PreTrainedModel, folder: str | os.PathLike[str], inputs: dict[str, Tensor] | None = None
 ) -> float:
     """Loads `folder` by stock transformers in a new process that cannot import this package, and compares the outputs.
 
-    What was compared is kept in the folder's `lambda_gelu.json`, as "checks".
+    What was compared is kept in the folder's `lambda_gelu.json`, as "checks", with name, size and SHA-256 of each file that
+    a push uploads: a push takes these bytes, and `hf-lambda-gelu verify you/model` finds them again.
 
     Args:
         model: the model in memory that the folder must reproduce, on the CPU (a copy is made of one that is elsewhere).
@@ -109,14 +57,32 @@ def verify_relu_pretrained(
         >>> hlg.verify_relu_pretrained(model, hlg.save_relu_pretrained(model, "runs/proven-relu"))
         0.0
     """
+    return prove(model, Path(folder), inputs).difference
+
+
+class Proof(NamedTuple):
+    """What was found of a folder: max |difference| over all outputs, and the files that it is true of."""
+
+    difference: float
+    files: Manifest
+
+
+@transaction
+@torch.no_grad()
+def prove(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor] | None = None) -> Proof:
+    """As `verify_relu_pretrained`.
+
+    Raises:
+        VerificationError: also where a file changes meanwhile.
+    """
     check_not_offloaded(model)
-    record = _record(Path(folder))
+    record, files, state = _record(folder), manifest(folder), _states(folder)
     if model.device.type != "cpu":
         model = copy.deepcopy(model).cpu()
     inputs = {k: v.cpu() for k, v in (inputs or example_inputs(model)).items()}
     with evaluating(model), in_own_precision(model), same_random_numbers(model):
         expected = _tensors(model(**inputs))
-    stock = _reloaded(model, Path(folder), inputs)
+    stock = reloaded(model, folder, inputs)
     difference, scale = _compare(expected, stock.outputs, folder)
     # what the batch does not reach, such as most rows of an embedding, is compared too
     other = [name for name, tensor in model.state_dict().items() if stock.digests.get(name) != _digest(tensor)]
@@ -124,11 +90,38 @@ def verify_relu_pretrained(
         raise VerificationError(
             f"{str(folder)!r} computes something else in stock transformers: {len(other)} tensors differ, e.g. {other[0]}"
         )
-    outputs = {"largest_difference_of_outputs": difference, "scale_of_outputs": scale}
+    if _states(folder) != state:
+        raise VerificationError(f"files of {str(folder)!r} were changed while they were proven: verify it once more")
     if record is not None:
-        compared = {**outputs, "identical_tensors": len(stock.digests)}
-        write_record(Path(folder), record | {"checks": _checks(model, inputs, compared)})
-    return difference
+        compared = {"largest_difference_of_outputs": difference, "scale_of_outputs": scale}
+        checks = _checks(model, inputs, {**compared, "identical_tensors": len(stock.digests)})
+        write_record(folder, record | {"checks": {**checks, "files": files}})
+    return Proof(difference, files)
+
+
+def check_as_proven(folder: Path) -> bool:
+    """Whether the folder's record says which files were proven; they are those of the folder then.
+
+    Raises:
+        VerificationError: they are not.
+        CheckpointError: the record is damaged.
+    """
+    record = _record(folder)
+    checks = (record or {}).get("checks")
+    proven = checks.get("files") if isinstance(checks, dict) else None
+    if not isinstance(proven, dict):
+        return False
+    changed = changed_files(proven, manifest(folder))
+    if changed:
+        raise VerificationError(
+            f"{str(folder)!r} is not what its {REPORT_NAME} says was proven: {changed[0]}, {len(changed)} such files. "
+            "Fetch it again; if you changed it yourself, save_relu_pretrained writes a new one"
+        )
+    return True
+
+
+def _states(folder: Path) -> list[tuple[str, int, int]]:
+    return sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file())
 
 
 def _tensors(output: Mapping[str, Any]) -> list[Tensor]:
@@ -163,60 +156,6 @@ def _scale(tensor: Tensor) -> float:
     """The largest finite magnitude."""
     finite = tensor[tensor.isfinite()].double().abs()
     return float(finite.max()) if finite.numel() else 0.0
-
-
-def _reloaded(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor]) -> _Stock:
-    """Runs the folder's model in another process, as the class and with the attention of `model`, on as many threads.
-
-    The process imports nothing from the current folder, the checkpoint's or PYTHONPATH: -I leaves them off the path, and it
-    starts in an empty folder. Its environment holds no secret.
-    """
-    with scratch_folder() as scratch:
-        empty = os.path.join(scratch, "empty")
-        os.mkdir(empty)
-        source, result = os.path.join(scratch, "inputs.safetensors"), os.path.join(scratch, "outputs.safetensors")
-        save_file({k: v.contiguous() for k, v in inputs.items()}, source)
-        attention = attention_implementation(model.config)
-        arguments = [os.path.abspath(folder), source, result, type(model).__name__, attention, str(torch.get_num_threads())]
-        process = _run_apart(_RELOAD, [_homes_of_packages(folder), *arguments], empty, _isolated_environment(empty))
-        if process.returncode:
-            lines = process.stderr.strip().splitlines() or ["no message"]
-            raise VerificationError(f"stock transformers does not load {str(folder)!r}: {lines[-1]}")
-        found = load_file(result)
-        return _Stock([found[name] for name in sorted(found)], json.loads(process.stdout.splitlines()[-1]))
-
-
-def _run_apart(program: str, arguments: list[str], cwd: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-I", "-c", program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
-
-
-def _homes_of_packages(folder: Path) -> str:
-    """Where this process has what the other one imports, for installations outside of Python's own folders.
-
-    The current folder and the checkpoint's are never among them.
-    """
-    homes = dict.fromkeys(
-        os.path.dirname(os.path.dirname(os.path.abspath(str(sys.modules[name].__file__))))
-        for name in ("torch", "transformers", "safetensors", "numpy", "huggingface_hub")
-        if getattr(sys.modules.get(name), "__file__", None)
-    )
-    barred = {os.path.realpath(os.getcwd()), os.path.realpath(folder)}
-    return os.pathsep.join(home for home in homes if os.path.realpath(home) not in barred)
-
-
-def _isolated_environment(empty: str) -> dict[str, str]:
-    """This process's environment without secrets and without what tells Python where to look for modules."""
-    kept = {k: v for k, v in os.environ.items() if not is_secret_name(k) and not k.startswith("PYTHON")}
-    return kept | {
-        "PYTHONSAFEPATH": "1",  # for what the process may start itself
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-        "HF_TOKEN_PATH": os.path.join(empty, "none"),
-        "HF_MODULES_CACHE": os.path.join(empty, "none"),
-        "USE_HUB_KERNELS": "NO",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
 
 
 def _record(folder: Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from ..checkpoints.folders import check_new, whole_folder
 from ..checkpoints.hub import check_processor, check_target
 from ..checkpoints.published_files import published_files
 from ..checkpoints.save import check_relu
+from ..checkpoints.verify import check_as_proven
 from ..downstream.onnx.files import check_new_file
 from ..measurement.batches import model_batches, rows, token_mask
 from ..measurement.forward import call, main_output
@@ -19,6 +20,7 @@ from ..structure.scratch import scratch_folder
 __all__ = [
     "REPORT_NAME",
     "call",
+    "check_as_proven",
     "check_new",
     "check_new_file",
     "check_processor",

@@ -20,11 +20,13 @@ def verify(
     """Prove a ReLU checkpoint in stock transformers.
 
     It is loaded in a process that cannot import this package, and outputs and tensors are compared. Exits with 1 where it
-    does not hold. What was compared is kept in the folder's lambda_gelu.json.
+    does not hold. What was compared is kept in the folder's lambda_gelu.json, with the SHA-256 of each file; of a model on
+    the Hub, the files are compared with those first.
 
     \b
-    Example:
+    Examples:
       hf-lambda-gelu verify runs/sst2-relu
+      hf-lambda-gelu verify you/sst2-relu
     """
     with working(json, debug) as result:
         from .inner import scratch_folder
@@ -38,19 +40,23 @@ def _proof(model: str, scratch: Path) -> tuple[dict[str, Any], str]:
     """What `verify` found, and its text."""
     import hf_lambda_gelu as hlg
 
-    from .inner import check_relu
+    from .inner import check_as_proven, check_relu
 
-    folder = writable(model, resolved(model), scratch)
-    network = loaded(folder)
+    source = resolved(model)
+    folder = writable(model, source, scratch)
+    value: dict[str, Any] = {"model": model, "holds": False, "largest_difference": None, "as_proven": None, "reason": None}
     try:
+        if folder != source:  # a stranger's, who has proven it and says of what
+            value["as_proven"] = check_as_proven(folder)
+        network = loaded(folder)
         check_relu(network)
         difference = hlg.verify_relu_pretrained(network, folder)
     except (ValueError, hlg.VerificationError) as error:
-        reason = " ".join(str(error).split())
-        value = {"model": model, "holds": False, "largest_difference": None, "reason": reason}
-        return value, f"{model} is no ReLU checkpoint of stock transformers: {reason}"
-    value = {"model": model, "holds": True, "largest_difference": difference, "reason": None}
-    return value, f"{model} holds: stock transformers loads it, and its outputs differ by {difference:g} at most"
+        value["reason"] = " ".join(str(error).split())
+        return value, f"{model} is no ReLU checkpoint of stock transformers: {value['reason']}"
+    told = {None: "", True: " Its files are those of its proof.", False: " Its card does not say which files were proven."}
+    text = f"{model} holds: stock transformers loads it, and its outputs differ by {difference:g} at most."
+    return value | {"holds": True, "largest_difference": difference}, text + told[value["as_proven"]]
 
 
 def push(

@@ -234,6 +234,7 @@ def main(argv: list[str] | None = None) -> None:
             counts[drawn.verb, drawn.edits[0].kind, tried(drawn, made, Path(root))] += 1
 
         hold()
+    arguments.out.unlink(missing_ok=True)
     for verb, kind in sorted({key[:2] for key in counts}):
         refused, whole = counts[verb, kind, "refused"], counts[verb, kind, "made"]
         row = {"verb": verb, "edit": kind, "inputs": refused + whole, "refused": refused, "made": whole}

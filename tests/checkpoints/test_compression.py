@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support import tiny
 from support.hub_server import HubServer
 from support.models import relu_model
-from support.publishing import TOKEN
+from support.publishing import TOKEN, not_proven
 from transformers import BertForSequenceClassification, BertTokenizer, PreTrainedModel
 
 import hf_lambda_gelu as hlg
@@ -178,7 +178,7 @@ def quantised_folder(folder: Path, **config: Any) -> Path:
 @pytest.mark.parametrize("card", ["as it was", "none", "says so"])
 def test_push_wants_a_card_that_says_so(card: str, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that was compressed without this package, with the card of the network before it, or with none."""
-    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *_: 0.0)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
     monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.load_saved", lambda _: relu_model("bert-classifier"))
     folder = quantised_folder(tmp_path / "model", quant_method="compressed-tensors")
     readme = folder / "README.md"

@@ -79,7 +79,7 @@ def test_a_record_that_is_none(tmp_path: Path, text: str, monkeypatch: pytest.Mo
     folder = hlg.save_relu_pretrained(model, tmp_path / "relu")
     (folder / REPORT_NAME).write_text(text)
     never: Callable[..., None] = lambda *_: pytest.fail("the proof was made")  # noqa: E731
-    monkeypatch.setattr("hf_lambda_gelu.checkpoints.verify._reloaded", never)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.verify.reloaded", never)
     with pytest.raises(hlg.CheckpointError, match=r"lambda_gelu\.json' is damaged"):
         hlg.verify_relu_pretrained(model, folder)
     assert (folder / REPORT_NAME).read_text() == text

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from support import tiny
 from support.hub_server import HubServer
-from support.publishing import TOKEN, run_stock
+from support.publishing import TOKEN, not_proven, run_stock
 from transformers import BertTokenizer, PreTrainedModel
 
 import hf_lambda_gelu as hlg
@@ -198,7 +198,7 @@ def test_failed_upload_keeps_the_folder(
 ) -> None:
     """Refused, too large, too often, failed or cut off: the saved model stays, and pushing the folder again succeeds."""
     # the comparison in another process, which takes seconds, is the same each time
-    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *args: 0.0)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
     api = HfApi(endpoint=hub.url, token=TOKEN)
     hub.fail_next(method, route, status, times=9 if status == 429 else 1, applied=False)
     with pytest.raises(hlg.PushError, match=r"hf-lambda-gelu push .*--repo-id tester/m") as caught:
@@ -213,7 +213,7 @@ def test_failed_upload_keeps_the_folder(
 
 def test_card_that_the_hub_refuses(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its metadata is validated before the first file is sent."""
-    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *args: 0.0)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
     details = hlg.CardDetails(license=["mit"])
     api = HfApi(endpoint=hub.url, token=TOKEN)
     with pytest.raises(hlg.PushError, match=r"license.* must be a string.*kept"):
@@ -227,7 +227,7 @@ def test_licence_of_the_base_model(
     hub: HubServer, known: bool, licence: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the card of the base model, if the Hub has it."""
-    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *args: 0.0)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
     if known:
         hub.add_repo("someone/base", {"README.md": b"---\nlicense: cc-by-4.0\n---\n# Base\n"})
     details = hlg.CardDetails(base_model="someone/base")

@@ -11,7 +11,7 @@ import pytest
 from support.models import relu_model
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.checkpoints.verify import _homes_of_packages
+from hf_lambda_gelu.checkpoints.stock_process import _homes_of_packages
 
 pytestmark = pytest.mark.own_process
 

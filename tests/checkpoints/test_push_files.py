@@ -11,12 +11,13 @@ from huggingface_hub import HfApi
 from support.cli import answer, invoke
 from support.hub_server import HubServer
 from support.models import relu_model
-from support.publishing import TOKEN
-from transformers import BertTokenizer
+from support.publishing import TOKEN, not_proven
+from transformers import BertTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints.published_files import published_files
+from hf_lambda_gelu.checkpoints.verify import Proof
 
 OWN = {"README.md", "config.json", "hardness_profile.png", "lambda_gelu.json", "model.safetensors"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -57,7 +58,7 @@ def add(folder: Path, name: str) -> None:
 @pytest.fixture
 def proven(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison in another process, which takes seconds and is not what these tests are about, is left out."""
-    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *_: 0.0)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
     monkeypatch.setattr(hlg, "verify_relu_pretrained", lambda *_: 0.0)
 
 
@@ -86,6 +87,32 @@ def test_what_else_lies_there_stays(hub: HubServer, tmp_path: Path, proven: None
         top = name.split("/")[0]
         assert name in message or f"{top}/" in message, name
     assert "vocab.txt (a link)" in message
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "README.md", "chat_template.jinja"])
+def test_bytes_that_were_not_proven(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What changes, or appears, between proof and upload is named, and nothing goes up; else all does, in one commit."""
+    folder, api = saved(tmp_path / "relu"), HfApi(endpoint=hub.url, token=TOKEN)
+    before = (folder / name).read_bytes() if (folder / name).exists() else None
+
+    def prove(model: PreTrainedModel, place: Path, inputs: object = None) -> Proof:
+        proof = not_proven(model, place)
+        with (place / name).open("ab") as file:
+            file.write(b" ")
+        return proof
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_lambda_gelu.checkpoints.hub.prove", prove)
+        with pytest.raises(hlg.VerificationError, match=f"{name}' was changed after the proof: nothing was uploaded"):
+            hlg.push_relu_to_hub(folder, "someone/relu", processor=(), api=api)
+    assert not hub.repos
+    if before is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(before)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
+    hlg.push_relu_to_hub(folder, "someone/relu", processor=(), api=api)
+    assert len(hub.repos["someone/relu"].commits) == 1
 
 
 def test_nothing_is_said_where_nothing_stays(hub: HubServer, tmp_path: Path, proven: None, warned: list[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from support.publishing import not_proven
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
@@ -113,7 +114,7 @@ class Hub:
 def test_it_is_published(
     substituted: tuple[PreTrainedModel, hlg.SubstitutionReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *args: 0.0)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     model, report = substituted
     hub = Hub()
@@ -139,7 +140,7 @@ def test_ctrl_c_while_uploading_leaves_nothing(
 ) -> None:
     """A folder that no message names would be garbage; one that a PushError names stays."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *args: 0.0)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     seen: dict[type[BaseException], Path] = {}
     for error in (KeyboardInterrupt, ConnectionError):
@@ -239,7 +240,7 @@ def test_a_traceback_shows_no_token(
     substituted: tuple[PreTrainedModel, hlg.SubstitutionReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tools that print the variables of each frame, as pytest does, print none."""
-    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.verify_relu_pretrained", lambda *args: 0.0)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub = Hub()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,9 +53,32 @@ def test_from_a_name_to_a_relu_folder(hub: HubServer, tmp_path: Path) -> None:
     answer("relu-ize", "someone/bert", tmp_path / "relu", *data, "--compensate", "least_squares")
     published(hub, tmp_path / "relu", "someone/bert-relu")
     assert answer("audit", "someone/bert-relu", "--expect", "relu")["is_relu"]
-    assert answer("verify", "someone/bert-relu")["holds"]
+    found = answer("verify", "someone/bert-relu")
+    assert (found["holds"], found["as_proven"]) == (True, False)  # its record says nothing of files
     (cached,) = (tmp_path / "cache").glob("models--someone--bert-relu/snapshots/*/lambda_gelu.json")
     assert cached.read_bytes() == (tmp_path / "relu" / "lambda_gelu.json").read_bytes()
+
+
+def test_a_stranger_finds_the_files_that_were_proven(hub: HubServer, tmp_path: Path) -> None:
+    """By the SHA-256 of each; one that was changed since is named, and the proof is not made."""
+    model = bert(tmp_path / "local")
+    hlg.convert(model)
+    hlg.relu_ize(model, force=True)
+    folder = hlg.save_relu_pretrained(model, tmp_path / "relu")
+    assert answer("verify", folder)["as_proven"] is None
+    files = json.loads((folder / "lambda_gelu.json").read_text())["checks"]["files"]
+    assert set(files) == {path.name for path in folder.iterdir()} - {"lambda_gelu.json"}
+    for name, entry in files.items():
+        content = (folder / name).read_bytes()
+        assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    published(hub, folder, "someone/proven")
+    found = answer("verify", "someone/proven")
+    assert (found["holds"], found["as_proven"]) == (True, True)
+    card = (folder / "README.md").read_bytes()
+    published(hub, folder, "someone/changed", **{"README.md": card + b"best of all", "chat_template.jinja": b"{{ evil }}"})
+    found = answer("verify", "someone/changed", code=1)
+    assert (found["holds"], found["as_proven"]) == (False, None)
+    assert "was proven: README.md has other content, 2 such files. Fetch it again" in found["reason"]
 
 
 def test_pickles(hub: HubServer, tmp_path: Path) -> None:

@@ -7,9 +7,18 @@ import sys
 import textwrap
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
+from hf_lambda_gelu.checkpoints.manifest import manifest
+from hf_lambda_gelu.checkpoints.verify import Proof
 from support.hub_server import HubServer
 
 TOKEN = "hf_test"
+
+
+def not_proven(model: PreTrainedModel, folder: Path, inputs: object = None) -> Proof:
+    """In the place of `prove`, which takes seconds, where the comparison is not what a test is about."""
+    return Proof(0.0, manifest(folder))
 
 
 def run_stock(hub: HubServer, home: Path, code: str, *arguments: str) -> str:

@@ -1,0 +1,122 @@
+"""A process with stock transformers and without this package: what it makes of a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .._compat import attention_implementation
+from ..structure.scratch import scratch_folder
+from .redaction import is_secret_name
+
+
+class VerificationError(RuntimeError):
+    """The saved folder does not reproduce the model in stock transformers; the message says what differed.
+
+    Examples:
+        >>> try:  # doctest: +SKIP
+        ...     hlg.verify_relu_pretrained(model, folder)
+        ... except hlg.VerificationError as error:
+        ...     print(error)
+    """
+
+
+_RELOAD = """
+import os, sys
+sys.path += [place for place in sys.argv[1].split(os.pathsep) if place and place not in sys.path]
+sys.modules["hf_lambda_gelu"] = None  # any import of it fails
+import hashlib, json, random, numpy, torch, transformers
+from safetensors.torch import load_file, save_file
+folder, inputs, outputs, name, attention, threads = sys.argv[2:]
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(int(threads))
+extra = {"attn_implementation": attention} if attention else {}
+model, info = getattr(transformers, name).from_pretrained(
+    folder, output_loading_info=True, trust_remote_code=False, **extra
+)
+wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(map(str, info["mismatched_keys"]))
+if wrong:
+    sys.exit("keys that do not fit: " + ", ".join(wrong[:5]))
+for parameter in model.parameters():  # mapped memory is aligned otherwise, which can change the last bit of a product
+    parameter.data = parameter.data.clone()
+torch.manual_seed(0); random.seed(0); numpy.random.seed(0)  # as `same_random_numbers` does
+with torch.no_grad():
+    output = model.eval()(**load_file(inputs))
+leaves = torch.utils._pytree.tree_leaves(list(output.values()))  # as `_tensors` does
+found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+save_file({f"{index:06}": tensor.contiguous().clone() for index, tensor in enumerate(found)}, outputs)
+def digest(tensor):
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+print(json.dumps({name: digest(tensor) for name, tensor in model.state_dict().items()}))
+"""
+
+
+class Stock(NamedTuple):
+    """What stock transformers makes of a folder: all that its forward puts out, and a digest of each tensor."""
+
+    outputs: list[Tensor]
+    digests: dict[str, str]
+
+
+def reloaded(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor]) -> Stock:
+    """Runs the folder's model in another process, as the class and with the attention of `model`, on as many threads.
+
+    The process imports nothing from the current folder, the checkpoint's or PYTHONPATH: -I leaves them off the path, and it
+    starts in an empty folder. Its environment holds no secret.
+    """
+    with scratch_folder() as scratch:
+        empty = os.path.join(scratch, "empty")
+        os.mkdir(empty)
+        source, result = os.path.join(scratch, "inputs.safetensors"), os.path.join(scratch, "outputs.safetensors")
+        save_file({k: v.contiguous() for k, v in inputs.items()}, source)
+        attention = attention_implementation(model.config)
+        arguments = [os.path.abspath(folder), source, result, type(model).__name__, attention, str(torch.get_num_threads())]
+        process = run_apart(_RELOAD, [_homes_of_packages(folder), *arguments], empty, _isolated_environment(empty))
+        if process.returncode:
+            lines = process.stderr.strip().splitlines() or ["no message"]
+            raise VerificationError(f"stock transformers does not load {str(folder)!r}: {lines[-1]}")
+        found = load_file(result)
+        return Stock([found[name] for name in sorted(found)], json.loads(process.stdout.splitlines()[-1]))
+
+
+def run_apart(program: str, arguments: list[str], cwd: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-I", "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+
+
+def _homes_of_packages(folder: Path) -> str:
+    """Where this process has what the other one imports, for installations outside of Python's own folders.
+
+    The current folder and the checkpoint's are never among them.
+    """
+    homes = dict.fromkeys(
+        os.path.dirname(os.path.dirname(os.path.abspath(str(sys.modules[name].__file__))))
+        for name in ("torch", "transformers", "safetensors", "numpy", "huggingface_hub")
+        if getattr(sys.modules.get(name), "__file__", None)
+    )
+    barred = {os.path.realpath(os.getcwd()), os.path.realpath(folder)}
+    return os.pathsep.join(home for home in homes if os.path.realpath(home) not in barred)
+
+
+def _isolated_environment(empty: str) -> dict[str, str]:
+    """This process's environment without secrets and without what tells Python where to look for modules."""
+    kept = {k: v for k, v in os.environ.items() if not is_secret_name(k) and not k.startswith("PYTHON")}
+    return kept | {
+        "PYTHONSAFEPATH": "1",  # for what the process may start itself
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "HF_TOKEN_PATH": os.path.join(empty, "none"),
+        "HF_MODULES_CACHE": os.path.join(empty, "none"),
+        "USE_HUB_KERNELS": "NO",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
