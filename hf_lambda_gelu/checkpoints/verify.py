@@ -76,6 +76,8 @@ def prove(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor] | N
         VerificationError: also where a file changes meanwhile.
     """
     check_not_offloaded(model)
+    if not folder.is_dir():
+        raise VerificationError(f"there is no folder {str(folder)!r}: save_relu_pretrained makes one")
     record, files, state = _record(folder), manifest(folder), _states(folder)
     if model.device.type != "cpu":
         model = copy.deepcopy(model).cpu()

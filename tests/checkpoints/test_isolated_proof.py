@@ -51,6 +51,7 @@ def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return subprocess.CompletedProcess(command, 1, "", "stopped here")
 
     monkeypatch.setattr(subprocess, "run", watched)
+    (tmp_path / "m").mkdir()
     with pytest.raises(hlg.VerificationError, match="stopped here"):
         hlg.verify_relu_pretrained(relu_model("bert-classifier"), tmp_path / "m")
     assert "Xq7secretvalue" not in str(seen)

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from huggingface_hub import CommitOperationAdd
 from support.publishing import not_proven
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
@@ -105,15 +106,19 @@ class Hub:
 
     def create_repo(self, *_: Any, **__: Any) -> None: ...
 
-    def upload_folder(self, folder_path: Path, **_: Any) -> str:
-        self.files = {name: (folder_path / name).read_text(encoding="utf-8") for name in ("lambda_gelu.json", "README.md")}
-        self.folder = folder_path
+    def create_commit(self, operations: list[CommitOperationAdd], **_: Any) -> str:
+        for operation in operations:
+            with operation.as_file() as file:
+                content = file.read()
+            if operation.path_in_repo in ("lambda_gelu.json", "README.md"):
+                self.files[operation.path_in_repo] = content.decode("utf-8")
         return "committed"
 
 
 def test_it_is_published(
     substituted: tuple[PreTrainedModel, hlg.SubstitutionReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     model, report = substituted
@@ -121,7 +126,7 @@ def test_it_is_published(
     done = hlg.push_relu_to_hub(again(model, tmp_path / "plain"), "me/m", processor=(), report=report, api=hub)
     assert done == "committed"
     assert json.loads(hub.files["lambda_gelu.json"])["substitution"]["sites"] == report.to_dict()["sites"]
-    assert not hub.folder.parent.exists()  # the temporary folder
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]  # no temporary folder is left
 
 
 def test_a_folder_has_its_report_already(
@@ -146,11 +151,11 @@ def test_ctrl_c_while_uploading_leaves_nothing(
     for error in (KeyboardInterrupt, ConnectionError):
         hub = Hub()
 
-        def refuse(folder_path: Path, error: type[BaseException] = error, **_: Any) -> str:
-            seen[error] = folder_path
+        def refuse(error: type[BaseException] = error, **_: Any) -> str:
+            (seen[error],) = tmp_path.glob("hf_lambda_gelu-scratch-*/m")
             raise error
 
-        hub.upload_folder = refuse  # type: ignore[method-assign]
+        hub.create_commit = refuse  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else hlg.PushError):
             hlg.push_relu_to_hub(substituted[0], "me/m", processor=(), api=hub)
     assert not seen[KeyboardInterrupt].parent.exists()
@@ -247,7 +252,7 @@ def test_a_traceback_shows_no_token(
     def refuse(**_: Any) -> str:
         raise ConnectionError
 
-    hub.upload_folder = refuse  # type: ignore[method-assign]
+    hub.create_commit = refuse  # type: ignore[method-assign]
     with pytest.raises(hlg.PushError) as caught:
         hlg.push_relu_to_hub(substituted[0], "me/m", processor=(), folder=tmp_path / "m", token="hf_secret", api=hub)
     sender = next(entry for entry in caught.traceback if entry.name == "send")

@@ -141,16 +141,21 @@ def test_verify_message(verdicts: dict[str, float | Exception]) -> None:
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
-        pytest.param(5, hlg.VerificationError, "stock transformers does not load 'nowhere': not run", id="good batch"),
+        pytest.param(5, hlg.VerificationError, "stock transformers does not load '.*here': not run", id="good batch"),
         pytest.param(1000, IndexError, "index out of range", id="bad batch"),
     ],
 )
-def test_verify_keeps_modes(ids: int, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_keeps_modes(
+    ids: int, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Whatever happens, each module is in the mode it was in."""
     model = relu_model("bert-classifier").train()
     model.bert.eval()
     modes = {name: module.training for name, module in model.named_modules()}
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "not run"))
+    with pytest.raises(hlg.VerificationError, match=r"there is no folder '.*here': save_relu_pretrained makes one"):
+        hlg.verify_relu_pretrained(model, tmp_path / "here")
+    (tmp_path / "here").mkdir()
     with pytest.raises(error, match=message):
-        hlg.verify_relu_pretrained(model, "nowhere", {"input_ids": torch.full((1, 4), ids)})
+        hlg.verify_relu_pretrained(model, tmp_path / "here", {"input_ids": torch.full((1, 4), ids)})
     assert {name: module.training for name, module in model.named_modules()} == modes
