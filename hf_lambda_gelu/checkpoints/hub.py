@@ -36,7 +36,7 @@ _IN_MEMORY = 10 << 20  # bytes; larger files are weights, whose SHA-256 the Hub 
 
 
 class PushError(RuntimeError):
-    """The upload failed. The folder is kept; the message says where it lies and how to go on.
+    """The upload failed, or its tag. The message says what is done, where the folder lies, and how to go on.
 
     Examples:
         >>> try:  # doctest: +SKIP
@@ -85,7 +85,7 @@ def push_relu_to_hub(
         ValueError: bad repo id, no token, offline, no processor, no finite ReLU network, a card that holds a token or hides
             that the weights are quantised.
         VerificationError: stock transformers computes something else. Nothing is uploaded.
-        PushError: the upload failed; the folder is kept.
+        PushError: the upload failed; the folder is kept. Or the model is up and the tag was refused; the message says so.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -99,12 +99,13 @@ def push_relu_to_hub(
     if isinstance(model, (str, os.PathLike)):
         if processor or details or learned or history or report or folder:
             raise ValueError("a saved folder is uploaded as it is: change its card and files there, and pass it alone")
-        return upload.send(Path(model), _proven(Path(model), inputs))
+        return upload.set_tag(upload.send(Path(model), _proven(Path(model), inputs)))
     with _place_to_save(folder, repo_id) as place:
         details = _licensed(api, details or CardDetails(), token)
         save = partial(save_relu_pretrained, processor=processor, model_name=repo_id, learned=learned, history=history)
         saved = save(model, place, details=details, report=report)
-        return upload.send(saved, prove(model, saved, inputs).files)
+        commit = upload.send(saved, prove(model, saved, inputs).files)
+    return upload.set_tag(commit)
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,23 @@ class _Upload:
                 create_pr=self.create_pr,
                 token=self.token,
             )
-            if self.tag is not None:
-                self.api.create_tag(self.repo_id, tag=self.tag, revision=commit.oid, token=self.token)
         except Exception as error:  # refused, cut off, out of quota …: whatever it is, the work is in the folder
             raise PushError(
                 f"the upload to {self.repo_id} failed: {error}. The model is saved and verified in {str(folder)!r}; to go "
                 f"on: {shlex.join(self.command(folder))}" + (f". Not for upload: {files}" if files.left_out else "")
+            ) from error
+        return commit
+
+    def set_tag(self, commit: CommitInfo) -> CommitInfo:
+        """Gives the commit its tag, if it is to have one; PushError, which says that the model is up, where that fails."""
+        try:
+            if self.tag is not None:
+                self.api.create_tag(self.repo_id, tag=self.tag, revision=commit.oid, token=self.token)
+        except Exception as error:
+            command = ["hf", "repos", "tag", "create", self.repo_id, self.tag or "", "--revision", commit.oid]
+            raise PushError(
+                f"the model is uploaded to {self.repo_id}, as {commit.commit_url}, but the tag {self.tag!r} was not set: "
+                f"{error}. To set it: {shlex.join(command)}"
             ) from error
         return commit
 

@@ -211,6 +211,23 @@ def test_failed_upload_keeps_the_folder(
     assert "model.safetensors" in hub.repos["tester/m"].files
 
 
+def test_a_tag_that_is_refused(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is up, and the message says so, with a command that sets the tag; nothing is kept for an upload again."""
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    hub.fail_next("POST", "/tag/", 403, applied=False)
+    with pytest.raises(
+        hlg.PushError, match=r"the model is uploaded to tester/m, as http.*but the tag 'v 1' was not"
+    ) as caught:
+        hlg.push_relu_to_hub(relu_model(), "tester/m", processor=(), tag="v 1", api=api)
+    assert len(hub.repos["tester/m"].commits) == 1
+    oid = str(caught.value).rpartition("--revision ")[2]
+    assert hub.repos["tester/m"].resolve("main") == oid
+    assert str(caught.value).endswith(f"To set it: hf repos tag create tester/m 'v 1' --revision {oid}")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_card_that_the_hub_refuses(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its metadata is validated before the first file is sent."""
     monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
