@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..reports import markdown_table
 from ..structure.smooth_activations import Unconverted
 from ..surgery.report import SubstitutionReport
+from .card_text import block, code, inline, paragraphs
 from .redaction import cleaned_record
 
 PAPER = "2603.21991"
@@ -162,6 +163,10 @@ def render_card(record: Mapping[str, Any]) -> ModelCard:
         sites_table=_sites_table(report) if report else "",
         compensation_table=_compensation_table(compensation) if compensation else "",
         paper=PAPER,
+        inline=inline,
+        paragraphs=paragraphs,
+        code=code,
+        block=block,
     )
     card.content = re.sub(r"\n{3,}", "\n\n", card.content)  # parts that were left out leave gaps
     return card
@@ -170,16 +175,16 @@ def render_card(record: Mapping[str, Any]) -> ModelCard:
 def _results_table(details: Mapping[str, Any]) -> str:
     results = details["results"]
     columns = list(dict.fromkeys(metric for row in results.values() for metric in row))
-    rows = [
-        [f"**{name}**" if name == details["final"] else name, *(f"{row[c]:.4f}" if c in row else "–" for c in columns)]
-        for name, row in results.items()
-    ]
-    return markdown_table(["", *columns], rows) if rows else ""
+    rows = []
+    for name, row in results.items():
+        shown = f"**{inline(name)}**" if name == details["final"] else inline(name)
+        rows.append([shown, *(f"{row[c]:.4f}" if c in row else "–" for c in columns)])
+    return markdown_table(["", *map(inline, columns)], rows) if rows else ""
 
 
 def _sites_table(report: Mapping[str, Any]) -> str:
     sites, zeros = report["sites"], report["zeros"]
-    rows = [[f"`{s['name']}`", s["base"], f"{s['hardness']:.4g}", f"{s['sup_error']:.2g}"] for s in sites]
+    rows = [[code(s["name"]), s["base"], f"{s['hardness']:.4g}", f"{s['sup_error']:.2g}"] for s in sites]
     if not zeros:
         return markdown_table(["site", "gate", "λ", "bound"], rows)
     for row, site in zip(rows, sites, strict=True):
@@ -189,7 +194,7 @@ def _sites_table(report: Mapping[str, Any]) -> str:
 
 def _compensation_table(compensation: Mapping[str, Any]) -> str:
     rows = [
-        [f"`{s['weight']}`", s["method"].replace("_", " "), f"{s['before']:.3f}", f"{s['after']:.3f}"]
+        [code(s["weight"]), s["method"].replace("_", " "), f"{s['before']:.3f}", f"{s['after']:.3f}"]
         for s in compensation["sites"]
     ]
     return markdown_table(["refit", "method", "ReLU as it is", "refit"], rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from PIL import Image
 from support import tiny
 from support.models import relu_model
 from transformers import PreTrainedModel
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.checkpoints.card import card_record, render_card
+from hf_lambda_gelu.structure.smooth_activations import Unconverted
 
 LEARNED = {
     "roberta.encoder.layer.0.intermediate.intermediate_act_fn": 1.25,
@@ -189,3 +193,38 @@ def test_card_blemishes(variant: str, wrong: str, tmp_path: Path) -> None:
     """What a reader would stumble over."""
     folder = hlg.save_relu_pretrained(VARIANTS[variant](), tmp_path / "model")
     assert wrong not in ModelCard.load(folder / "README.md").text
+
+
+HOSTILE = "a<script>alert(1)</script> [b](http://evil) ![c](http://evil/i.png) `d` ``` **e** | f &lt;\n# g\n```\n<img src=x>"
+
+
+def html(card: ModelCard) -> str:
+    """The page, by a reader of Markdown that lets HTML through."""
+    return str(MarkdownIt("commonmark", {"html": True}).enable("table").render(card.text))
+
+
+def tags(card: ModelCard) -> list[str]:
+    """Its elements, in order."""
+    return re.findall(r"</?[a-z0-9]+", html(card))
+
+
+def test_text_of_a_user_is_shown_and_not_obeyed() -> None:
+    """In each field, as a reader of Markdown with HTML makes a page of it: no element that is the text's own."""
+    details = hlg.CardDetails(
+        base_model=HOSTILE,
+        dataset=HOSTILE,
+        results={HOSTILE: {HOSTILE: 0.5}},
+        final=HOSTILE,
+        command=HOSTILE,
+        arguments={HOSTILE: HOSTILE},
+    )
+    left = [Unconverted(HOSTILE, HOSTILE, "")]
+    record = card_record(HOSTILE, "BertModel", details, None, left, None, {"torch": "2"})
+    card = render_card(record)
+    page = html(card)
+    harmless = {"results": {"r": {"m": 0.5}}, "final": "r", "command": "c", "arguments": {"a": "v"}}
+    alike = hlg.CardDetails(base_model="b", dataset="d", **harmless)
+    twin = render_card(card_record("n", "BertModel", alike, None, [Unconverted("x", "y", "")], None, {"torch": "2"}))
+    assert tags(card) == tags(twin)
+    assert page.count("http://evil") > 8
+    assert "alert(1)" in page
