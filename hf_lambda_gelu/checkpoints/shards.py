@@ -16,13 +16,13 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from ..structure.loading import CheckpointError
+from ..structure.loading import CheckpointError, checkpoint_errors
 from .folders import of_the_cache
 
 _CHUNK = 4 << 20  # bytes that are in memory at a time
@@ -61,13 +61,9 @@ def read_shards(folder: Path, class_name: str) -> list[Shard]:
         return [_read(single)]
     if not index.is_file():
         raise CheckpointError(_no_weights(folder, class_name))
-    try:
+    with checkpoint_errors(f"{str(index)!r} is damaged, fetch it again: expected JSON with a weight_map"):
         places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{str(index)!r} is damaged: expected JSON with a weight_map ({error!r}). Fetch it again"
-        ) from error
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise CheckpointError(f"{index.name} names {outside[0]!r}: expected the names of files beside it")
@@ -89,19 +85,18 @@ def read_shards(folder: Path, class_name: str) -> list[Shard]:
 
 def tensor_names(folder: Path) -> set[str] | None:
     """The names of a checkpoint's tensors; None where they are not in safetensors, as adapters and FSDP's shards are not."""
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        with safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
-            return set(file.keys())
-    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        return set(json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"])
+    with checkpoint_errors(f"the weights in {str(folder)!r} are damaged"):
+        if (folder / SAFE_WEIGHTS_NAME).is_file():
+            with safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
+                return set(file.keys())
+        if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+            return set(json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"])
     return None
 
 
 def _read(path: Path) -> Shard:
-    try:
+    with checkpoint_errors(f"{str(path)!r} is damaged or no safetensors file, fetch it again"):
         return Shard(path, load_state_dict(path, map_location="meta"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{str(path)!r} is damaged or no safetensors file: {error}. Fetch it again") from error
 
 
 def _no_weights(folder: Path, class_name: str) -> str:

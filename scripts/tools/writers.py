@@ -165,7 +165,9 @@ def killed(writer: Writer, kills: int, root: Path, whole: dict[str, str], second
     for i in range(kills):
         attempt = Try(writer, _folder(root, f"kill{i}"))
         child = started(writer.write, attempt.target)
-        time.sleep(rng.uniform(0.0, 1.05 * seconds))
+        end = time.perf_counter() + rng.uniform(0.0, 1.05 * seconds)
+        while time.perf_counter() < end and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
         ended(child)
         attempt.judge(whole, tally)

@@ -18,6 +18,8 @@ from hf_lambda_gelu.checkpoints.folders import check_new, whole_folder
 from hf_lambda_gelu.structure.claims import Claim
 from hf_lambda_gelu.structure.scratch import scratch_folder
 from hf_lambda_gelu.structure.transaction import transaction
+from scripts.tools.tables import read
+from scripts.tools.writers import RESULTS
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is forked and killed")
 
@@ -269,3 +271,16 @@ def test_a_claim_that_was_stopped_takes_nothing_of_another(tmp_path: Path) -> No
     assert entries(tmp_path) == {"claimed", "model"}
     one.remove()
     assert entries(tmp_path) == {"model"}
+
+
+def test_the_table_of_writers_that_were_disturbed() -> None:
+    """Each writer by each disturbance: SIGKILLs, two at once, full disks, no permission. None lost, none half, none left."""
+    rows = read(RESULTS)
+    assert len({(row["writer"], row["disturbed by"]) for row in rows}) == len(rows) == 45
+    assert {(row["half"], row["left"]) for row in rows} == {("0", "0")}
+    for row in rows:
+        assert int(row["tries"]) == int(row["as before"]) + int(row["complete"]) > 0
+    killed = [row for row in rows if row["disturbed by"] == "SIGKILL"]
+    assert sum(int(row["tries"]) for row in killed) >= 200
+    assert all(int(row["as before"]) for row in killed)
+    assert sum(int(row["complete"]) for row in killed) >= 50

@@ -92,6 +92,7 @@ def session(path: Path, optimised: Path | None = None) -> Any:
     """
     import onnxruntime
 
+    onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised too
     if optimised is not None:
