@@ -18,7 +18,7 @@ from hf_lambda_gelu.checkpoints.folders import check_new, whole_folder
 from hf_lambda_gelu.structure.claims import Claim
 from hf_lambda_gelu.structure.scratch import scratch_folder
 from hf_lambda_gelu.structure.transaction import transaction
-from scripts.tools.tables import read
+from scripts.tools import tables
 from scripts.tools.writers import RESULTS
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is forked and killed")
@@ -275,7 +275,7 @@ def test_a_claim_that_was_stopped_takes_nothing_of_another(tmp_path: Path) -> No
 
 def test_the_table_of_writers_that_were_disturbed() -> None:
     """Each writer by each disturbance: SIGKILLs, two at once, full disks, no permission. None lost, none half, none left."""
-    rows = read(RESULTS)
+    rows = tables.read(RESULTS)
     assert len({(row["writer"], row["disturbed by"]) for row in rows}) == len(rows) == 45
     assert {(row["half"], row["left"]) for row in rows} == {("0", "0")}
     for row in rows:
