@@ -39,10 +39,11 @@ def attach_to_the_run(optimizer: Any, model: nn.Module) -> HardnessUpdate | None
     for group in (group for one in optimizers_in(optimizer)[-1:] for group in one.param_groups):
         inside = sum(id(parameter) in trained for parameter in group["params"])
         if 0 < inside < len(group["params"]):
+            rate = group.get("initial_lr", group["lr"])
             logger.warning(
-                "λ is in a group with other parameters and has their learning rate, "
-                f"{group.get('initial_lr', group['lr']):g}, in units of λ per step; hardness_learning_rate is not used. Make "
-                "the optimizer from hlg.parameter_groups(model, hardness_learning_rate)"
+                f"λ is in a group with other parameters and has their learning rate, {rate:g}, in units of λ per step; "
+                "hardness_learning_rate is not used. Make the optimizer from "
+                "hlg.parameter_groups(model, hardness_learning_rate)"
             )
     return handle
 

@@ -37,7 +37,7 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 
 class PlainGELU(nn.Module):
-    """x · ½ (1 + erf(λx/√2)) in fp32, by torch's autograd; a λ that a step takes below 1 counts as 1, with its gradient."""
+    """x · ½ (1 + erf(λx/√2)) in fp64, by torch's autograd; a λ that a step takes below 1 counts as 1, with its gradient."""
 
     def __init__(self, hardness: float) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class PlainGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hardness = self.hardness.detach().clamp(min=1.0) + (self.hardness - self.hardness.detach())
         with torch.autocast("cpu", enabled=False):
-            wide = x.float()
+            wide = x.double()  # 1 + erf cancels left of zero, which bf16, with its relative steps, would show
             return (wide * 0.5 * (1.0 + torch.erf(hardness * wide / math.sqrt(2.0)))).to(x.dtype)
 
 
@@ -122,7 +122,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def set_weights(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """So that differences of rounding in all other weights do not grow from step to step: in bf16 they would be all one saw."""
+    """Sets all parameters but λ: else differences of rounding would grow from step to step, in bf16 beyond those of λ."""
     for name, p in model.named_parameters():
         if "hardness" not in name:
             p.copy_(values[name])
