@@ -44,12 +44,29 @@ class MuonAndAdamW(Optimizer):
         for group in groups:
             flat.append({**group, "params": [p for p in group["params"] if p.ndim == 2]})
             rest.append({**group, "params": [p for p in group["params"] if p.ndim != 2]})
-        self.both = [
+        self.both: list[Optimizer] = [
             torch.optim.Muon([g for g in flat if g["params"]], lr=lr, weight_decay=0.0),
             torch.optim.AdamW([g for g in rest if g["params"]], lr=lr, weight_decay=0.0),
         ]
-        super().__init__([p for g in groups for p in g["params"]], {"lr": lr})
-        self.param_groups = [group for optimizer in self.both for group in optimizer.param_groups]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [group for optimizer in self.both for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+        return {key: value for optimizer in self.both for key, value in optimizer.state.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"both": [optimizer.state_dict() for optimizer in self.both]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for optimizer, state in zip(self.both, state_dict["both"], strict=True):
+            optimizer.load_state_dict(state)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.both:
+            optimizer.zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         for optimizer in self.both:
