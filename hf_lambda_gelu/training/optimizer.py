@@ -54,7 +54,8 @@ def attach_hardness_update(optimizer: Any, model: nn.Module | Iterable[LambdaGEL
 
     Raises:
         ValueError: a hardness parameter is in none of the optimizer's groups, or in one with weight decay, or in none of the
-            optimizers that it holds; the optimizer steps within backward (LOMO, layer-wise GaLore); there is no λ.
+            optimizers that it holds; the optimizer steps within backward (LOMO, layer-wise GaLore) or has no step hooks;
+            there is no λ.
 
     Examples:
         >>> import hf_lambda_gelu as hlg, torch
@@ -75,7 +76,12 @@ def attach_hardness_update(optimizer: Any, model: nn.Module | Iterable[LambdaGEL
     stepping = [one for one in held if len(optimizers_in(one)) == 1]  # that hold no others
     for parameter in trained:
         _check_groups(parameter, held, stepping)
-    hooked = [one for one in held if hasattr(one, "_optimizer_step_post_hooks") and _holds(one, trained)]
+    hooked = [one for one in held if hasattr(one, "_optimizer_step_post_hooks")]  # which Optimizer.__init__ makes
+    if any(all(_group(one, parameter) is None for one in hooked) for parameter in trained):
+        raise ValueError(
+            f"{type(optimizer).__name__} has no step hooks of torch, so λ cannot be clipped after its step: derive it from "
+            "torch.optim.Optimizer and call super().__init__"
+        )
     return HardnessUpdate([one.register_step_post_hook(partial(_after_step, one, trained)) for one in hooked])
 
 
@@ -155,10 +161,6 @@ WITHIN_BACKWARD = (
 
 def _after_step(optimizer: Optimizer, parameters: list[nn.Parameter], *_: object) -> None:
     clip(optimizer, parameters)
-
-
-def _holds(optimizer: Any, parameters: list[nn.Parameter]) -> bool:
-    return any(_group(optimizer, parameter) is not None for parameter in parameters)
 
 
 def _group(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any] | None:

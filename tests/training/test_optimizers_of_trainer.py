@@ -128,6 +128,19 @@ def test_only_in_the_outer_one() -> None:
     assert not wrapped.base_optimizer._optimizer_step_post_hooks
 
 
+class Bare(SGD):
+    """Does not call torch's `__init__`, which makes what hooks go into."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.param_groups = [{"params": parameters, "lr": 0.1}]
+
+
+def test_without_hooks() -> None:
+    gate = hlg.LambdaGELU()
+    with pytest.raises(ValueError, match=r"Bare has no step hooks of torch.*call super\(\).__init__"):
+        hlg.attach_hardness_update(Bare([gate.unclipped_hardness]), gate)
+
+
 def test_clipped_by_the_one_that_steps() -> None:
     """SAM that calls the inner optimizer's step and never its own; removed, nothing clips any more."""
     gate = hlg.LambdaGELU(1.01)
