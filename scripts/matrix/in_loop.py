@@ -109,6 +109,7 @@ def _loop(
     clip_now: Callable[[], int] = lambda: 0,
     led_by: Run | None = None,
     watched: list[nn.Parameter] | None = None,
+    autocast: bool = False,
 ) -> Run:
     run = Run()
     run.watch_gradients(watched or [], led_by)
@@ -118,7 +119,8 @@ def _loop(
         batch = default_collate([data[(step * BATCH + i) % len(data)] for i in range(BATCH)])
 
         def backward(batch: dict[str, Tensor] = batch) -> Tensor:
-            loss: Tensor = model(**batch).loss
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss: Tensor = model(**batch).loss
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
@@ -150,13 +152,16 @@ def with_loop(cell: Cell) -> Outcome:
     except Exception as error:
         return refused(Refusal(error, True), lambda: _made(make, other, twin_groups(other, hardness, rate)))
     half = cell.precision != "fp32"
+    autocast = cell.precision == "bf16"
     watched = parameters_of(model) if half else None
-    mine = _loop(model, optimizers, lambda: list(hlg.hardness_profile(model).values()), watched=watched)
+    mine = _loop(model, optimizers, lambda: list(hlg.hardness_profile(model).values()), watched=watched, autocast=autocast)
     optimizers = _made(make, other, twin_groups(other, hardness, rate))
     clip_now = partial(clip, hardness, optimizers[-1])
     if hasattr(optimizers[-1], "base"):  # a wrapper makes its average of what the optimizer that it wraps has stepped
         clip_now = _clipping_inside(optimizers[-1].base, hardness)
-    theirs = _loop(other, optimizers, lambda: [p.item() for p in hardness], clip_now, mine, hardness if half else None)
+    theirs = _loop(
+        other, optimizers, lambda: [p.item() for p in hardness], clip_now, mine, hardness if half else None, autocast
+    )
     return compared(cell, mine, theirs, "plain loop")
 
 

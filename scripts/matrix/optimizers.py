@@ -22,7 +22,7 @@ CELLS = (
     *(Cell(name, "fp32", "one process", "Trainer") for name in WAYS),
     *(Cell(name, precision, "one process", "Trainer") for precision in HALF for name in COMMON),
     *(Cell(name, "fp32", "one process", "own loop") for name in LOOPS),
-    *(Cell(name, "pure bf16", "one process", "own loop") for name in COMMON_LOOP),
+    *(Cell(name, precision, "one process", "own loop") for precision in HALF for name in COMMON_LOOP),
 )
 
 

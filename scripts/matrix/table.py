@@ -36,7 +36,7 @@ def _equal(rows: list[Row], listed: str, others: list[str]) -> str:
     for key in dict.fromkeys(tuple(row[field] for field in others) for row in rows):
         group = [row for row in rows if tuple(row[field] for field in others) == key]
         largest = max(float(row["figure"]) for row in group)
-        lines.append([*key, ", ".join(_of(group, listed)), f"{largest:.1e}"])
+        lines.append([*key, " · ".join(_of(group, listed)), f"{largest:.1e}"])
     return _markdown([*others, listed, "λ against the twin, at most"], lines)
 
 
@@ -46,7 +46,7 @@ def _told(rows: list[Row], listed: str, others: list[str], title: str) -> str:
     for text in dict.fromkeys(_text(row) for row in rows):
         group = [row for row in rows if _text(row) == text]
         seen = [", ".join(_of(group, field)) for field in others]
-        lines.append([*seen, ", ".join(_of(group, listed)), text])
+        lines.append([*seen, " · ".join(_of(group, listed)), text])
     return _markdown([*others, listed, title], lines)
 
 
