@@ -49,12 +49,12 @@ def attach_to_the_run(optimizer: Any, model: nn.Module) -> HardnessUpdate | None
 
 
 def check_gradient(optimizer: Any, model: nn.Module) -> None:
-    """Raises ValueError if λ has no gradient left when the optimizer is to step."""
-    trained = _trained(model)
-    if trained and all(hardness.grad is None for hardness in trained):
+    """Raises ValueError if λ is trained and no parameter has a gradient left when the optimizer is to step."""
+    # λ alone may have none: of a vision tower, when a batch of text comes first
+    if _trained(model) and all(parameter.grad is None for parameter in model.parameters()):
         raise ValueError(
-            f"no λ has a gradient when {type(optimizers_in(optimizer)[-1]).__name__} is to step, so it would never move: "
-            "something has used the gradients up within backward, as layer-wise optimizers do, or forward does not reach λ"
+            f"no parameter has a gradient when {type(optimizers_in(optimizer)[-1]).__name__} is to step, so λ would never "
+            f"move: an optimizer that {WITHIN_BACKWARD}"
         )
 
 

@@ -14,12 +14,14 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.training import averaging, optimizer
+from hf_lambda_gelu.training.run_checks import check_gradient
 from scripts.matrix import comparison, twin
 from scripts.matrix.cells import Cell
 from scripts.matrix.composite import MuonAndAdamW, MuonFactory, SharpnessAware
 from scripts.matrix.optimizers import CELLS, measure
 
 LOW_RANK = {"optim_target_modules": ["query"], "optim_args": "rank=4", "weight_decay": 0.1}
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
 
 
 def cell(name: str, trainer: str, precision: str = "fp32") -> Cell:
@@ -33,7 +35,7 @@ def cell(name: str, trainer: str, precision: str = "fp32") -> Cell:
     [
         cell("galore_adamw", "Trainer"),
         cell("schedule_free_adamw", "Trainer"),
-        cell("optimizer_cls_and_kwargs: a factory of Muon + AdamW", "Trainer"),
+        pytest.param(cell("optimizer_cls_and_kwargs: a factory of Muon + AdamW", "Trainer"), marks=needs_muon),
         cell("adamw_torch_fused", "Trainer", "pure bf16"),
         cell("apollo_adamw", "Trainer"),
         cell("schedule-free SGD", "own loop"),
@@ -41,7 +43,7 @@ def cell(name: str, trainer: str, precision: str = "fp32") -> Cell:
         cell("SAM of SGD", "own loop"),
         cell("AdamW, 8 bit (bitsandbytes)", "own loop"),
     ],
-    ids=str,
+    ids=lambda cell: f"{cell.optimizer}, {cell.precision}, {cell.trainer}",
 )
 def test_equal_to_the_twin(cell: Cell) -> None:
     """A few cells of the matrix, which `make matrix` has whole."""
@@ -91,6 +93,7 @@ def test_groups(tmp_path: Path, optim: str) -> None:
     assert any("rank" in group for group in groups) == optim.startswith(("galore", "apollo"))
 
 
+@needs_muon
 def test_two_in_one_under_a_schedule(tmp_path: Path) -> None:
     """λ is stepped by the one that stepped its group, at its own rate, which the schedule of the outer one reaches."""
     model = converted(hardness=1.5)
@@ -168,8 +171,18 @@ class Consumed(hlg.LambdaGELUTrainer):
 
 
 def test_gradients_that_are_used_up(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no λ has a gradient when SGD is to step"):
+    with pytest.raises(ValueError, match=r"no parameter has a gradient when SGD is to step.*freeze λ"):
         Consumed(converted(), arguments(tmp_path), train_dataset=Rows()).train()
+
+
+def test_a_first_batch_that_does_not_reach_a_site() -> None:
+    """Of two towers say: that λ has no gradient yet is no reason to stop."""
+    model = nn.ModuleList([nn.Linear(2, 2), hlg.LambdaGELU()])
+    made = SGD(hlg.parameter_groups(model), lr=0.1)
+    with pytest.raises(ValueError, match="no parameter has a gradient"):
+        check_gradient(made, model)
+    model[0].weight.grad = torch.zeros(2, 2)
+    check_gradient(made, model)
 
 
 @pytest.mark.parametrize("apart", [True, False])

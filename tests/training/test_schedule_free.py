@@ -48,7 +48,9 @@ class Watch(TrainerCallback):
 
 def trainer_of(folder: Path, optim: str = "schedule_free_adamw", **changes: Any) -> hlg.LambdaGELUTrainer:
     options = {"optim": optim, "learning_rate": 1e-2, "hardness_learning_rate": 0.1, **changes}
-    return hlg.LambdaGELUTrainer(converted(hardness=1.5), arguments(folder, **options), train_dataset=Rows())
+    return hlg.LambdaGELUTrainer(
+        converted(hardness=1.5), arguments(folder, **options), train_dataset=Rows(), eval_dataset=Rows(16, 1)
+    )
 
 
 @pytest.mark.parametrize("optim", ["schedule_free_adamw", "schedule_free_sgd"])
@@ -118,3 +120,15 @@ def test_saved_and_resumed(tmp_path: Path, strategy: str) -> None:
     again = trainer_of(tmp_path / "b", **options)
     again.train(resume_from_checkpoint=True)
     assert all(torch.equal(a, b) for a, b in zip(through.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
+    """Loaded at the end, and evaluated once more: the optimizer's points of the last step do not get into it."""
+    trainer = trainer_of(
+        tmp_path, max_steps=8, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_relu_loss",
+    )  # fmt: skip
+    trainer.train()
+    best = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
+    trainer.evaluate()
+    assert all(torch.equal(value, best[name]) for name, value in trainer.model.state_dict().items() if name in best)
