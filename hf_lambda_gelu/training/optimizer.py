@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..activation.module import LambdaGELU, hardness_sites
 from .averaging import clip, optimizers_in
+from .movement import Movement
 
 
 class HardnessUpdate:
@@ -42,7 +43,8 @@ def attach_hardness_update(optimizer: Any, model: nn.Module | Iterable[LambdaGEL
 
     An optimizer that moves the parameter below 1 by its momentum would otherwise have to bring it back before λ rises. The
     optimizer's other parameters are untouched. The learning rate of the parameter's group is η_λ, in units of λ per
-    step; give the group no weight decay.
+    step; give the group no weight decay. A λ that stays where it is over the first steps, though its gradients call for
+    steps, is a warning in the log.
 
     Args:
         optimizer: any that has λ in its groups and a `step`; also one that holds others, such as accelerate's wrapper, SAM,
@@ -82,7 +84,7 @@ def attach_hardness_update(optimizer: Any, model: nn.Module | Iterable[LambdaGEL
             f"{type(optimizer).__name__} has no step hooks of torch, so λ cannot be clipped after its step: derive it from "
             "torch.optim.Optimizer and call super().__init__"
         )
-    return HardnessUpdate([one.register_step_post_hook(partial(_after_step, one, trained)) for one in hooked])
+    return HardnessUpdate([handle for one in hooked for handle in _attach(one, trained)])
 
 
 def parameter_groups(model: nn.Module, hardness_learning_rate: float = 0.01) -> list[dict[str, Any]]:
@@ -159,7 +161,19 @@ WITHIN_BACKWARD = (
 )
 
 
-def _after_step(optimizer: Optimizer, parameters: list[nn.Parameter], *_: object) -> None:
+def _attach(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[RemovableHandle]:
+    inside = [parameter for parameter in parameters if _group(optimizer, parameter) is not None]
+    if not inside:
+        return []
+    movement = Movement(inside)
+    return [
+        optimizer.register_step_pre_hook(movement.before_step),
+        optimizer.register_step_post_hook(movement.after_step),  # before it is clipped
+        optimizer.register_step_post_hook(partial(_clip_after_step, inside)),
+    ]
+
+
+def _clip_after_step(parameters: list[nn.Parameter], optimizer: Optimizer, *_: object) -> None:
     clip(optimizer, parameters)
 
 

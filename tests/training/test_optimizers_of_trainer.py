@@ -157,6 +157,38 @@ def test_clipped_by_the_one_that_steps() -> None:
     assert gate.unclipped_hardness.item() == 0.0
 
 
+class MatricesAlone(SGD):
+    """Passes over all else, as short forms of Muon do."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim == 2 and parameter.grad is not None:
+                    parameter.data.sub_(parameter.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "push", "said"),
+    [
+        (MatricesAlone, 1.5, 1.0, True),
+        (MatricesAlone, 1.0, -1.0, True),
+        (MatricesAlone, 1.0, 1.0, False),  # it would be clipped: nobody can tell
+        (MatricesAlone, 1.5, 1e-7, False),  # a step that rounds to nothing
+        (SGD, 1.5, 1.0, False),
+        (SGD, 1.0, 1.0, False),
+    ],
+)
+def test_passed_over(kind: Any, start: float, push: float, said: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """An optimizer that has λ in its groups and does not step it: said once, where it can be known."""
+    gate = hlg.LambdaGELU(start)
+    made = kind([gate.unclipped_hardness], lr=0.01)
+    hlg.attach_hardness_update(made, gate)
+    for _ in range(30):
+        gate.unclipped_hardness.grad = torch.tensor([push])
+        made.step()
+    assert caplog.text.count(f"{kind.__name__} has not moved 1 λ in 10 steps") == said
+
+
 class Consumed(hlg.LambdaGELUTrainer):
     """Steps each parameter within backward and leaves no gradient, as layer-wise optimizers do."""
 
