@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from torch import nn
 from torch.utils.data import DataLoader
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
@@ -18,7 +17,9 @@ from ..activation.module import hardness_profile, hardness_sites
 from ..structure.forwards import bypassed_by_code, refusal
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
-from .run_checks import attach_to_the_run, check_finite, warn_if_soft
+from .averaging import go_on_from, to_average
+from .optimizer import HardnessUpdate
+from .run_checks import attach_to_the_run, check_finite, check_gradient, warn_if_soft
 from .schedule import HardeningSchedule
 from .switch import SwitchData, calibrated_targets, check_calibratable, l1_targets, refit_at_switch, try_a_batch
 
@@ -36,7 +37,8 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self.at_switch: dict[str, float] | None = None
         self.calibrated: dict[str, float] | None = None
         self.inputs: Callable[[Any], Iterable[Any]] = lambda batch: [batch]
-        self._clipping: RemovableHandle | None = None
+        self._clipping: HardnessUpdate | None = None
+        self._gradient_seen = False
         self._floor: dict[str, float] = {}  # λ of a run that was resumed after its switch
         self.refit: CompensationReport | None = None  # in this process; a resumed run has the weights, not the report
 
@@ -68,10 +70,23 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self._clipping = attach_to_the_run(kwargs["optimizer"], kwargs["model"])
         self._apply(args, state, **kwargs)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._clipping is not None and not self._gradient_seen:
+            check_gradient(kwargs["optimizer"], kwargs["model"])
+            self._gradient_seen = True
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_log or control.should_save:
             check_finite(kwargs["model"], state, get_last_checkpoint(args.output_dir))
         self._apply(cast(LambdaGELUTrainingArguments, args), state, **kwargs)
+        if control.should_save or control.should_training_stop:
+            to_average(kwargs["optimizer"])  # what is saved is what was evaluated
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save or control.should_training_stop:
+            to_average(kwargs["optimizer"])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         args = cast(LambdaGELUTrainingArguments, args)
@@ -85,6 +100,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         state: TrainerState,
         model: nn.Module,
         train_dataloader: DataLoader[Any],
+        optimizer: Any,
         **kwargs: Any,
     ) -> None:
         ramp = args.hardness_compensate == "none"
@@ -95,6 +111,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         data = SwitchData(train_dataloader.dataset, train_dataloader.collate_fn, self.inputs)
         switching = self.at_switch is None
         if self.at_switch is None:
+            to_average(optimizer)
             self.at_switch = hardness_profile(model)
         if args.hardness_target == "calibrated" and self.calibrated is None:
             self.calibrated = calibrated_targets(model, args, data)
@@ -107,6 +124,8 @@ class HardeningCallback(TrainerCallback, ExportableState):
             start = self.at_switch[name]
             ramped = schedule.hardness(state.global_step, start, targets[name]) if ramp else targets[name]
             site.set_hardness(max(start, ramped, self._floor.get(name, 1.0)))
+        sites = hardness_sites(model).values()
+        go_on_from(optimizer, None if switching else [site.unclipped_hardness for site in sites])
 
     def try_a_batch(self, args: LambdaGELUTrainingArguments, model: nn.Module, loader: DataLoader[Any]) -> None:
         """CalibrationError if the switch is still to come and could not use a batch; see `switch.try_a_batch`."""

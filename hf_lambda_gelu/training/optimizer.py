@@ -14,31 +14,50 @@ parameters live in units of λ as well. λ ≥ 1 is kept by projection. [derived
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..activation.module import LambdaGELU, hardness_sites
+from .averaging import clip, optimizers_in
+from .movement import Movement
 
 
-def attach_hardness_update(optimizer: torch.optim.Optimizer, model: nn.Module | Iterable[LambdaGELU]) -> RemovableHandle:
+class HardnessUpdate:
+    """What `attach_hardness_update` has attached."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Detaches it."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def attach_hardness_update(optimizer: Any, model: nn.Module | Iterable[LambdaGELU]) -> HardnessUpdate:
     """Keeps λ ≥ 1 in a loop of one's own: after each `optimizer.step()` it is set to max(λ, 1). [derived]
 
     An optimizer that moves the parameter below 1 by its momentum would otherwise have to bring it back before λ rises. The
     optimizer's other parameters are untouched. The learning rate of the parameter's group is η_λ, in units of λ per
-    step; give the group no weight decay.
+    step; give the group no weight decay. A λ that stays where it is over the first steps, though its gradients call for
+    steps, is a warning in the log.
 
     Args:
-        optimizer: any; also inside of accelerate's wrapper.
+        optimizer: any that has λ in its groups and a `step`; also one that holds others, such as accelerate's wrapper, SAM,
+            or two in one. Of schedule-free ones both points are clipped, the stepped one and the average.
         model: with λ-GELU; or the modules themselves. Frozen λ are left out.
 
     Returns:
         A handle; `handle.remove()` undoes it.
 
     Raises:
-        ValueError: a hardness parameter is in none of the optimizer's groups, or in one with weight decay; there is no λ.
+        ValueError: a hardness parameter is in none of the optimizer's groups, or in one with weight decay, or in none of the
+            optimizers that it holds; the optimizer steps within backward (LOMO, layer-wise GaLore) or has no step hooks;
+            there is no λ.
 
     Examples:
         >>> import hf_lambda_gelu as hlg, torch
@@ -54,11 +73,18 @@ def attach_hardness_update(optimizer: torch.optim.Optimizer, model: nn.Module | 
     trained = [module.unclipped_hardness for module in dict.fromkeys(found) if module.unclipped_hardness.requires_grad]
     if not trained:
         raise ValueError("there is no λ to train: call convert(model) first, and leave unclipped_hardness its requires_grad")
-    inner = _inside(optimizer)
-    groups = {id(p): group for group in inner.param_groups for p in group["params"]}
+    held = optimizers_in(optimizer)
+    check_steps_after_backward(held)
+    stepping = [one for one in held if len(optimizers_in(one)) == 1]  # that hold no others
     for parameter in trained:
-        _check_group(groups.get(id(parameter)))
-    return inner.register_step_post_hook(_Projection(trained))
+        _check_groups(parameter, held, stepping)
+    hooked = [one for one in held if hasattr(one, "_optimizer_step_post_hooks")]  # which Optimizer.__init__ makes
+    if any(all(_group(one, parameter) is None for one in hooked) for parameter in trained):
+        raise ValueError(
+            f"{type(optimizer).__name__} has no step hooks of torch, so λ cannot be clipped after its step: derive it from "
+            "torch.optim.Optimizer and call super().__init__"
+        )
+    return HardnessUpdate([handle for one in hooked for handle in _attach(one, trained)])
 
 
 def parameter_groups(model: nn.Module, hardness_learning_rate: float = 0.01) -> list[dict[str, Any]]:
@@ -93,34 +119,88 @@ def parameter_groups(model: nn.Module, hardness_learning_rate: float = 0.01) -> 
     return [group for group in groups if group["params"]]
 
 
-class _Projection:
-    """After a step: λ ≥ 1."""
+def own_group(optimizer: Optimizer, parameters: list[nn.Parameter], learning_rate: float) -> None:
+    """Moves parameters out of the groups that they are in, into one with a learning rate of its own and no weight decay.
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
+    It has all other options of the group that they come from, and is stepped by the optimizer that stepped that one.
+    """
+    own = {id(parameter) for parameter in parameters}
+    held = optimizers_in(optimizer)
+    groups = list({id(group): group for one in held for group in one.param_groups}.values())
+    moved: set[int] = set()
+    for group in groups:
+        taken = [parameter for parameter in group["params"] if id(parameter) in own]
+        if not taken:
+            continue
+        holding = [one for one in held if any(group is other for other in one.param_groups)]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+        new = {**group, "params": taken, "lr": learning_rate, "weight_decay": 0.0}
+        holding[-1].add_param_group(new)
+        for one in holding:  # a list of its own that has the group must have the new one, which a schedule sets too
+            if not any(new is other for other in one.param_groups):
+                one.param_groups.append(new)
+        moved |= {id(parameter) for parameter in taken}
+    left = [parameter for parameter in parameters if id(parameter) not in moved]
+    if left:
+        optimizer.add_param_group({"params": left, "lr": learning_rate, "weight_decay": 0.0})
 
-    @torch.no_grad()
-    def __call__(self, *_: object) -> None:
-        for parameter in self.parameters:
-            parameter.clamp_(min=1.0)
+
+def check_steps_after_backward(optimizers: Iterable[Any]) -> None:
+    """Raises ValueError for an optimizer that steps each parameter within backward."""
+    for one in optimizers:
+        name = type(one).__name__
+        # LOMO's, and transformers' stand-in for layer-wise ones, whose step does nothing
+        if hasattr(type(one), "fused_backward") or name == "LayerWiseDummyOptimizer":
+            raise ValueError(f"{name} {WITHIN_BACKWARD}")
 
 
-def _inside(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that steps, in accelerate's or another wrapper, whose own hooks never run."""
-    inner = getattr(optimizer, "optimizer", None)
-    return _inside(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+WITHIN_BACKWARD = (
+    "steps each parameter within backward, all at one learning rate and before λ can be clipped: take an optimizer that "
+    "steps after backward (adamw_torch, galore_adamw, apollo_adamw), or freeze λ by site.requires_grad_(False) for each of "
+    "hlg.hardness_sites(model)"
+)
 
 
-def _check_group(group: dict[str, object] | None) -> None:
-    """Raises ValueError unless a hardness parameter may be in this group."""
-    if group is None:
+def _attach(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[RemovableHandle]:
+    inside = [parameter for parameter in parameters if _group(optimizer, parameter) is not None]
+    if not inside:
+        return []
+    movement = Movement(inside)
+    return [
+        optimizer.register_step_pre_hook(movement.before_step),
+        optimizer.register_step_post_hook(movement.after_step),  # before it is clipped
+        optimizer.register_step_post_hook(partial(_clip_after_step, inside)),
+    ]
+
+
+def _clip_after_step(parameters: list[nn.Parameter], optimizer: Optimizer, *_: object) -> None:
+    clip(optimizer, parameters)
+
+
+def _group(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any] | None:
+    """The group that a parameter is in."""
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    return next((group for group in groups if any(parameter is other for other in group["params"])), None)
+
+
+def _check_groups(parameter: nn.Parameter, held: list[Any], stepping: list[Any]) -> None:
+    """Raises ValueError unless a hardness parameter is in groups that it may be in."""
+    inside = [group for one in held if (group := _group(one, parameter)) is not None]
+    if not inside:
         raise ValueError(
             "a hardness parameter is in none of the optimizer's groups, so it would never move: "
             "optimizer.add_param_group({'params': [m.unclipped_hardness for m in hlg.hardness_sites(model).values()], "
             "'lr': 0.01, 'weight_decay': 0.0})"
         )
-    if group.get("weight_decay"):
+    if all(_group(one, parameter) is None for one in stepping):
+        names = ", ".join(dict.fromkeys(type(one).__name__ for one in stepping))
         raise ValueError(
-            f"a hardness parameter is in a group with weight decay {group['weight_decay']}, which would pull λ to 1: "
-            "put the hardness parameters into a group of their own with weight_decay=0.0"
+            f"a hardness parameter is in the groups of {type(held[0]).__name__}, but in none of the optimizers that it "
+            f"steps ({names}), so it would never move: make these from hlg.parameter_groups(model)"
         )
+    for group in inside:
+        if group.get("weight_decay"):
+            raise ValueError(
+                f"a hardness parameter is in a group with weight decay {group['weight_decay']}, which would pull λ to 1: "
+                "put the hardness parameters into a group of their own with weight_decay=0.0"
+            )

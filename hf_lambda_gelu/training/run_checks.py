@@ -7,28 +7,60 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerState
 from transformers.utils import logging
 
 from ..activation.module import hardness_profile, hardness_sites
-from .optimizer import attach_hardness_update
+from .averaging import optimizers_in
+from .optimizer import WITHIN_BACKWARD, HardnessUpdate, attach_hardness_update
 
 logger = logging.get_logger(__name__)
 
 
-def attach_to_the_run(optimizer: Any, model: nn.Module) -> RemovableHandle | None:
+def check_name(optim: str) -> None:
+    """Raises ValueError for an `optim` of transformers whose optimizer steps each parameter within backward."""
+    name = str(getattr(optim, "value", optim))
+    if name in ("lomo", "adalomo") or name.endswith("_layerwise"):  # before they hang themselves on the parameters
+        raise ValueError(f"optim={name!r} {WITHIN_BACKWARD}")
+
+
+def attach_to_the_run(optimizer: Any, model: nn.Module) -> HardnessUpdate | None:
     """Clips λ after each step of the optimizer that a Trainer steps, whoever made it, until the handle is removed.
 
     None where no λ is trained.
 
     Raises:
-        ValueError: a λ is not in it, or in a group with weight decay.
+        ValueError: a λ is not in it, or in a group with weight decay, or it steps within backward.
     """
-    frozen = not any(site.unclipped_hardness.requires_grad for site in hardness_sites(model).values())
-    if frozen or type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":  # it steps its own copies; λ < 1 counts as 1
+    trained = {id(hardness) for hardness in _trained(model)}
+    if not trained or type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":  # it steps its own copies; λ < 1 counts as 1
         return None
-    return attach_hardness_update(optimizer, model)
+    handle = attach_hardness_update(optimizer, model)
+    for group in (group for one in optimizers_in(optimizer)[-1:] for group in one.param_groups):
+        inside = sum(id(parameter) in trained for parameter in group["params"])
+        if 0 < inside < len(group["params"]):
+            rate = group.get("initial_lr", group["lr"])
+            logger.warning(
+                f"λ is in a group with other parameters and has their learning rate, {rate:g}, in units of λ per step; "
+                "hardness_learning_rate is not used. Make the optimizer from "
+                "hlg.parameter_groups(model, hardness_learning_rate)"
+            )
+    return handle
+
+
+def check_gradient(optimizer: Any, model: nn.Module) -> None:
+    """Raises ValueError if λ is trained and no parameter has a gradient left when the optimizer is to step."""
+    # λ alone may have none: of a vision tower, when a batch of text comes first
+    if _trained(model) and all(parameter.grad is None for parameter in model.parameters()):
+        raise ValueError(
+            f"no parameter has a gradient when {type(optimizers_in(optimizer)[-1]).__name__} is to step, so λ would never "
+            f"move: an optimizer that {WITHIN_BACKWARD}"
+        )
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    sites = hardness_sites(model).values()
+    return [site.unclipped_hardness for site in sites if site.unclipped_hardness.requires_grad]
 
 
 def check_finite(model: nn.Module, state: TrainerState, last: str | None) -> None:

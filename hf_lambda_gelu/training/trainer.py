@@ -28,7 +28,9 @@ from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 from .callback import HardeningCallback
 from .first_step import first_step
+from .optimizer import own_group
 from .publish import push_trained
+from .run_checks import check_name
 from .second_evaluation import without_a_trace
 from .sparsity_penalty import SparsityPenalty, check_penalisable
 
@@ -148,19 +150,16 @@ class LambdaGELUTrainer(Trainer):
         return next(c for c in self.callback_handler.callbacks if isinstance(c, HardeningCallback))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
         sites = hardness_sites(self.model if model is None else model)
         trained = [site.unclipped_hardness for site in sites.values() if site.unclipped_hardness.requires_grad]
-        optimizer = self.optimizer
-        if optimizer is None:
-            for hardness in trained:  # hidden from the Trainer's groups, which have the model's rate and weight decay
-                hardness.requires_grad_(False)
-            try:
-                optimizer = super().create_optimizer(model)
-            finally:
-                for hardness in trained:
-                    hardness.requires_grad_(True)
-            if trained:
-                optimizer.add_param_group({"params": trained, "lr": self.args.hardness_learning_rate, "weight_decay": 0.0})
+        if not trained:
+            return super().create_optimizer(model)
+        if self.optimizer_cls_and_kwargs is None:
+            check_name(self.args.optim)
+        optimizer = super().create_optimizer(model)
+        own_group(optimizer, trained, self.args.hardness_learning_rate)
         return optimizer
 
     def training_step(
