@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..surgery.gates import gates_as_relu
+
+if TYPE_CHECKING:
+    from .trainer import LambdaGELUTrainer
 
 # what a subclass gathers in: metrics by name, lists of values
 _CONTAINERS = (dict, defaultdict, OrderedDict, list, set, deque)
 _NOT_GATHERED = {"train_dataset", "eval_dataset", "callback_handler", "args"}
+
+
+def evaluate_twice(trainer: LambdaGELUTrainer, loop: Callable[[str], EvalLoopOutput], prefix: str) -> EvalLoopOutput:
+    """What `loop(prefix)` returns, with the metrics of a second one, with the gates as ReLU, added as `<prefix>_relu_*`.
+
+    In one loop, so that one log line, one callback event and the choice of the best checkpoint see both.
+    """
+    output = loop(prefix)
+    with gates_as_relu(trainer.model), without_a_trace(trainer):
+        relu = loop(f"{prefix}_relu").metrics or {}
+    if output.metrics is not None:
+        output.metrics.update({name: value for name, value in relu.items() if "preparation_time" not in name})
+    return output
 
 
 @contextmanager
