@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, Protocol
 
 from transformers import TrainingArguments
 
@@ -112,6 +114,19 @@ class LambdaGELUTrainingArguments(TrainingArguments):
             "metric_for_best_model can name one of these."
         },
     )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lets a class that is joined with another library's arguments have that one's defaults, whatever their order.
+
+        A dataclass takes each field from the first base that has it: this one has all those of TrainingArguments.
+        """
+        super().__init_subclass__(**kwargs)
+        own = inspect.get_annotations(cls)
+        bases = [base for base in cls.__mro__[1:] if base not in LambdaGELUTrainingArguments.__mro__]
+        for base in reversed([base for base in bases if is_dataclass(base)]):
+            for name in set(inspect.get_annotations(base)) & {f.name for f in fields(TrainingArguments)} - set(own):
+                cls.__annotations__ = inspect.get_annotations(cls) | {name: base.__dataclass_fields__[name].type}
+                setattr(cls, name, copy.copy(base.__dataclass_fields__[name]))
 
     def __post_init__(self) -> None:
         self.check()

@@ -12,6 +12,7 @@ from ..activation.module import hardness_sites
 from ..activation.older_checkpoints import NAME, OLDER
 from ..checkpoints.folders import check_writable
 from ..checkpoints.shards import tensor_names
+from ..measurement.batches import takes_a_mapping
 from ..structure.modules import has_adapters
 from ..structure.offloading import check_not_offloaded
 from .arguments import LambdaGELUTrainingArguments
@@ -27,7 +28,7 @@ def check_arguments(args: Any, model: nn.Module | None) -> None:
             f"LambdaGELUTrainer expects LambdaGELUTrainingArguments, got {type(args).__name__}: they hold the hardness "
             "schedule beside all fields of TrainingArguments"
         )
-    if model is not None:
+    if isinstance(model, nn.Module):
         check_not_offloaded(model)
     if args.output_dir is not None:
         check_writable(args.output_dir)
@@ -74,6 +75,8 @@ def _check_best(args: LambdaGELUTrainingArguments) -> None:
 
 def check_same_sites(model: nn.Module, checkpoint: str) -> None:
     """Raises ValueError unless the checkpoint holds λ of the model's sites: Trainer would let λ silently start over."""
+    if takes_a_mapping(model):  # SentenceTransformer's trainer builds what was saved anew, and wants each of its tensors
+        return
     saved = tensor_names(Path(checkpoint))  # of adapters and of FSDP, PEFT and accelerate check them
     if saved is None:
         return

@@ -168,7 +168,7 @@ class LambdaGELUTrainer(Trainer):
         """The batches of what the model's forward takes, made of a training batch, on which the switch measures and refits.
 
         To be overridden where the model's forward does not take training batches as they are: a loss of one's own on pairs,
-        two towers. [derived]
+        two towers. For trainers of sentence-transformers, it is each column's texts. [derived]
 
         Args:
             batch: what the collator makes.
@@ -179,7 +179,8 @@ class LambdaGELUTrainer(Trainer):
             ...         yield {"input_ids": batch["query_ids"]}
             ...         yield {"input_ids": batch["document_ids"]}
         """
-        return [batch]
+        collect = getattr(self, "collect_features", None)  # of sentence-transformers: a batch holds several columns of texts
+        return [batch] if collect is None else collect(batch)[0]
 
     def evaluation_loop(
         self,
@@ -243,6 +244,6 @@ class LambdaGELUTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_same_sites(self.model if model is None else model, resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super()._load_from_checkpoint(resume_from_checkpoint, *(() if model is None else (model,)))  # not all bases take one
         if has_adapters(self.model):
             load_hardness(self.model, resume_from_checkpoint)
