@@ -21,7 +21,7 @@ from .arguments import LambdaGELUTrainingArguments
 from .callback import HardeningCallback
 from .first_step import first_step
 from .publish import push_relu
-from .second_evaluation import evaluate_twice
+from .second_evaluation import evaluate_twice, without_a_trace
 from .sparsity_penalty import SparsityPenalty, loss_is_scaled
 from .start_checks import check_arguments, check_same_sites, check_trainable
 
@@ -134,7 +134,8 @@ class LambdaGELUTrainer(Trainer):
         self._hardening.try_a_batch(self.args, self.model, loader)
 
         def rerun() -> Any:
-            return self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+            with without_a_trace(self):
+                return self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
 
         loss = first_step(self.model, step, rerun, hooked=self._penalty is not None)
         self._sites_run = True
@@ -190,12 +191,13 @@ class LambdaGELUTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        def loop(prefix: str) -> EvalLoopOutput:
+        def loop(loader: Any, prefix: str) -> EvalLoopOutput:
             return super(LambdaGELUTrainer, self).evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, prefix
+                loader, description, prediction_loss_only, ignore_keys, prefix
             )
 
-        return evaluate_twice(self, loop, metric_key_prefix) if self.args.eval_relu else loop(metric_key_prefix)
+        both = partial(evaluate_twice, self, loop) if self.args.eval_relu else loop
+        return both(dataloader, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
