@@ -18,6 +18,7 @@ from ..surgery.refit.report import CompensationReport
 from .arguments import Hardening, LambdaGELUTrainingArguments, check_hardening
 from .callback import HardeningCallback, as_it_is, stored_attributes
 from .first_step import FirstUpdate
+from .start_checks import check_generation
 
 _REMEDY = "optimizers=(torch.optim.AdamW(hlg.parameter_groups(model), lr=…), None)"
 
@@ -181,6 +182,7 @@ class HardnessCallback(HardeningCallback):
                 "restore_callback_states_from_checkpoint has put a HardnessCallback without your calibration_inputs in the "
                 "place of yours: leave it False, HardnessCallback reads its state by itself"
             )
+        check_generation(args)
         _check_groups(optimizer, model)
 
 

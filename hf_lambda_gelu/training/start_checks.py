@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..activation.module import hardness_sites
@@ -32,16 +33,32 @@ def check_arguments(args: Any, model: nn.Module | None) -> None:
         check_not_offloaded(model)
     if args.output_dir is not None:
         check_writable(args.output_dir)
+    check_generation(args)
 
 
-def check_trainable(args: LambdaGELUTrainingArguments, model: nn.Module) -> None:
-    """Raises ValueError where this model cannot be trained so; warns of frozen λ, and of a best checkpoint that is soft."""
+def check_generation(args: TrainingArguments) -> None:
+    """Raises ValueError where TRL is to generate with a network that is not the one that is trained."""
+    if getattr(args, "use_vllm", False):
+        raise ValueError(
+            "use_vllm=True generates by vLLM, whose own models know no λ-GELU: the words would be those of another network. "
+            "Set use_vllm=False"
+        )
+
+
+def check_trainable(args: LambdaGELUTrainingArguments, model: nn.Module, reference: nn.Module | None = None) -> None:
+    """Raises ValueError where this model cannot be trained so; warns of frozen λ, and of a best checkpoint that is soft.
+
+    Args:
+        reference: the second model of TRL's trainers.
+    """
     if not hardness_sites(model):
         raise ValueError(
             f"{type(model).__name__} has no λ-GELU: call hf_lambda_gelu.convert(model) before building the trainer"
         )
     if has_adapters(model):
         _check_adapters(args, model)
+    if getattr(args, "sync_ref_model", False) and reference is not None:
+        _check_alike(model, reference)
     if args.sparsity_penalty:
         check_penalisable(args, model)
     _check_best(args)
@@ -59,6 +76,15 @@ def _check_adapters(args: LambdaGELUTrainingArguments, model: nn.Module) -> None
         logger.warning(
             f"λ of {len(frozen)} sites is frozen, {frozen[0]} the first: PEFT freezes what is there when it wraps a "
             "model. To learn λ, call convert after it"
+        )
+
+
+def _check_alike(model: nn.Module, reference: nn.Module) -> None:
+    """TRL mixes parameters by their order, after hundreds of steps: then it is late to see that there are others."""
+    if [p.shape for p in model.parameters()] != [p.shape for p in reference.parameters()]:
+        raise ValueError(
+            "sync_ref_model=True mixes the parameters of the model into those of ref_model, which has no λ: pass "
+            "ref_model=copy.deepcopy(model), made after convert, or set sync_ref_model=False"
         )
 
 

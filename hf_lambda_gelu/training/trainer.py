@@ -77,7 +77,7 @@ class LambdaGELUTrainer(Trainer):
             args = LambdaGELUTrainingArguments(output_dir="tmp_trainer")
         check_arguments(args, model)
         super().__init__(model=model, args=args, **kwargs)  # by name: subclasses' bases order theirs otherwise
-        check_trainable(args, self.model)
+        check_trainable(args, self.model, getattr(self, "ref_model", None))
         self.add_callback(HardeningCallback())
         if has_adapters(self.model):
             save_hardness_with_adapters(self.model)

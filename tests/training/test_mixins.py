@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-from support.training import StopAfterSaving, logged
+from support.training import At, StopAfterSaving, logged
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
@@ -122,6 +122,32 @@ def test_prompts_are_no_input_of_the_model(tmp_path: Path) -> None:
     with pytest.raises(hlg.CalibrationError, match=r"is a list: expected a mapping.*calibration_inputs"):
         run.train()
     assert run.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("GRPOTrainer", {"use_vllm": True}, "use_vllm=True generates by vLLM, whose own models know no λ-GELU"),
+        ("DPOTrainer", {"sync_ref_model": True}, r"ref_model, which has no λ: pass ref_model=copy\.deepcopy\(model\)"),
+    ],
+)
+def test_what_cannot_work(name: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Refused when the trainer is made."""
+    with pytest.raises(ValueError, match=message):
+        joined(name, matrix.ours(TASKS[name].model()), tmp_path, **changes)
+
+
+def test_a_reference_that_follows(tmp_path: Path) -> None:
+    """With λ of its own it is mixed with the model, λ too."""
+    model = matrix.ours(TASKS["DPOTrainer"].model())
+    reference = copy.deepcopy(model)
+    options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0, "save_strategy": "no"}
+    run = joined("DPOTrainer", model, tmp_path, {"ref_model": reference}, hardness_switch_point=1.0, **options)
+    seen: list[dict[str, float]] = []
+    run.add_callback(At(lambda model: seen.append(hlg.hardness_profile(reference))))
+    run.train()
+    assert seen[3] == {site: logged(run, f"hardness/{site}")[4] for site in seen[3]}
+    assert seen[3] != seen[0]
 
 
 def evaluated(name: str, folder: Path, model: nn.Module, relu: bool, ours: bool = True) -> dict[str, float]:
