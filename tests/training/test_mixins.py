@@ -167,6 +167,9 @@ def evaluated(name: str, folder: Path, model: nn.Module, relu: bool, ours: bool 
     run.evaluate()
     drawn = torch.rand(())  # the second evaluation takes no random numbers of the run's
     (entry,) = [entry for entry in run.state.log_history if "eval_loss" in entry]
+    if name == "SentenceTransformerTrainer" and ours:  # what the evaluator has left for the model's card
+        entry["card"] = list(run.model.model_card_data.eval_results_dict.values())
+        assert entry["card"]
     timing = ("runtime", "_per_second", "step_time", "preparation_time")
     return {k: v for k, v in entry.items() if not k.endswith(timing)} | {"drawn": float(drawn)}
 
