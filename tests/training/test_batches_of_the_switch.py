@@ -91,7 +91,11 @@ class Gathers(hlg.LambdaGELUTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if values := self.seen["eval"].pop("size", None):
-            logs |= {"eval_size": sum(values) / len(values), "eval_batches": float(self.batches), "eval_sum": float(self.sums["eval"])}
+            logs |= {
+                "eval_size": sum(values) / len(values),
+                "eval_batches": float(self.batches),
+                "eval_sum": float(self.sums["eval"]),
+            }
         super().log(logs, start_time)
 
 

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
-from support.training import SITES, STEPS, Rows, StopAfterSaving, arguments, converted, logged
+from support.training import SITES, Rows, StopAfterSaving, arguments, converted, logged
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_lambda_gelu as hlg
 
-RUN: dict[str, Any] = {"seed": 7, "lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2}
+STEPS = 12
+RUN: dict[str, Any] = {"max_steps": STEPS, "seed": 7, "lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2}
 RATE = 0.05
 RAMP: dict[str, Any] = {"hardness_compensate": "none", "hardness_switch_point": 0.25}
 SWITCHES = [
@@ -68,7 +69,7 @@ def test_it_does_what_the_trainer_does(tmp_path: Path, switch: dict[str, Any]) -
     assert not hlg.relu_ize(whole.model, targets=callback.hardness_targets).forced
 
     at = int(STEPS * switch["hardness_switch_point"])
-    for step in (at - 1, at, at + 3):
+    for step in (at - 1, at, at + 3) if switch is RAMP else (at - 1, at):
         saving = {"save_strategy": "steps", "save_steps": step}
         cut = stock(converted(hardness=1.3), tmp_path / f"{step}", hlg.HardnessCallback(**switch), **saving)
         cut.add_callback(StopAfterSaving(step))
@@ -170,18 +171,18 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
 def test_callbacks_that_a_trainer_makes_anew(tmp_path: Path) -> None:
     """`restore_callback_states_from_checkpoint`: with its settings; a function cannot come back, and it says so."""
     values = RAMP | {"hardness_ramp": "linear"}
-    saving = {"save_strategy": "steps", "save_steps": 8, "restore_callback_states_from_checkpoint": True}
+    saving = {"save_strategy": "steps", "save_steps": 4, "restore_callback_states_from_checkpoint": True, "max_steps": 8}
     for inputs in (None, lambda batch: [batch]):
         folder = tmp_path / f"{inputs is None}"
         first = stock(converted(hardness=1.3), folder, hlg.HardnessCallback(**values, calibration_inputs=inputs), **saving)
         first.train()
         again = stock(converted(), folder, hlg.HardnessCallback(**RAMP, calibration_inputs=inputs), **saving)
         if inputs is None:
-            again.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
+            again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
             assert logged(again, f"hardness/{SITES[0]}") == logged(first, f"hardness/{SITES[0]}")
         else:
             with pytest.raises(ValueError, match="leave it False"):
-                again.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
+                again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
 
 
 def opaque(self: Any, hidden_states: Tensor) -> Tensor:
