@@ -50,14 +50,14 @@ def model_batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[dict[str,
         CalibrationError: a batch that holds no tensor that the model takes, or has another dtype or device than the first;
             a loader that yields nothing, or nothing but padding.
     """
-    accepted = accepted_names(model)
+    mapping, accepted = takes_a_mapping(model), accepted_names(model)
     main = getattr(model, "main_input_name", None)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     first: dict[str, tuple[torch.dtype, torch.device]] = {}
     count, seen = 0, False
     for count, batch in enumerate(loader, 1):
         where = f"calibration batch {count - 1}"
-        if main is None and isinstance(batch, (Tensor, tuple, list)):
+        if main is None and not mapping and isinstance(batch, (Tensor, tuple, list)):
             batch = dict(zip(accepted or (), [batch] if isinstance(batch, Tensor) else batch, strict=False))
         if not isinstance(batch, Mapping):
             raise CalibrationError(f"{where} is a {type(batch).__name__}: expected a mapping of the model's inputs")
@@ -65,6 +65,7 @@ def model_batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[dict[str,
         tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
         if not any(value.numel() for name, value in tensors.items() if name != "labels"):
             takes = repr(main or next(iter(accepted or ()), "nothing"))
+            takes = "one mapping with tensors in it" if mapping else takes
             raise CalibrationError(
                 f"{where} holds {', '.join(map(repr, batch)) or 'nothing'}: no tensor in it is an input of "
                 f"{type(model).__name__}.forward, which takes {takes}"

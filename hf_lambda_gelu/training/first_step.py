@@ -72,9 +72,13 @@ class FirstUpdate:
         self._open.enter_context(counting_calls(self.model, self._called))
         self._open.enter_context(Hooks()).before(self.model, self._take)
 
+    def leave(self) -> None:
+        """The model is as before, where training was stopped in between."""
+        self._open.close()
+
     def end(self) -> None:
         """Raises ValueError if something else runs in the place of a site; no gradient is left then."""
-        self._open.close()
+        self.leave()
         if self._inputs is None:  # only parts of the model ran
             return
         (args, kwargs), self._inputs = self._inputs, None

@@ -128,6 +128,8 @@ class HardnessCallback(HardeningCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._model = model = kwargs["model"]
+        if self._watch is not None:
+            self._watch.leave()
         self._check(args, model, kwargs["optimizer"])
         if state.global_step:
             _check_resumed(stored_attributes(state), model, state)

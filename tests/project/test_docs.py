@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
 from support import tiny
 from support.hub_server import HubServer
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -101,6 +98,10 @@ def model(folder: Path, kind: str, **overrides: int) -> None:
 
 
 def embedder(folder: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
     model(folder / "words", "bert")
     words = Transformer(str(folder / "words"), max_seq_length=32)
     SentenceTransformer(modules=[words, Pooling(32)], device="cpu").save_pretrained(str(folder))

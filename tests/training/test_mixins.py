@@ -27,10 +27,12 @@ OTHERS = [name for name in TASKS if name != "Trainer"]
 
 
 @pytest.fixture(autouse=True)
-def no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL sends none where it is tested."""
+def one_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """accelerate keeps the precision of the first run of a process; TRL sends no telemetry where it is tested."""
     monkeypatch.setenv("CI", "1")
-    AcceleratorState._reset_state(reset_partial_state=True)  # the precision of an earlier test
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("name", matrix.TRAINERS)
@@ -232,6 +234,9 @@ def test_a_sentence_transformer_outside_of_a_trainer(tmp_path: Path) -> None:
     for site, expected in zip(hlg.calibrate(model, batches).sites, hlg.calibrate(inner, batches).sites, strict=True):
         assert site.name == f"0.model.{expected.name}"
         assert site.target_hardness(0.01) == pytest.approx(expected.target_hardness(0.01), rel=1e-6)
+    for batch, message in ((TEXTS[:2], "is a list: expected a mapping"), ({"words": TEXTS[:2]}, "one mapping with tensors")):
+        with pytest.raises(hlg.CalibrationError, match=message):
+            hlg.calibrate(model, [batch])
     report = hlg.relu_ize(model, calibration=batches, compensate="least_squares")
     assert report.compensation is not None
     assert [site.target for site in report.compensation.sites] == ["stream"] * 2
