@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .surgery.report import SubstitutionReport
     from .surgery.substitution import relu_ize
     from .training.arguments import LambdaGELUTrainingArguments
+    from .training.hardness_callback import HardnessCallback
     from .training.optimizer import attach_hardness_update, parameter_groups
     from .training.schedule import HardeningSchedule
     from .training.trainer import LambdaGELUTrainer
@@ -67,6 +68,7 @@ __all__ = [
     "FoldError",
     "FoldReport",
     "HardeningSchedule",
+    "HardnessCallback",
     "Int8Report",
     "KernelUnavailable",
     "LambdaGELU",
@@ -134,6 +136,7 @@ _MODULES = {
     "FoldError": ".surgery.folding",
     "FoldReport": ".surgery.folding",
     "HardeningSchedule": ".training.schedule",
+    "HardnessCallback": ".training.hardness_callback",
     "Int8Report": ".downstream.onnx.report",
     "KernelUnavailable": ".activation.kernels.dispatch",
     "LambdaGELU": ".activation.module",

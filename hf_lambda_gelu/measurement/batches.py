@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ class CalibrationError(ValueError):
     """
 
 
+_MAPPING = re.compile(r"(typing\.|collections\.abc\.)?([Dd]ict|(Mutable)?Mapping)\b")
 # what a forward raises when its input does not fit; out of memory is a RuntimeError too
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
@@ -42,20 +44,20 @@ def model_batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[dict[str,
 
     Keys that forward does not take are dropped, as the Trainer does with columns. Labels stay: some models make their
     decoder's input from them. A tensor, or the tensors of a tuple, are forward's first arguments, for modules that are not
-    transformers models; what is over (labels) is dropped.
+    transformers models; what is over (labels) is dropped. A batch for a model that takes one mapping keeps all its keys.
 
     Raises:
         CalibrationError: a batch that holds no tensor that the model takes, or has another dtype or device than the first;
             a loader that yields nothing, or nothing but padding.
     """
-    accepted = accepted_names(model)
+    mapping, accepted = takes_a_mapping(model), accepted_names(model)
     main = getattr(model, "main_input_name", None)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     first: dict[str, tuple[torch.dtype, torch.device]] = {}
     count, seen = 0, False
     for count, batch in enumerate(loader, 1):
         where = f"calibration batch {count - 1}"
-        if main is None and isinstance(batch, (Tensor, tuple, list)):
+        if main is None and not mapping and isinstance(batch, (Tensor, tuple, list)):
             batch = dict(zip(accepted or (), [batch] if isinstance(batch, Tensor) else batch, strict=False))
         if not isinstance(batch, Mapping):
             raise CalibrationError(f"{where} is a {type(batch).__name__}: expected a mapping of the model's inputs")
@@ -63,6 +65,7 @@ def model_batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[dict[str,
         tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
         if not any(value.numel() for name, value in tensors.items() if name != "labels"):
             takes = repr(main or next(iter(accepted or ()), "nothing"))
+            takes = "one mapping with tensors in it" if mapping else takes
             raise CalibrationError(
                 f"{where} holds {', '.join(map(repr, batch)) or 'nothing'}: no tensor in it is an input of "
                 f"{type(model).__name__}.forward, which takes {takes}"
@@ -87,8 +90,16 @@ def model_batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[dict[str,
         raise CalibrationError("the calibration set holds only padding: its attention mask is 0 everywhere")
 
 
+def takes_a_mapping(model: nn.Module) -> bool:
+    """Whether forward takes the whole batch as one mapping, which its annotation says: `SentenceTransformer` does."""
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return len(parameters) == 1 and _MAPPING.match(inspect.formatannotation(parameters[0].annotation).strip("'")) is not None
+
+
 def accepted_names(model: nn.Module) -> list[str] | None:
     """The names of forward's arguments, in order; None if it takes any."""
+    if takes_a_mapping(model):
+        return None
     parameters = inspect.signature(model.forward).parameters
     names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and n != "return_dict"]
     wraps = getattr(model, "get_base_model", None)  # PEFT passes on whatever it is given

@@ -16,7 +16,7 @@ from ..structure import random_state
 from ..structure.autocast import Autocast
 from ..structure.config import config_of
 from ..structure.edits import without_caches
-from .batches import FORWARD_ERRORS, CalibrationError, forward_failed
+from .batches import FORWARD_ERRORS, CalibrationError, forward_failed, takes_a_mapping
 
 
 @contextlib.contextmanager
@@ -48,8 +48,13 @@ def run_batch(model: nn.Module, batch: Mapping[str, Any], index: int) -> Any:
 
 def call(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """What forward returns, as a mapping."""
+    if takes_a_mapping(model):  # which it may write into
+        return _as_mapping(model(dict(batch)))
     extra = {"return_dict": True} if _takes_return_dict(model) and "return_dict" not in batch else {}
-    output = model(**batch, **extra)
+    return _as_mapping(model(**batch, **extra))
+
+
+def _as_mapping(output: Any) -> Mapping[str, Any]:
     if isinstance(output, Mapping):
         return output
     return {str(i): value for i, value in enumerate(output if isinstance(output, (tuple, list)) else [output])}

@@ -17,7 +17,8 @@ from torch import nn
 
 _FOLLOWED = 500  # functions that are read at most; more than that cannot be told
 # code that names these may call what cannot be read here
-_OPAQUE = {"forward", "_old_forward", "__call__", "_call_impl", "super", "named_modules", "modules", "children", "_modules"}
+_OPAQUE = {"forward", "_old_forward", "__call__", "_call_impl", "super", "_modules", "get_submodule"}
+_OPAQUE |= {"modules", "named_modules", "children", "named_children"}
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, Protocol
 
 from transformers import TrainingArguments
 
@@ -113,22 +115,57 @@ class LambdaGELUTrainingArguments(TrainingArguments):
         },
     )
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lets a class that is joined with another library's arguments have that one's defaults, whatever their order.
+
+        A dataclass takes each field from the first base that has it: this one has all those of TrainingArguments.
+        """
+        super().__init_subclass__(**kwargs)
+        own = inspect.get_annotations(cls)
+        bases = [base for base in cls.__mro__[1:] if base not in LambdaGELUTrainingArguments.__mro__]
+        for base in reversed([base for base in bases if is_dataclass(base)]):
+            for name in set(inspect.get_annotations(base)) & {f.name for f in fields(TrainingArguments)} - set(own):
+                cls.__annotations__ = inspect.get_annotations(cls) | {name: base.__dataclass_fields__[name].type}
+                setattr(cls, name, copy.copy(base.__dataclass_fields__[name]))
+
     def __post_init__(self) -> None:
         self.check()
         super().__post_init__()  # type: ignore[no-untyped-call]  # transformers' own has no types
 
     def check(self) -> None:
         """Raises ValueError, which names it, for a value out of its range: searches set values after the class was made."""
-        check_schedule(0.0, self.hardness_hold, self.hardness_ramp)
-        held = self.hardness_hold if self.hardness_compensate == "none" else 0.0  # without a ramp there is no hold to fit in
-        check_schedule(self.hardness_switch_point, held, self.hardness_ramp)
-        target_hardness(self.hardness_tolerance)
-        check_relative_tolerance(self.hardness_relative_tolerance)
-        choices = {"hardness_target": _TARGETS, "hardness_compensate": _COMPENSATE, "sparsity_norm": _SPARSITY_NORMS}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected {' or '.join(map(repr, known))}")
+        check_hardening(self)
+        if self.sparsity_norm not in _SPARSITY_NORMS:
+            raise _unknown("sparsity_norm", self.sparsity_norm, _SPARSITY_NORMS)
         if not (0.0 <= self.hardness_learning_rate < math.inf):
             raise ValueError(f"hardness_learning_rate must be a finite number >= 0, got {self.hardness_learning_rate}")
         if not (0.0 <= self.sparsity_penalty < math.inf):
             raise ValueError(f"sparsity_penalty must be a finite number >= 0, got {self.sparsity_penalty}: 0 is none")
+
+
+class Hardening(Protocol):
+    """What says how λ is hardened; the fields are those of `LambdaGELUTrainingArguments`."""
+
+    hardness_switch_point: float
+    hardness_compensate: Literal["least_squares", "bias", "none"]
+    hardness_ramp: Literal["geometric", "linear", "cosine", "reciprocal"]
+    hardness_target: Literal["l1", "calibrated"]
+    hardness_tolerance: float
+    hardness_relative_tolerance: float
+    hardness_hold: float
+
+
+def check_hardening(args: Hardening) -> None:
+    """Raises ValueError, which names it, for a value out of its range."""
+    check_schedule(0.0, args.hardness_hold, args.hardness_ramp)
+    held = args.hardness_hold if args.hardness_compensate == "none" else 0.0  # without a ramp there is no hold to fit in
+    check_schedule(args.hardness_switch_point, held, args.hardness_ramp)
+    target_hardness(args.hardness_tolerance)
+    check_relative_tolerance(args.hardness_relative_tolerance)
+    for name, known in {"hardness_target": _TARGETS, "hardness_compensate": _COMPENSATE}.items():
+        if getattr(args, name) not in known:
+            raise _unknown(name, getattr(args, name), known)
+
+
+def _unknown(name: str, value: object, known: tuple[str, ...]) -> ValueError:
+    return ValueError(f"unknown {name} {value!r}: expected {' or '.join(map(repr, known))}")

@@ -26,6 +26,19 @@ from .switch import SwitchData, calibrated_targets, check_calibratable, l1_targe
 logger = logging.get_logger(__name__)
 
 
+def as_it_is(batch: Any) -> Iterable[Any]:
+    """A training batch as what forward takes."""
+    return [batch]
+
+
+def stored_attributes(state: TrainerState) -> dict[str, Any]:
+    """What the callback of a run that is resumed had stored, `LambdaGELUTrainer`'s or a `HardnessCallback`; else nothing."""
+    # while a Trainer runs, by the names of their classes
+    states = cast("Mapping[str, Any]", state.stateful_callbacks) if state.global_step else {}
+    stored = next((states[name] for name in ("HardeningCallback", "HardnessCallback") if name in states), None)
+    return dict(stored["attributes"]) if stored else {}
+
+
 class HardeningCallback(TrainerCallback, ExportableState):
     """Sets λ by the schedule once learning is over.
 
@@ -36,25 +49,31 @@ class HardeningCallback(TrainerCallback, ExportableState):
     def __init__(self) -> None:
         self.at_switch: dict[str, float] | None = None
         self.calibrated: dict[str, float] | None = None
-        self.inputs: Callable[[Any], Iterable[Any]] = lambda batch: [batch]
+        self.inputs: Callable[[Any], Iterable[Any]] = as_it_is
         self._clipping: HardnessUpdate | None = None
         self._gradient_seen = False
         self._floor: dict[str, float] = {}  # λ of a run that was resumed after its switch
         self.refit: CompensationReport | None = None  # in this process; a resumed run has the weights, not the report
 
+    def settings(self, args: TrainingArguments) -> LambdaGELUTrainingArguments:
+        """The run's arguments, with those of hardening among them."""
+        return cast(LambdaGELUTrainingArguments, args)  # LambdaGELUTrainer takes no others
+
+    def check(self, run: LambdaGELUTrainingArguments) -> None:
+        """Raises ValueError for settings out of their range: searches set them after the class was made."""
+        run.check()
+
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"at_switch": self.at_switch, "calibrated": self.calibrated}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        args = cast(LambdaGELUTrainingArguments, args)  # LambdaGELUTrainer takes no others
+        run = self.settings(args)
         # read from the state directly: the Trainer restores callbacks only with restore_callback_states_from_checkpoint
-        states = cast("Mapping[str, Any]", state.stateful_callbacks)  # while a Trainer runs, by the names of their classes
-        stored = states.get(type(self).__name__) if state.global_step else None
-        attributes = stored["attributes"] if stored else {}
+        attributes = stored_attributes(state)
         self.at_switch = attributes.get("at_switch")
         self.calibrated = attributes.get("calibrated")  # absent in older checkpoints
-        args.check()
-        check_calibratable(args, kwargs["model"], kwargs["train_dataloader"].dataset)
+        self.check(run)
+        check_calibratable(run, kwargs["model"], kwargs["train_dataloader"].dataset)
         reasons = bypassed_by_code(kwargs["model"], hardness_sites(kwargs["model"]))
         if reasons:
             raise ValueError(f"{refusal(reasons)}. λ would not be learned there")
@@ -68,7 +87,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
             )
         self._floor = hardness_profile(kwargs["model"]) if self.at_switch is not None else {}
         self._clipping = attach_to_the_run(kwargs["optimizer"], kwargs["model"])
-        self._apply(args, state, **kwargs)
+        self._apply(run, state, **kwargs)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -80,7 +99,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_log or control.should_save:
             check_finite(kwargs["model"], state, get_last_checkpoint(args.output_dir))
-        self._apply(cast(LambdaGELUTrainingArguments, args), state, **kwargs)
+        self._apply(self.settings(args), state, **kwargs)
         if control.should_save or control.should_training_stop:
             to_average(kwargs["optimizer"])  # what is saved is what was evaluated
 
@@ -89,10 +108,9 @@ class HardeningCallback(TrainerCallback, ExportableState):
             to_average(kwargs["optimizer"])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        args = cast(LambdaGELUTrainingArguments, args)
         if self._clipping is not None:
             self._clipping.remove()
-        warn_if_soft(kwargs["model"], self.targets(args, kwargs["model"]), state)
+        warn_if_soft(kwargs["model"], self.targets(self.settings(args), kwargs["model"]), state)
 
     def _apply(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..measurement.forward import random_state_kept
 from ..measurement.in_effect import bypassed, counting_calls
 from ..reports import span
 from ..structure.forwards import refusal
+from ..structure.hooks import Hooks
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +42,12 @@ def first_step(
             loss = step()
     with torch.no_grad(), random_state_kept(model):
         missed = bypassed(model, called, rerun)
+    tell_missed(model, missed)
+    return step() if hooked else loss
+
+
+def tell_missed(model: nn.Module, missed: Mapping[str, str | None]) -> None:
+    """Raises ValueError for sites that are bypassed, and warns of those that a batch did not reach, see `bypassed`."""
     reasons = {site: why for site, why in missed.items() if why is not None}
     if reasons:
         model.zero_grad()
@@ -49,4 +57,34 @@ def first_step(
             f"{len(missed)} of {len(hardness_sites(model))} λ-GELU did not run on the first batch, {span(list(missed))}: "
             "their λ is learned from batches that reach them, if there are any"
         )
-    return step() if hooked else loss
+
+
+class FirstUpdate:
+    """The same for who has no hand in the step itself: from `begin`, before the first batch, to `end`, before the update."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._called: set[str] = set()
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._open = ExitStack()
+
+    def begin(self) -> None:
+        self._open.enter_context(counting_calls(self.model, self._called))
+        self._open.enter_context(Hooks()).before(self.model, self._take)
+
+    def leave(self) -> None:
+        """The model is as before, where training was stopped in between."""
+        self._open.close()
+
+    def end(self) -> None:
+        """Raises ValueError if something else runs in the place of a site; no gradient is left then."""
+        self.leave()
+        if self._inputs is None:  # only parts of the model ran
+            return
+        (args, kwargs), self._inputs = self._inputs, None
+        with torch.no_grad(), random_state_kept(self.model):
+            missed = bypassed(self.model, self._called, lambda: self.model(*args, **kwargs))
+        tell_missed(self.model, missed)
+
+    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inputs = args, dict(kwargs)

@@ -11,6 +11,7 @@ from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from .._compat import finish_current_push
 from ..activation.module import hardness_sites
 from ..checkpoints.card import CardDetails
 from ..checkpoints.hub import push_relu_to_hub
@@ -23,6 +24,28 @@ if TYPE_CHECKING:
 
 # of a run's arguments, what a card states besides those of the hardness
 _STATED = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
+
+
+def push_relu(
+    trainer: LambdaGELUTrainer,
+    commit_message: str | None,
+    details: CardDetails,
+    *,
+    token: str | None,
+    revision: str | None,
+    private: bool | None,
+) -> CommitInfo | None:
+    """`push_trained` by the first process, to the trainer's repository, after what is still being pushed."""
+    args = trainer.args
+    token = token if token is not None else args.hub_token
+    if trainer.hub_model_id is None:
+        trainer.init_hf_repo(token=token, private=private)
+    if not trainer.is_world_process_zero():
+        return None
+    finish_current_push(trainer)
+    private = bool(private if private is not None else args.hub_private_repo)
+    revision = revision or args.hub_revision
+    return push_trained(trainer, commit_message, details, private=private, revision=revision, token=token)
 
 
 def push_trained(

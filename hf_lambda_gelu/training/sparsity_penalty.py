@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from .._compat import is_compiled
 from ..activation.module import hardness_sites
@@ -144,6 +145,14 @@ def _weights(calls: Sequence[_Call], size: int) -> list[Tensor]:
         return [torch.full((len(rows),), size / max(total, 1)) for rows, _ in calls]
     tokens = torch.cat(examples).bincount(minlength=size).double()
     return [1.0 / tokens[example] for example in examples]
+
+
+def loss_is_scaled(trainer: Trainer, items: Tensor | int | None) -> bool:
+    """Whether Trainer takes a loss for one that is divided by what an update accumulates, as in its `training_step`."""
+    told = getattr(trainer, "loss_is_scaled_for_ga", None)  # of newer transformers
+    if told is not None:
+        return bool(told)
+    return (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
 
 
 def check_penalisable(args: LambdaGELUTrainingArguments, model: nn.Module) -> None:

@@ -75,8 +75,8 @@ def try_a_batch(model: nn.Module, args: LambdaGELUTrainingArguments, data: Switc
     except CalibrationError as error:
         raise CalibrationError(
             f"the switch at {args.hardness_switch_point:g} of the run will measure or refit the model on training batches, "
-            f"and cannot: {error}. Override LambdaGELUTrainer.calibration_inputs, which makes of a batch what forward "
-            "takes, or set hardness_target='l1' and hardness_compensate='none'"
+            f"and cannot: {error}. Override LambdaGELUTrainer.calibration_inputs, or give HardnessCallback one, which makes "
+            "of a batch what forward takes, or set hardness_target='l1' and hardness_compensate='none'"
         ) from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,29 +11,21 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import logging
 
-from .._compat import finish_current_push
 from ..activation.module import hardness_profile, hardness_sites
-from ..activation.older_checkpoints import NAME, OLDER
 from ..checkpoints.card import PAPER, CardDetails
-from ..checkpoints.folders import check_writable
-from ..checkpoints.shards import tensor_names
 from ..structure.modules import has_adapters
-from ..structure.offloading import check_not_offloaded
 from ..surgery.adapter_hardness import load_hardness, save_hardness_with_adapters
-from ..surgery.gates import gates_as_relu
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 from .callback import HardeningCallback
 from .first_step import first_step
 from .optimizer import own_group
-from .publish import push_trained
+from .publish import push_relu
 from .run_checks import check_name
-from .second_evaluation import without_a_trace
-from .sparsity_penalty import SparsityPenalty, check_penalisable
-
-logger = logging.get_logger(__name__)
+from .second_evaluation import evaluate_twice, without_a_trace
+from .sparsity_penalty import SparsityPenalty, loss_is_scaled
+from .start_checks import check_arguments, check_same_sites, check_trainable
 
 
 class LambdaGELUTrainer(Trainer):
@@ -86,48 +77,12 @@ class LambdaGELUTrainer(Trainer):
     ) -> None:
         if args is None:
             args = LambdaGELUTrainingArguments(output_dir="tmp_trainer")
-        if not isinstance(args, LambdaGELUTrainingArguments):
-            raise ValueError(
-                f"LambdaGELUTrainer expects LambdaGELUTrainingArguments, got {type(args).__name__}: they hold the hardness "
-                "schedule beside all fields of TrainingArguments"
-            )
-        if model is not None:
-            check_not_offloaded(model)
-        if args.output_dir is not None:
-            check_writable(args.output_dir)
+        check_arguments(args, model)
         super().__init__(model=model, args=args, **kwargs)  # by name: subclasses' bases order theirs otherwise
-        if not hardness_sites(self.model):
-            raise ValueError(
-                f"{type(self.model).__name__} has no λ-GELU: call hf_lambda_gelu.convert(model) before building the trainer"
-            )
+        check_trainable(args, self.model, getattr(self, "ref_model", None))
         self.add_callback(HardeningCallback())
         if has_adapters(self.model):
-            self._check_adapters()
             save_hardness_with_adapters(self.model)
-        if args.sparsity_penalty:
-            check_penalisable(args, self.model)
-        best = args.metric_for_best_model or ""
-        if "relu_" in best and not args.eval_relu:
-            raise ValueError(f"metric_for_best_model={best!r} is not measured with eval_relu=False: set eval_relu=True")
-        if args.load_best_model_at_end and "relu_" not in best:
-            logger.warning(
-                f"load_best_model_at_end with metric_for_best_model={best!r} may bring back a checkpoint from before the "
-                f"gates were hard: choose by the ReLU metrics, e.g. 'eval_relu_{best.removeprefix('eval_')}'"
-            )
-
-    def _check_adapters(self) -> None:
-        if self.args.hardness_compensate != "none":
-            raise ValueError(
-                f"hardness_compensate={self.args.hardness_compensate!r} refits base weights, which checkpoints of adapters "
-                "do not hold: set hardness_compensate='none', for a ramp, or merge after training and substitute by "
-                "relu_ize(model, calibration=…, compensate='least_squares')"
-            )
-        frozen = [name for name, site in hardness_sites(self.model).items() if not site.unclipped_hardness.requires_grad]
-        if frozen:
-            logger.warning(
-                f"λ of {len(frozen)} sites is frozen, {frozen[0]} the first: PEFT freezes what is there when it wraps a "
-                "model. To learn λ, call convert after it"
-            )
 
     @property
     def learned_hardness(self) -> dict[str, float]:
@@ -178,7 +133,8 @@ class LambdaGELUTrainer(Trainer):
         self._hardening.try_a_batch(self.args, self.model, loader)
 
         def rerun() -> Any:
-            return self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+            with without_a_trace(self):
+                return self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
 
         loss = first_step(self.model, step, rerun, hooked=self._penalty is not None)
         self._sites_run = True
@@ -205,21 +161,14 @@ class LambdaGELUTrainer(Trainer):
         with self._penalty.watching(inputs):
             found = compute()
         loss, outputs = found if isinstance(found, tuple) else (found, None)
-        loss = self._penalty.add(loss, self.current_gradient_accumulation_steps, self._scaled(num_items_in_batch))
+        loss = self._penalty.add(loss, self.current_gradient_accumulation_steps, loss_is_scaled(self, num_items_in_batch))
         return (loss, outputs) if return_outputs else loss
-
-    def _scaled(self, items: torch.Tensor | int | None) -> bool:
-        """Whether Trainer takes a loss for one that is divided by what an update accumulates, as in its `training_step`."""
-        told = getattr(self, "loss_is_scaled_for_ga", None)  # of newer transformers
-        if told is not None:
-            return bool(told)
-        return (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
 
     def calibration_inputs(self, batch: Any) -> Iterable[Any]:
         """The batches of what the model's forward takes, made of a training batch, on which the switch measures and refits.
 
         To be overridden where the model's forward does not take training batches as they are: a loss of one's own on pairs,
-        two towers. [derived]
+        two towers. For trainers of sentence-transformers, it is each column's texts. [derived]
 
         Args:
             batch: what the collator makes.
@@ -230,7 +179,8 @@ class LambdaGELUTrainer(Trainer):
             ...         yield {"input_ids": batch["query_ids"]}
             ...         yield {"input_ids": batch["document_ids"]}
         """
-        return [batch]
+        collect = getattr(self, "collect_features", None)  # of sentence-transformers: a batch holds several columns of texts
+        return [batch] if collect is None else collect(batch)[0]
 
     def evaluation_loop(
         self,
@@ -240,19 +190,13 @@ class LambdaGELUTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        def loop(prefix: str) -> EvalLoopOutput:
+        def loop(loader: Any, prefix: str) -> EvalLoopOutput:
             return super(LambdaGELUTrainer, self).evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, prefix
+                loader, description, prediction_loss_only, ignore_keys, prefix
             )
 
-        output = loop(metric_key_prefix)
-        if self.args.eval_relu:
-            # in the same loop, so that one log line, one callback event and the choice of the best checkpoint see both
-            with gates_as_relu(self.model), without_a_trace(self):
-                relu = loop(f"{metric_key_prefix}_relu").metrics or {}
-            if output.metrics is not None:
-                output.metrics.update({name: value for name, value in relu.items() if "preparation_time" not in name})
-        return output
+        both = partial(evaluate_twice, self, loop) if self.args.eval_relu else loop
+        return both(dataloader, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -292,20 +236,7 @@ class LambdaGELUTrainer(Trainer):
             return super().push_to_hub(commit_message, blocking, token, revision, private, tags=tags, **kwargs)
         if kwargs:
             raise TypeError(f"{', '.join(kwargs)}: the card of a ReLU network takes details=CardDetails(…)")
-        token = token if token is not None else self.args.hub_token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        if not self.is_world_process_zero():
-            return None
-        finish_current_push(self)
-        return push_trained(
-            self,
-            commit_message,
-            details or CardDetails(),
-            private=bool(private if private is not None else self.args.hub_private_repo),
-            revision=revision or self.args.hub_revision,
-            token=token,
-        )
+        return push_relu(self, commit_message, details or CardDetails(), token=token, revision=revision, private=private)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -313,17 +244,7 @@ class LambdaGELUTrainer(Trainer):
             load_hardness(self.model, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Trainer loads non-strictly: without this, λ would silently start over
-        saved = tensor_names(Path(resume_from_checkpoint))  # of adapters and of FSDP, PEFT and accelerate check them
-        if saved is not None:
-            wanted = {f"{name}.{NAME}" for name in hardness_sites(self.model if model is None else model)}
-            found = {key.replace(OLDER, NAME) for key in saved if key.endswith((NAME, OLDER))}
-            if found != wanted:
-                raise ValueError(
-                    f"cannot resume from {resume_from_checkpoint}: it holds λ for {len(found)} sites, the model has "
-                    f"{len(wanted)}; only in the checkpoint: {sorted(found - wanted)}, only in the model: "
-                    f"{sorted(wanted - found)}. Convert the model as the interrupted run did, or start a new run"
-                )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        check_same_sites(self.model if model is None else model, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, *(() if model is None else (model,)))  # not all bases take one
         if has_adapters(self.model):
             load_hardness(self.model, resume_from_checkpoint)

@@ -97,6 +97,16 @@ def model(folder: Path, kind: str, **overrides: int) -> None:
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
+def embedder(folder: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    model(folder / "words", "bert")
+    words = Transformer(str(folder / "words"), max_seq_length=32)
+    SentenceTransformer(modules=[words, Pooling(32)], device="cpu").save_pretrained(str(folder))
+
+
 def reviews(folder: Path) -> None:
     for split in ("train", "validation", "test"):
         rows = {"text": [TEXTS[i % 4] for i in range(300 if split == "train" else 20)]}
@@ -130,6 +140,7 @@ STAND_INS: dict[str, Callable[[Path], None]] = {
     "facebook/dinov2-small-imagenet1k-1-layer": lambda folder: model(folder, "dinov2"),
     "HuggingFaceTB/SmolLM2-135M": lambda folder: model(folder, "llama"),
     "google/flan-t5-small": lambda folder: model(folder, "t5", decoder_start_token_id=0, pad_token_id=0),
+    "sentence-transformers/all-MiniLM-L6-v2": embedder,
     "cornell-movie-review-data/rotten_tomatoes": reviews,
     "zalando-datasets/fashion_mnist": images,
     "Salesforce/wikitext": wiki,
@@ -175,6 +186,7 @@ def test_examples_run(page: Path, stand_in: Callable[[str], str], tmp_path: Path
         pytest.importorskip("llmcompressor", reason="llm-compressor needs torch 2.10, and is not in the oldest set")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setenv("CI", "1")  # TRL's trainers send telemetry from elsewhere
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     text = page.read_text(encoding="utf-8")
     for folder, make in PRESENT.items():

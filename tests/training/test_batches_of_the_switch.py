@@ -79,17 +79,23 @@ class Gathers(hlg.LambdaGELUTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.seen: dict[str, defaultdict[str, list[float]]] = {"eval": defaultdict(list)}
         self.batches = 0
+        self.sums = {"eval": torch.zeros(())}
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         loss, output = super().compute_loss(model, inputs, return_outputs=True)
         self.seen["eval"]["size"].append(float(output.logits.detach().abs().mean()))
         self.batches += 1
+        self.sums["eval"] += output.logits.detach().abs().sum()  # in place, as sentence-transformers' trainers do
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if values := self.seen["eval"].pop("size", None):
-            logs |= {"eval_size": sum(values) / len(values), "eval_batches": float(self.batches)}
+            logs |= {
+                "eval_size": sum(values) / len(values),
+                "eval_batches": float(self.batches),
+                "eval_sum": float(self.sums["eval"]),
+            }
         super().log(logs, start_time)
 
 
@@ -108,4 +114,5 @@ def test_a_second_evaluation_leaves_no_trace(tmp_path: Path) -> None:
         assert ("eval_relu_loss" in metrics) == relu
         logged.append(next(entry for entry in run.state.log_history if "eval_size" in entry))
     assert logged[0]["eval_size"] == logged[1]["eval_size"]
+    assert logged[0]["eval_sum"] == logged[1]["eval_sum"] > 0.0
     assert logged[0]["eval_batches"] == logged[1]["eval_batches"] == 4.0
