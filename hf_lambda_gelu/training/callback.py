@@ -11,14 +11,14 @@ from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..activation.module import hardness_profile, hardness_sites
 from ..structure.forwards import bypassed_by_code, refusal
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
-from .run_checks import attach_to_the_run, check_finite, warn_if_soft
+from .divergence import LossWatch, check_finite
+from .run_checks import attach_to_the_run, warn_if_soft
 from .schedule import HardeningSchedule
 from .switch import SwitchData, calibrated_targets, check_calibratable, l1_targets, refit_at_switch, try_a_batch
 
@@ -36,12 +36,14 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self.at_switch: dict[str, float] | None = None
         self.calibrated: dict[str, float] | None = None
         self.inputs: Callable[[Any], Iterable[Any]] = lambda batch: [batch]
+        self.losses = LossWatch()
+        self.processes: int | None = None  # that write a checkpoint: each its own random state
         self._clipping: RemovableHandle | None = None
         self._floor: dict[str, float] = {}  # λ of a run that was resumed after its switch
         self.refit: CompensationReport | None = None  # in this process; a resumed run has the weights, not the report
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"at_switch": self.at_switch, "calibrated": self.calibrated}}
+        return {"args": {}, "attributes": {"at_switch": self.at_switch, "calibrated": self.calibrated, "processes": self.processes}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         args = cast(LambdaGELUTrainingArguments, args)  # LambdaGELUTrainer takes no others
@@ -51,6 +53,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         attributes = stored["attributes"] if stored else {}
         self.at_switch = attributes.get("at_switch")
         self.calibrated = attributes.get("calibrated")  # absent in older checkpoints
+        self.losses, self.processes = LossWatch(), args.world_size
         args.check()
         check_calibratable(args, kwargs["model"], kwargs["train_dataloader"].dataset)
         reasons = bypassed_by_code(kwargs["model"], hardness_sites(kwargs["model"]))
@@ -70,13 +73,14 @@ class HardeningCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_log or control.should_save:
-            check_finite(kwargs["model"], state, get_last_checkpoint(args.output_dir))
+            check_finite(kwargs["model"], state, args, self.losses)
         self._apply(cast(LambdaGELUTrainingArguments, args), state, **kwargs)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         args = cast(LambdaGELUTrainingArguments, args)
         if self._clipping is not None:
             self._clipping.remove()
+        check_finite(kwargs["model"], state, args, weights=True)
         warn_if_soft(kwargs["model"], self.targets(args, kwargs["model"]), state)
 
     def _apply(
@@ -95,6 +99,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         data = SwitchData(train_dataloader.dataset, train_dataloader.collate_fn, self.inputs)
         switching = self.at_switch is None
         if self.at_switch is None:
+            check_finite(model, state, args, self.losses, weights=True)
             self.at_switch = hardness_profile(model)
         if args.hardness_target == "calibrated" and self.calibrated is None:
             self.calibrated = calibrated_targets(model, args, data)

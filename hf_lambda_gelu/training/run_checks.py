@@ -1,4 +1,4 @@
-"""What is looked at while a Trainer runs: that λ is in what is stepped, that it is a number, that it ends hard."""
+"""What is looked at while a Trainer runs: that λ is in what is stepped, and that it ends hard."""
 
 from __future__ import annotations
 
@@ -29,18 +29,6 @@ def attach_to_the_run(optimizer: Any, model: nn.Module) -> RemovableHandle | Non
     if frozen or type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":  # it steps its own copies; λ < 1 counts as 1
         return None
     return attach_hardness_update(optimizer, model)
-
-
-def check_finite(model: nn.Module, state: TrainerState, last: str | None) -> None:
-    """FloatingPointError, with step and layer, if a λ is NaN or infinite."""
-    broken = {name: value for name, value in hardness_profile(model).items() if not math.isfinite(value)}
-    if broken:
-        name, value = next(iter(broken.items()))
-        kept = f"the last checkpoint is {last}" if last else "no checkpoint was saved"
-        raise FloatingPointError(
-            f"λ of {name} is {value} after step {state.global_step}, {len(broken)} sites in all: training has diverged; "
-            f"{kept}. Lower learning_rate or hardness_learning_rate, or set max_grad_norm"
-        )
 
 
 def warn_if_soft(model: nn.Module, targets: Mapping[str, float], state: TrainerState) -> None:

@@ -27,8 +27,10 @@ from ..surgery.gates import gates_as_relu
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 from .callback import HardeningCallback
+from .divergence import check_finite
 from .first_step import first_step
 from .publish import push_trained
+from .resuming import begin_again, checkpoint_to_resume
 from .second_evaluation import without_a_trace
 from .sparsity_penalty import SparsityPenalty, check_penalisable
 
@@ -163,12 +165,21 @@ class LambdaGELUTrainer(Trainer):
                 optimizer.add_param_group({"params": trained, "lr": self.args.hardness_learning_rate, "weight_decay": 0.0})
         return optimizer
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        return super().train(checkpoint_to_resume(resume_from_checkpoint, self.args), *args, **kwargs)
+
     def training_step(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
+        loss = self._checked_step(model, inputs, num_items_in_batch)
+        if not self.args.fp16:  # which leaves out the steps that overflow
+            self._hardening.losses.see(loss, self.state.global_step + 1, inputs)
+        return loss
+
+    def _checked_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         step = partial(super().training_step, model, inputs, num_items_in_batch)
         if self._penalty is not None:
             step = partial(self._penalty.step, step)
@@ -307,6 +318,12 @@ class LambdaGELUTrainer(Trainer):
             revision=revision or self.args.hub_revision,
             token=token,
         )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        check_finite(self.model, self.state, self.args, self._hardening.losses, weights=True)
+        if self.args.should_save:
+            begin_again(Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
