@@ -17,6 +17,7 @@ from ..activation.module import hardness_profile, hardness_sites
 from ..structure.forwards import bypassed_by_code, refusal
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
+from .console import refit_line, say, switch_lines
 from .divergence import LossWatch, check_finite
 from .run_checks import attach_to_the_run, warn_if_soft
 from .schedule import HardeningSchedule
@@ -81,7 +82,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         if self._clipping is not None:
             self._clipping.remove()
         check_finite(kwargs["model"], state, args, weights=True)
-        warn_if_soft(kwargs["model"], self.targets(args, kwargs["model"]), state)
+        warn_if_soft(kwargs["model"], self.targets(args, kwargs["model"]), state, self.at_switch is not None)
 
     def _apply(
         self,
@@ -105,9 +106,12 @@ class HardeningCallback(TrainerCallback, ExportableState):
             self.calibrated = calibrated_targets(model, args, data)
         if switching and not ramp:
             self.refit = refit_at_switch(model, args, data)
-            if state.is_world_process_zero:
-                logger.info(str(self.refit))
+            logger.info(str(self.refit))
         targets = self.targets(args, model)
+        if switching and state.is_world_process_zero:
+            until = f"by hardness_ramp={args.hardness_ramp!r}, until step {schedule.hold_step}"
+            then = until if self.refit is None or ramp else refit_line(self.refit)
+            say(switch_lines(state.global_step, state.max_steps, [*self.at_switch.values()], [*targets.values()], then))
         for name, site in hardness_sites(model).items():
             start = self.at_switch[name]
             ramped = schedule.hardness(state.global_step, start, targets[name]) if ramp else targets[name]

@@ -31,14 +31,22 @@ def attach_to_the_run(optimizer: Any, model: nn.Module) -> RemovableHandle | Non
     return attach_hardness_update(optimizer, model)
 
 
-def warn_if_soft(model: nn.Module, targets: Mapping[str, float], state: TrainerState) -> None:
-    """Says so if the run has ended before λ reached its targets."""
+def warn_if_soft(model: nn.Module, targets: Mapping[str, float], state: TrainerState, switched: bool) -> None:
+    """Says so if the run has ended before λ reached its targets.
+
+    Args:
+        switched: whether the run has come to its switch.
+    """
     profile = hardness_profile(model)
     soft = [name for name, value in profile.items() if not value >= 0.999 * targets.get(name, math.inf)]
-    if soft and state.is_world_process_zero:
-        target = f"{targets[soft[0]]:.4g}" if soft[0] in targets else "not calibrated yet"
-        logger.warning(
-            f"training ended at step {state.global_step} of {state.max_steps} with {len(soft)} of {len(profile)} gates "
-            f"soft: {soft[0]} has λ = {profile[soft[0]]:.4g}, its target is {target}. relu_ize(model, calibration=…, "
-            "compensate='least_squares') refits what soft gates leave; or train on"
-        )
+    if not soft or not state.is_world_process_zero:
+        return
+    worst = min(soft, key=lambda name: profile[name] / targets.get(name, 1.0))
+    wanted = f"{targets[worst]:.4g} is wanted" if worst in targets else "its target is measured at the switch"
+    before = "" if switched else ", before the switch (hardness_switch_point), where λ would have gone to its target"
+    logger.warning(
+        f"training ended at step {state.global_step} of {state.max_steps} with {len(soft)} of {len(profile)} gates soft{before}: "
+        f"they are not ReLU yet, and relu_ize(model) alone will refuse them. Softest is {worst} with λ = {profile[worst]:.4g}; "
+        f"{wanted}. Train to the end (trainer.train(resume_from_checkpoint=True)), or let a refit make up for the soft gates: "
+        "relu_ize(model, calibration=…, compensate='least_squares')"
+    )

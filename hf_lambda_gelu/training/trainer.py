@@ -27,8 +27,10 @@ from ..surgery.gates import gates_as_relu
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 from .callback import HardeningCallback
+from .console import shorten
 from .divergence import check_finite
 from .first_step import first_step
+from .pictures import ProfilePictures
 from .publish import push_trained
 from .resuming import begin_again, checkpoint_to_resume
 from .second_evaluation import without_a_trace
@@ -46,7 +48,7 @@ class LambdaGELUTrainer(Trainer):
       examples so that the function stays (`hardness_compensate`); with "none" it follows `hardness_ramp` instead;
     - the target is that of `hardness_tolerance`, or with `hardness_target="calibrated"` each site's own, from its
       pre-activations on 64 training examples at the switch;
-    - λ of every layer is in the logs, as `hardness/<module>`;
+    - λ of every layer is in the logs, as `hardness/<module>`; what is printed has one line for all of them;
     - with `sparsity_penalty`, the gradient is that of the loss and of a penalty on what the gates let through; the logs have
       it as `sparsity/penalty`, and the share of zeros that ReLU would put out as `sparsity/zeros`;
     - evaluation also reports the metrics with the gates as ReLU, as `eval_relu_*`.
@@ -101,6 +103,7 @@ class LambdaGELUTrainer(Trainer):
                 f"{type(self.model).__name__} has no λ-GELU: call hf_lambda_gelu.convert(model) before building the trainer"
             )
         self.add_callback(HardeningCallback())
+        self.add_callback(ProfilePictures(self))
         if has_adapters(self.model):
             self._check_adapters()
             save_hardness_with_adapters(self.model)
@@ -133,6 +136,11 @@ class LambdaGELUTrainer(Trainer):
     def learned_hardness(self) -> dict[str, float]:
         """{module name: λ} as learned, at the switch to the ramp; the present profile before that."""
         return self._hardening.at_switch or hardness_profile(self.model)
+
+    @property
+    def has_switched(self) -> bool:
+        """Whether λ is no longer learned, but at its target or on its way there."""
+        return self._hardening.at_switch is not None
 
     @property
     def hardness_targets(self) -> dict[str, float]:
@@ -270,6 +278,7 @@ class LambdaGELUTrainer(Trainer):
         if "loss" in logs:
             logs.update({f"hardness/{name}": value for name, value in hardness_profile(self.model).items()})
             logs.update({} if self._penalty is None else self._penalty.logs())
+        shorten(self.callback_handler.callbacks, logs)
         super().log(logs, start_time)
 
     def push_to_hub(
