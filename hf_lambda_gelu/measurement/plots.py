@@ -47,7 +47,7 @@ def plot_hardness(
 ) -> Path:
     """Writes a PNG: λ per site in network order and, where a history is known, λ and the ReLU gap over the steps.
 
-    The ReLU gap of a metric is its value with the gates as ReLU minus that with the gates as they are, `eval_relu_x − eval_x`.
+    The ReLU gap of a metric is `eval_relu_x − eval_x`: with the gates as ReLU, minus with the gates as they are.
 
     Args:
         profile: one of
@@ -79,7 +79,9 @@ def plot_hardness(
     """
     if isinstance(profile, (str, os.PathLike)):
         if history:
-            raise ValueError("history is that of the folder: give either the folder of a run, or {module name: λ} and history")
+            raise ValueError(
+                "history is that of the folder: give either the folder of a run, or {module name: λ} and history"
+            )
         run = read_run(profile)
         path = Path(profile, "hardness.png") if path is None else path
         return _of_a_run(run, path, title, f"in {str(profile)!r}")
@@ -87,10 +89,11 @@ def plot_hardness(
         if not profile:
             raise ValueError("the hardness profile is empty: nothing to plot")
         return _saved(hardness_figure(profile, history, title or "Learned hardness"), path)
-    if isinstance(profile, Sequence) and all(isinstance(entry, Mapping) for entry in profile):
+    entries = [entry for entry in profile if isinstance(entry, Mapping)] if isinstance(profile, Sequence) else None
+    if entries is not None and len(entries) == len(profile):
         if history:
             raise ValueError("profile is a history already: give {module name: λ} first, or no history")
-        return _of_a_run(RunHistory(profile), path, title, "in this history")
+        return _of_a_run(RunHistory(entries), path, title, "in this history")
     raise TypeError(
         f"expected the folder of a run, trainer.state.log_history or {{module name: λ}}, got {type(profile).__name__}"
     )
@@ -112,8 +115,8 @@ def _of_a_run(run: RunHistory, path: str | os.PathLike[str] | None, title: str |
     profile, last = run.learned or run.last, max([run.step, *(entry.get("step", 0) for entry in run.history)])
     if not profile:
         raise ValueError(
-            f"there is no λ {where}: {len(run.history)} log entries, none with hardness/<module>. LambdaGELUTrainer logs them "
-            "every logging_steps"
+            f"there is no λ {where}: {len(run.history)} log entries, none with hardness/<module>. LambdaGELUTrainer "
+            "logs them every logging_steps"
         )
     default = "λ as learned, at the switch" if run.learned else f"λ as logged last, by step {last}"
     return _saved(hardness_figure(profile, run.history, title or default), path)

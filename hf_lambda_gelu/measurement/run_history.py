@@ -37,8 +37,11 @@ class RunHistory:
     @property
     def last(self) -> dict[str, float]:
         """{module name: λ} as logged last."""
-        entry = next((each for each in reversed(self.history) if any(key.startswith(_HARDNESS) for key in each)), {})
-        return {key.removeprefix(_HARDNESS): value for key, value in entry.items() if key.startswith(_HARDNESS)}
+        for entry in reversed(self.history):
+            found = {key.removeprefix(_HARDNESS): value for key, value in entry.items() if key.startswith(_HARDNESS)}
+            if found:
+                return found
+        return {}
 
 
 def read_run(folder: str | os.PathLike[str]) -> RunHistory:

@@ -220,8 +220,8 @@ def check_substitutable(
     diverged = [name for name, value in profile.items() if not math.isfinite(value)]
     if diverged:
         raise ValueError(
-            f"λ of {len(diverged)} of {len(profile)} sites is no number ({diverged[0]}: {profile[diverged[0]]}): training has "
-            "diverged, and with it the weights. Load an earlier checkpoint"
+            f"λ of {len(diverged)} of {len(profile)} sites is no number ({diverged[0]}: {profile[diverged[0]]}): training "
+            "has diverged, and with it the weights. Load an earlier checkpoint"
         )
     reasons = bypassed_by_code(model, profile)
     if reasons:

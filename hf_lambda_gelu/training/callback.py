@@ -44,7 +44,10 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self.refit: CompensationReport | None = None  # in this process; a resumed run has the weights, not the report
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"at_switch": self.at_switch, "calibrated": self.calibrated, "processes": self.processes}}
+        return {
+            "args": {},
+            "attributes": {"at_switch": self.at_switch, "calibrated": self.calibrated, "processes": self.processes},
+        }
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         args = cast(LambdaGELUTrainingArguments, args)  # LambdaGELUTrainer takes no others

@@ -10,15 +10,15 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
+from logging import WARNING
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
+from .._compat import write_beside_bars
 from ..surgery.refit.report import CompensationReport
-
-logger = logging.get_logger(__name__)
 
 PREFIX = "hardness/"  # and the module's name: λ in the logs
 _BLOCKS, _DIGITS = "▁▂▃▄▅▆▇█", "01234567"
@@ -76,11 +76,11 @@ def shortened(logs: Mapping[str, Any]) -> dict[str, Any]:
 
 def say(text: str) -> None:
     """Prints on standard output, above a progress bar, unless transformers is to tell of errors alone."""
-    if logger.isEnabledFor(logging.WARNING):
+    if logging.get_verbosity() <= WARNING:
         if not _printable(text):
             encoding = sys.stdout.encoding or "ascii"
             text = text.encode(encoding, "replace").decode(encoding)
-        tqdm.write(text)
+        write_beside_bars(text)
 
 
 def switch_lines(step: int, steps: int, learned: Sequence[float], now: Sequence[float], then: str) -> str:
@@ -91,7 +91,8 @@ def switch_lines(step: int, steps: int, learned: Sequence[float], now: Sequence[
         then: what became of the maps, or of λ, in one line.
     """
     name, arrow = ("λ", "→") if _printable("λ→") else ("lambda", "->")
-    return f"hardness: switch after step {step} of {steps}: {name} {profile_line(learned)} {arrow} {profile_line(now)}\n  {then}"
+    moved = f"{profile_line(learned)} {arrow} {profile_line(now)}"
+    return f"hardness: switch after step {step} of {steps}: {name} {moved}\n  {then}"
 
 
 def refit_line(report: CompensationReport) -> str:
@@ -134,7 +135,7 @@ def _cells(values: Sequence[float]) -> list[float]:
     """The values, or the means of neighbours where there are more than fit."""
     count = min(len(values), _CELLS)
     bounds = [len(values) * i // count for i in range(count + 1)]
-    return [sum(values[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [sum(values[a:b]) / (b - a) for a, b in pairwise(bounds)]
 
 
 def _printable(text: str) -> bool:

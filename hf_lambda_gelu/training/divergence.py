@@ -73,7 +73,9 @@ def check_finite(
         name, value = next(iter(hardness.items()))
         told.append(f"λ of {name} is {value} after step {state.global_step}, {len(hardness)} sites in all")
     if broken:
-        told.append(f"{len(broken)} weights hold values that are no numbers after step {state.global_step}, {broken[0]} first")
+        told.append(
+            f"{len(broken)} weights hold values that are no numbers after step {state.global_step}, {broken[0]} first"
+        )
     elif loss and not hardness:
         told.append("every λ and weight is still finite: look at the data of that step")
     if not found:
@@ -81,7 +83,8 @@ def check_finite(
     good = last_good(args.output_dir, args)
     kept = f"the last good checkpoint is {good}" if good else "no checkpoint was saved"
     raise FloatingPointError(
-        f"{'; '.join(told)}: training has diverged; {kept}. Lower learning_rate or hardness_learning_rate, or set max_grad_norm"
+        f"{'; '.join(told)}: training has diverged; {kept}. Lower learning_rate or hardness_learning_rate, or "
+        "set max_grad_norm"
     )
 
 

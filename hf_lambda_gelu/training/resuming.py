@@ -226,7 +226,9 @@ def _check_there(folder: Path, state: dict[str, Any], args: TrainingArguments | 
 
 def _has_weights(folder: Path) -> bool:
     for path in folder.rglob("*"):
-        weights = path.suffix in (".safetensors", ".bin", ".distcp") and not _NOT_WEIGHTS.search(str(path.relative_to(folder)))
+        weights = path.suffix in (".safetensors", ".bin", ".distcp") and not _NOT_WEIGHTS.search(
+            str(path.relative_to(folder))
+        )
         if weights and path.is_file():
             return True
     return False

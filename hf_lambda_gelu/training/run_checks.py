@@ -45,8 +45,8 @@ def warn_if_soft(model: nn.Module, targets: Mapping[str, float], state: TrainerS
     wanted = f"{targets[worst]:.4g} is wanted" if worst in targets else "its target is measured at the switch"
     before = "" if switched else ", before the switch (hardness_switch_point), where λ would have gone to its target"
     logger.warning(
-        f"training ended at step {state.global_step} of {state.max_steps} with {len(soft)} of {len(profile)} gates soft{before}: "
-        f"they are not ReLU yet, and relu_ize(model) alone will refuse them. Softest is {worst} with λ = {profile[worst]:.4g}; "
-        f"{wanted}. Train to the end (trainer.train(resume_from_checkpoint=True)), or let a refit make up for the soft gates: "
-        "relu_ize(model, calibration=…, compensate='least_squares')"
+        f"training ended at step {state.global_step} of {state.max_steps} with {len(soft)} of {len(profile)} gates soft"
+        f"{before}: they are not ReLU yet, and relu_ize(model) alone will refuse them. Softest is {worst} with "
+        f"λ = {profile[worst]:.4g}; {wanted}. Train to the end (trainer.train(resume_from_checkpoint=True)), or let a "
+        "refit make up for the soft gates: relu_ize(model, calibration=…, compensate='least_squares')"
     )
