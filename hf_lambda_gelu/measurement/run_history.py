@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,10 @@ def read_run(folder: str | os.PathLike[str]) -> RunHistory:
         raise ValueError(f"{str(folder)!r} is no folder: expected that of a run, or of one of its checkpoints")
     names = [name for name in os.listdir(root) if _CHECKPOINT.fullmatch(name)]
     places = [root, *(root / name for name in sorted(names, key=lambda name: int(name.partition("-")[2]), reverse=True))]
-    found: dict[str, Any] | None = None
-    for path in (place / _STATE for place in places):
-        if path.is_file():
-            state = _read(path)
-            if state is not None and (found is None or state["global_step"] > found["global_step"]):
-                found = state
-        if found is not None and path.parent != root:
-            break  # the newest checkpoint that can be read
+    states = (state for place in places if (state := _read(place / _STATE)) is not None)
+    found = next(states, None)
+    if found is not None and (root / _STATE).is_file():  # of save_state(): later than the checkpoints, or of an older run
+        found = max((found, *islice(states, 1)), key=lambda state: state["global_step"])
     if found is None:
         there = ", ".join(sorted(os.listdir(root))[:5]) or "nothing"
         raise ValueError(
@@ -94,6 +91,8 @@ def relu_gaps(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int,
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(state["global_step"], int) and isinstance(state["log_history"], list):

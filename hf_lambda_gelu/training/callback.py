@@ -85,6 +85,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         if self._clipping is not None:
             self._clipping.remove()
         check_finite(kwargs["model"], state, args, weights=True)
+        cast("dict[str, Any]", state.stateful_callbacks)[type(self).__name__] = self.state()  # for trainer.save_state()
         warn_if_soft(kwargs["model"], self.targets(args, kwargs["model"]), state, self.at_switch is not None)
 
     def _apply(

@@ -42,7 +42,8 @@ def test_the_folder_of_a_run_and_of_a_checkpoint(run: tuple[Path, hlg.LambdaGELU
     assert hlg.plot_hardness(str(folder / "checkpoint-2"), tmp_path / "early.png").is_file()
     assert hlg.plot_hardness(trainer.state.log_history, tmp_path / "history.png").is_file()
     trainer.save_state()
-    assert len(read_run(folder).history) == len(trainer.state.log_history)
+    assert len(read_run(folder).history) == len(trainer.state.log_history) > len(read.history)
+    assert read_run(folder).learned == trainer.learned_hardness
     (folder / "trainer_state.json").unlink()
     (folder / "checkpoint-8" / "trainer_state.json").write_text('{"global_step": 8, "log_hist')
     assert read_run(folder).step == 6
