@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,9 +113,17 @@ def fault(folder: Path, args: TrainingArguments | None = None) -> str | None:
     return None
 
 
-def begin_again(folder: str | os.PathLike[str]) -> None:
-    """Before a checkpoint is written over: without its last file it counts as broken until it is whole again."""
-    Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
+def before_a_save(folder: str | os.PathLike[str], step: int, args: TrainingArguments) -> None:
+    """Lets the checkpoint that is about to be written be the last good one of a run's folder.
+
+    One that is written over loses its last file first, so that it counts as broken until it is whole again. Broken ones of
+    later steps, which a resumed run has passed over, are removed where `save_total_limit` removes checkpoints: it would keep
+    them, as the newest, in the place of good ones.
+    """
+    Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}", TRAINER_STATE_NAME).unlink(missing_ok=True)
+    for each in list(checkpoints(folder)) if args.save_total_limit else ():
+        if int(each.name.rpartition("-")[2]) > step and fault(each) is not None:
+            shutil.rmtree(each, ignore_errors=True)
 
 
 def _check(folder: Path, args: TrainingArguments) -> None:

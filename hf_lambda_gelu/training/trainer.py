@@ -32,7 +32,7 @@ from .divergence import check_finite
 from .first_step import first_step
 from .pictures import ProfilePictures
 from .publish import push_trained
-from .resuming import begin_again, checkpoint_to_resume
+from .resuming import before_a_save, checkpoint_to_resume
 from .second_evaluation import without_a_trace
 from .sparsity_penalty import SparsityPenalty, check_penalisable
 
@@ -331,7 +331,7 @@ class LambdaGELUTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         check_finite(self.model, self.state, self.args, self._hardening.losses, weights=True)
         if self.args.should_save:
-            begin_again(Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}"))
+            before_a_save(self._get_output_dir(trial=trial), self.state.global_step, self.args)
         super()._save_checkpoint(model, trial)
 
     def _load_best_model(self) -> None:

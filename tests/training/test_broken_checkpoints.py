@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,19 @@ def test_a_checkpoint_that_is_written_over(run: Path, monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert "trainer_state.json is missing" in str(fault(run / "checkpoint-2"))
+
+
+def test_a_limit_to_checkpoints_keeps_the_last_good_one(run: Path) -> None:
+    """Saved at another step than the broken one, which a Trainer keeps as the newest by its number."""
+    cut("optimizer.pt", 0.5)(run / "checkpoint-6")
+    for folder in run.glob("checkpoint-*"):  # as of one second, so that transformers goes by the numbers
+        os.utime(folder)
+    trainer = trainer_of(converted(seed=5), run, **{**SAVING, "save_steps": 5, "save_total_limit": 1})
+    trainer.add_callback(StopAfterSaving(5))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=True)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-5"]
+    assert fault(run / "checkpoint-5") is None
 
 
 def test_whole_ones_of_other_kinds(run: Path, caplog: pytest.LogCaptureFixture) -> None:

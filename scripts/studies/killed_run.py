@@ -1,0 +1,100 @@
+"""The tiny run that `kills` interrupts: two layers, dropout, shuffled data, AdamW; a refit or a ramp at the switch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, set_seed
+
+import hf_lambda_gelu as hlg
+from hf_lambda_gelu.training.resuming import last_good
+
+Engine = Literal["refit", "ramp", "two processes"]
+STEPS, SAVES, SWITCH = 12, 3, 6
+BEGUN, ENDED = "refit-begun", "refit-ended"  # files beside the run's folder
+END = "end.json"
+
+
+class Rows(Dataset[dict[str, torch.Tensor]]):
+    """Random tokens, with a label that can be learned."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(3, 2000, (64, 16), generator=generator)
+        self.labels = (self.tokens[:, 0] > 1000).long()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.labels[index]}
+
+
+class Marks(TrainerCallback):
+    """Makes a file when the switch comes: before what the trainer's own callbacks do there, or after it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == SWITCH:
+            self.path.touch()
+
+
+def train(folder: Path, engine: Engine, resume: bool) -> None:
+    """Trains in `folder`; at the end, `end.json` has what can be compared, and from which checkpoint the run went on."""
+    torch.set_num_threads(1)
+    set_seed(1)
+    config = BertConfig(
+        vocab_size=2000, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512, num_labels=2
+    )
+    model = BertForSequenceClassification(config)
+    hlg.convert(model, init_hardness=1.3)
+    args = hlg.LambdaGELUTrainingArguments(
+        str(folder / "run"),
+        seed=7,
+        max_steps=STEPS,
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        lr_scheduler_type="cosine",
+        hardness_learning_rate=0.05,
+        hardness_compensate="none" if engine == "ramp" else "least_squares",
+        hardness_switch_point=SWITCH / STEPS,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=SAVES,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = hlg.LambdaGELUTrainer(model, args, train_dataset=Rows(), callbacks=[Marks(folder / BEGUN)])
+    trainer.add_callback(Marks(folder / ENDED))
+    good = last_good(args.output_dir, args) if resume else None  # before the first save there is none: a new run
+    trainer.train(resume_from_checkpoint=True if good else None)
+    if trainer.is_world_process_zero():
+        found = {"hardness": hlg.hardness_profile(model), "learned": trainer.learned_hardness, "weights": digest(model)}
+        (folder / END).write_text(json.dumps({"from": good.name if good else "the start", **found}), encoding="utf-8")
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Of every bit of the weights, λ among them."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(name.encode() + value.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def as_rank(rank: int, world: int, port: int) -> None:
+    """Makes this process one of several, as torchrun would."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in values.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ["ACCELERATE_USE_CPU"] = "true"
