@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, set_seed
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu import LambdaGELUTrainer, LambdaGELUTrainingArguments  # imported now, and not in each fork
 from hf_lambda_gelu.training.resuming import last_good
 
 Engine = Literal["refit", "ramp", "two processes"]
@@ -49,6 +51,7 @@ class Marks(TrainerCallback):
 
 def train(folder: Path, engine: Engine, resume: bool) -> None:
     """Trains in `folder`; at the end, `end.json` has what can be compared, and from which checkpoint the run went on."""
+    (folder / f"pid-{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
     torch.set_num_threads(1)
     set_seed(1)
     config = BertConfig(
@@ -56,7 +59,7 @@ def train(folder: Path, engine: Engine, resume: bool) -> None:
     )
     model = BertForSequenceClassification(config)
     hlg.convert(model, init_hardness=1.3)
-    args = hlg.LambdaGELUTrainingArguments(
+    args = LambdaGELUTrainingArguments(
         str(folder / "run"),
         seed=7,
         max_steps=STEPS,
@@ -76,7 +79,7 @@ def train(folder: Path, engine: Engine, resume: bool) -> None:
         use_cpu=True,
         dataloader_pin_memory=False,
     )
-    trainer = hlg.LambdaGELUTrainer(model, args, train_dataset=Rows(), callbacks=[Marks(folder / BEGUN)])
+    trainer = LambdaGELUTrainer(model, args, train_dataset=Rows(), callbacks=[Marks(folder / BEGUN)])
     trainer.add_callback(Marks(folder / ENDED))
     good = last_good(args.output_dir, args) if resume else None  # before the first save there is none: a new run
     trainer.train(resume_from_checkpoint=True if good else None)
@@ -98,3 +101,17 @@ def as_rank(rank: int, world: int, port: int) -> None:
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in values.items()}, MASTER_ADDR="127.0.0.1")
     os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def main() -> None:
+    """One process of those that torchrun starts."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    arguments = parser.parse_args()
+    train(arguments.folder, "two processes", arguments.resume)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -3,9 +3,9 @@
     python -m scripts.studies.kills            # every case that results/kills.csv lacks; a stopped study goes on
     python -m scripts.studies.kills --table    # what the table says, by kind
 
-Each run is a fork of this process, which has imported transformers and computed nothing: a kill costs a second. The signal is
-SIGKILL. Of two processes, one is killed, and then the other, as torchrun does it. Disks are filled by a limit to the size of
-a file (RLIMIT_FSIZE) and, where this process may mount one, by a small tmpfs.
+Each run is a fork of this process, which has imported transformers and computed nothing: a kill costs a second. The
+signal is SIGKILL. Of two processes, one is killed, and then the other, as torchrun does it; of two runs, by torchrun itself.
+Disks are filled by a limit to the size of a file (RLIMIT_FSIZE), and by a small tmpfs, which takes the right to mount one.
 """
 
 from __future__ import annotations
@@ -87,6 +87,9 @@ def cases() -> Iterator[Case]:
             share = dice.uniform(0.1, 0.95)
             yield Case("one of two", "two processes", f"rank {rank}, at {share:.3f} of the run", wait=share, rank=rank)
         yield Case("one of two", "two processes", f"rank {rank}, at 0.5 of the refit", f"../{BEGUN}", 0.5, rank)
+        yield Case(
+            "torchrun", "two processes", f"rank {rank}, step 6, optimizer.pt appears", "checkpoint-6/optimizer.pt", 0.0, rank
+        )
     for engine in engines:
         for kilobytes in (1, 4, 100, 2000, 3000, 5000):
             yield Case("file limit", engine, f"no file beyond {kilobytes} kB", limit=kilobytes * 1000)
@@ -115,10 +118,7 @@ def forked(folder: Path, function: Callable[[], None]) -> int:
 
 def started(folder: Path, engine: Engine, resume: bool = False, limit: int = 0) -> list[int]:
     """The processes of a run."""
-    world = 2 if engine == "two processes" else 1
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    world, port = 2 if engine == "two processes" else 1, _port()
 
     def run(rank: int) -> None:
         if world > 1:
@@ -128,6 +128,20 @@ def started(folder: Path, engine: Engine, resume: bool = False, limit: int = 0) 
         train(folder, engine, resume)
 
     return [forked(folder, lambda rank=rank: run(rank)) for rank in range(world)]  # type: ignore[misc]
+
+
+def launched(folder: Path, resume: bool = False) -> subprocess.Popen[bytes]:
+    """A run of two processes by torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={_port()}"]
+    command = [*torchrun, "-m", "scripts.studies.killed_run", str(folder), *["--resume"] * resume]
+    with (folder.parent / f"{folder.name}.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+
+
+def _port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def finished(processes: list[int]) -> bool:
@@ -182,6 +196,12 @@ def stopped(case: Case, folder: Path, reference: Twin) -> str:
             subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={case.limit}", "tmpfs", str(folder / "run")], check=True)
         ended = finished(started(folder, case.engine, limit=0 if full else case.limit))
         return "nothing" if ended else "the run's own error"
+    if case.kind == "torchrun":
+        process = launched(folder)
+        while not (folder / "run" / case.file).exists() and process.poll() is None:
+            time.sleep(_POLL)
+        os.kill(int((folder / f"pid-{case.rank}").read_text()), signal.SIGKILL)
+        return "SIGKILL" if process.wait() else "nothing"
     seconds = reference.refit if case.file.endswith(BEGUN) else reference.seconds
     return "SIGKILL" if killed(case, folder, started(folder, case.engine), seconds) else "nothing"
 
@@ -198,7 +218,10 @@ def outcome(case: Case, folder: Path, reference: Twin) -> dict[str, Any]:
         (folder / END).unlink(missing_ok=True)
         if mounted:  # more room
             subprocess.run(["mount", "-o", "remount,size=200m", str(folder / "run")], check=True)
-        finished(started(folder, case.engine, resume=True))
+        if case.kind == "torchrun":
+            launched(folder, resume=True).wait()
+        else:
+            finished(started(folder, case.engine, resume=True))
         end = json.loads((folder / END).read_text()) if (folder / END).is_file() else {}
     finally:
         if mounted:
