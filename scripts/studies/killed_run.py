@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainerCallb
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu import LambdaGELUTrainer, LambdaGELUTrainingArguments  # imported now, and not in each fork
-from hf_lambda_gelu.training.resuming import last_good
+from hf_lambda_gelu.training.resuming import checkpoint_to_resume
 
 Engine = Literal["refit", "ramp", "two processes"]
 STEPS, SAVES, SWITCH = 12, 3, 6
@@ -81,11 +82,16 @@ def train(folder: Path, engine: Engine, resume: bool) -> None:
     )
     trainer = LambdaGELUTrainer(model, args, train_dataset=Rows(), callbacks=[Marks(folder / BEGUN)])
     trainer.add_callback(Marks(folder / ENDED))
-    good = last_good(args.output_dir, args) if resume else None  # before the first save there is none: a new run
-    trainer.train(resume_from_checkpoint=True if good else None)
+    good = None
+    with contextlib.suppress(ValueError):  # none is whole: a new run
+        good = checkpoint_to_resume(True, args) if resume else None
+    there = isinstance(good, str)  # True: there is none
+    trainer.train(resume_from_checkpoint=True if there else None)
     if trainer.is_world_process_zero():
         found = {"hardness": hlg.hardness_profile(model), "learned": trainer.learned_hardness, "weights": digest(model)}
-        (folder / END).write_text(json.dumps({"from": good.name if good else "the start", **found}), encoding="utf-8")
+        (folder / END).write_text(
+            json.dumps({"from": Path(good).name if isinstance(good, str) else "the start", **found}), encoding="utf-8"
+        )
 
 
 def digest(model: torch.nn.Module) -> str:
