@@ -58,8 +58,8 @@ class LambdaGELUTrainer(Trainer):
     Raises:
         ValueError: the model has no λ-GELU or is offloaded, the arguments are of another class, the output folder cannot be
             written, or a checkpoint to resume from is broken or belongs to a model converted otherwise, or the switch needs
-            examples of a training set without length or index: each before training starts. At the first step, before λ or a weight
-            changes: a fused kernel that runs in the place of sites.
+            examples of a training set without length or index: each before training starts. At the first step, before λ or
+            a weight changes: a fused kernel that runs in the place of sites.
         FloatingPointError: a loss, λ or weights are no numbers: with step, layer, value and the last good checkpoint.
         CalibrationError: before the first step, if the model's forward does not take what `calibration_inputs` gives; at the
             switch, if the model cannot be measured or refit.

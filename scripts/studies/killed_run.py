@@ -85,13 +85,11 @@ def train(folder: Path, engine: Engine, resume: bool) -> None:
     good = None
     with contextlib.suppress(ValueError):  # none is whole: a new run
         good = checkpoint_to_resume(True, args) if resume else None
-    there = isinstance(good, str)  # True: there is none
-    trainer.train(resume_from_checkpoint=True if there else None)
+    trainer.train(resume_from_checkpoint=True if isinstance(good, str) else None)  # True: there is none
     if trainer.is_world_process_zero():
         found = {"hardness": hlg.hardness_profile(model), "learned": trainer.learned_hardness, "weights": digest(model)}
-        (folder / END).write_text(
-            json.dumps({"from": Path(good).name if isinstance(good, str) else "the start", **found}), encoding="utf-8"
-        )
+        begun = Path(good).name if isinstance(good, str) else "the start"
+        (folder / END).write_text(json.dumps({"from": begun, **found}), encoding="utf-8")
 
 
 def digest(model: torch.nn.Module) -> str:

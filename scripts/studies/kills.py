@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_lambda_gelu.training.resuming import checkpoints, fault
+from hf_lambda_gelu.training.resuming import checkpoints
+from hf_lambda_gelu.training.whole_checkpoints import fault
 from scripts.studies.killed_run import BEGUN, END, ENDED, SAVES, STEPS, Engine, as_rank, train
 from scripts.tools import tables
 

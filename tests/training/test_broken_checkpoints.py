@@ -16,9 +16,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from support.training import SITES, StopAfterSaving, converted, trained, trainer_of
+from transformers import TrainerCallback
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.training.resuming import fault, last_good
+from hf_lambda_gelu.training.resuming import last_good
+from hf_lambda_gelu.training.whole_checkpoints import fault
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}
 
@@ -148,7 +150,13 @@ def test_a_limit_to_checkpoints_keeps_the_last_good_one(run: Path) -> None:
     cut("optimizer.pt", 0.5)(run / "checkpoint-6")
     for folder in run.glob("checkpoint-*"):  # as of one second, so that transformers goes by the numbers
         os.utime(folder)
-    trainer = trainer_of(converted(seed=5), run, **{**SAVING, "save_steps": 5, "save_total_limit": 1})
+
+    class SaveAtFive(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_save = state.global_step == 5
+
+    trainer = trainer_of(converted(seed=5), run, **SAVING, save_total_limit=1)
+    trainer.add_callback(SaveAtFive())
     trainer.add_callback(StopAfterSaving(5))
     with pytest.raises(KeyboardInterrupt):
         trainer.train(resume_from_checkpoint=True)
