@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 _MOST_TICKS = 24  # sites; of more, not each has a tick
 _WIDE = 10.0  # λ that differ by such a factor are shown on a log axis
 _MOST_GAPS = 6  # metrics in one plot
-_STEP = "optimizer step"
 
 
 @overload
@@ -152,17 +151,20 @@ def _draw_traces(axes: Any, sites: list[list[tuple[int, float]]], colours: list[
         axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.ticklabel_format(axis="y", useOffset=False)
-    axes.set(title="λ over training", xlabel=_STEP, ylabel="λ")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.set(title="λ over training", ylabel="λ")
+    _over_steps(axes, [step for trace in sites for step, _ in trace])
 
 
 def _draw_gaps(axes: Any, gaps: Mapping[str, list[tuple[int, float]]]) -> None:
     for name, gap in list(gaps.items())[:_MOST_GAPS]:
         axes.plot(*zip(*gap, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
     axes.axhline(0.0, color="black", linewidth=0.8)
-    axes.set(title="ReLU gap over training", xlabel=_STEP, ylabel="metric with ReLU − with λ-GELU")
+    axes.set(title="ReLU gap over training", ylabel="metric with ReLU − with λ-GELU")
+    _over_steps(axes, [step for gap in gaps.values() for step, _ in gap])
+
+
+def _over_steps(axes: Any, steps: list[int]) -> None:
+    axes.set(xlabel="optimizer step", xlim=(0, 1.03 * max([1, *steps])))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
