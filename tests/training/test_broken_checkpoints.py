@@ -20,6 +20,7 @@ from support.training import SITES, StopAfterSaving, converted, trained, trainer
 from transformers import TrainerCallback
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.training import resuming
 from hf_lambda_gelu.training.resuming import last_good
 from hf_lambda_gelu.training.whole_checkpoints import fault
 
@@ -246,3 +247,18 @@ def test_several_processes_need_their_random_states(run: Path) -> None:
         None,
         None,
     ]
+
+
+@pytest.mark.parametrize(("others", "chosen"), [([6, 4, 2], 6), ([4, 2], 4), ([2], 2), ([], None)])
+def test_several_processes_take_the_same(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, others: list[int], chosen: int | None
+) -> None:
+    """The newest that is whole for each: of two processes, where another has its own disk, or lost its random state."""
+    monkeypatch.setattr(resuming, "gather_object", lambda own: [*own, others])
+    args: Any = SimpleNamespace(world_size=2, process_index=0, output_dir=str(run))
+    if chosen is None:
+        with pytest.raises(ValueError, match="is whole: other processes lack what is there"):
+            resuming.checkpoint_to_resume(True, args)
+        return
+    assert resuming.checkpoint_to_resume(True, args) == str(run / f"checkpoint-{chosen}")
+    assert ("checkpoint-6 is not whole for another process" in caplog.text) == (chosen < 6)
