@@ -20,7 +20,7 @@ from hf_lambda_gelu.training.resuming import checkpoint_to_resume
 
 Engine = Literal["refit", "ramp", "two processes"]
 STEPS, SAVES, SWITCH = 12, 3, 6
-BEGUN, ENDED = "refit-begun", "refit-ended"  # files beside the run's folder
+STARTED, BEGUN, ENDED = "training-begun", "refit-begun", "refit-ended"  # files beside the run's folder
 END = "end.json"
 
 
@@ -40,10 +40,13 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
 
 
 class Marks(TrainerCallback):
-    """Makes a file when the switch comes: before what the trainer's own callbacks do there, or after it."""
+    """Makes files when training begins and when the switch comes: before what the trainer's callbacks do there, or after."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (self.path.parent / STARTED).touch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == SWITCH:

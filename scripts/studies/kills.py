@@ -31,7 +31,7 @@ from typing import Any
 
 from hf_lambda_gelu.training.resuming import checkpoints
 from hf_lambda_gelu.training.whole_checkpoints import fault
-from scripts.studies.killed_run import BEGUN, END, ENDED, SAVES, STEPS, Engine, as_rank, train
+from scripts.studies.killed_run import BEGUN, END, ENDED, SAVES, STARTED, STEPS, Engine, as_rank, train
 from scripts.tools import tables
 
 RESULTS = Path(__file__).parent / "results" / "kills.csv"
@@ -48,7 +48,7 @@ class Case:
     Attributes:
         moment: what a reader is told of it; with `kind` and `engine`, the case's name.
         file: the kill waits for it to appear, in the run's folder.
-        wait: then so long; a fraction of the twin's run, or of its refit, where there is no file of a checkpoint.
+        wait: then so long, as a fraction of the twin's training, or of its refit.
         rank: which process is killed.
         limit: bytes that a file, or the disk, can have.
     """
@@ -73,7 +73,7 @@ def cases() -> Iterator[Case]:
     for engine in engines:
         for _ in range(10):
             share = dice.uniform(0.02, 0.98)
-            yield Case("random", engine, f"at {share:.3f} of the run", wait=share)
+            yield Case("random", engine, f"at {share:.3f} of the run", f"../{STARTED}", share)
         for step in range(SAVES, STEPS + 1, SAVES):
             for name in FILES:
                 yield Case("checkpoint", engine, f"step {step}, {name} appears", f"checkpoint-{step}/{name}")
@@ -86,7 +86,9 @@ def cases() -> Iterator[Case]:
             )
         for _ in range(3):
             share = dice.uniform(0.1, 0.95)
-            yield Case("one of two", "two processes", f"rank {rank}, at {share:.3f} of the run", wait=share, rank=rank)
+            yield Case(
+                "one of two", "two processes", f"rank {rank}, at {share:.3f} of the run", f"../{STARTED}", share, rank
+            )
         yield Case("one of two", "two processes", f"rank {rank}, at 0.5 of the refit", f"../{BEGUN}", 0.5, rank)
         yield Case(
             "torchrun", "two processes", f"rank {rank}, step 6, optimizer.pt appears", "checkpoint-6/optimizer.pt", 0.0, rank
@@ -171,7 +173,7 @@ def _over(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class Twin:
-    """An uninterrupted run: its end, and the seconds that it and its refit took."""
+    """An uninterrupted run: its end, and the seconds that its training and its refit took."""
 
     end: dict[str, Any]
     seconds: float
@@ -180,10 +182,9 @@ class Twin:
 
 def twin(folder: Path, engine: Engine) -> Twin:
     folder.mkdir()
-    begin = time.time()
     if not finished(started(folder, engine)):
         raise RuntimeError(f"the uninterrupted run ended with an error: see the logs in {folder.parent}")
-    seconds = time.time() - begin
+    seconds = (folder / END).stat().st_mtime - (folder / STARTED).stat().st_mtime
     refit = (folder / ENDED).stat().st_mtime - (folder / BEGUN).stat().st_mtime
     return Twin(json.loads((folder / END).read_text()), seconds, refit)
 
