@@ -46,6 +46,7 @@ __all__ = [
     "view_base",
     "was_loaded",
     "without_torch_function",
+    "write_beside_bars",
 ]
 
 # Whether torch.func (grad, vmap, jvp …) transforms the code that runs. Not wrapped: it runs at every call of an activation.
@@ -148,3 +149,11 @@ def generation_config_in_config(folder: Path, config_name: str) -> GenerationCon
 def finish_current_push(trainer: Trainer) -> None:
     """Waits for the push to the Hub that the trainer has under way."""
     trainer._finish_current_push()
+
+
+def write_beside_bars(text: str) -> None:
+    """Prints on standard output; the progress bars that transformers draws stay whole."""
+    from transformers import trainer_callback
+
+    bars = getattr(trainer_callback, "tqdm", None)
+    print(text) if bars is None else bars.write(text)

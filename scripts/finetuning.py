@@ -23,6 +23,7 @@ import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints.card import package_versions
 from hf_lambda_gelu.checkpoints.redaction import stated_command
 from hf_lambda_gelu.training.publish import stated_arguments, substitute_trained
+from hf_lambda_gelu.training.resuming import checkpoint_to_resume
 
 RESULTS_NAME = "results.json"
 # of TrainingArguments, the options that a card's command may state: what decides the result, and nothing of an account
@@ -175,7 +176,7 @@ def run(
     arguments = trainer.args
     if model_arguments.activation == "relu":
         report = _compensated(trainer, model_arguments)
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments.resume_from_checkpoint, arguments))
     trainer.save_model(_internal_call=True)  # as trained, in case the gates turn out too soft; not pushed
 
     metrics = {"after training": _evaluate(trainer)}

@@ -34,6 +34,8 @@ def check_hardness(value: float) -> float:
         raise TypeError(
             f"hardness must be a number, or in lambda_gelu a tensor, got {type(value).__name__}: {value!r}"
         ) from None
+    if math.isnan(value):
+        raise ValueError("hardness must be a finite number >= 1, got nan: it comes from a run that has diverged")
     if not (1.0 <= value <= MAX_HARDNESS):
         raise ValueError(
             f"hardness must be a finite number >= 1 (1 is the smooth activation itself) and <= 1e30, got {value}; "

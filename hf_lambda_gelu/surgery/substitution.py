@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, get_args
@@ -216,6 +217,12 @@ def check_substitutable(
         smooth = smooth_activations(model)
         hint = "call convert(model) first" if smooth else "it is a ReLU model already, or never was converted"
         raise ValueError(f"{type(model).__name__} has no λ-GELU to replace: {hint}")
+    diverged = [name for name, value in profile.items() if not math.isfinite(value)]
+    if diverged:
+        raise ValueError(
+            f"λ of {len(diverged)} of {len(profile)} sites is no number ({diverged[0]}: {profile[diverged[0]]}): training "
+            "has diverged, and with it the weights. Load an earlier checkpoint"
+        )
     reasons = bypassed_by_code(model, profile)
     if reasons:
         raise ValueError(refusal(reasons))

@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..activation.module import hardness_profile, hardness_sites
@@ -18,8 +17,10 @@ from ..structure.forwards import bypassed_by_code, refusal
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 from .averaging import go_on_from, to_average
+from .console import refit_line, say, switch_lines
+from .divergence import LossWatch, check_finite
 from .optimizer import HardnessUpdate
-from .run_checks import attach_to_the_run, check_finite, check_gradient, warn_if_soft
+from .run_checks import attach_to_the_run, check_gradient, warn_if_soft
 from .schedule import HardeningSchedule
 from .switch import SwitchData, calibrated_targets, check_calibratable, l1_targets, refit_at_switch, try_a_batch
 
@@ -50,6 +51,8 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self.at_switch: dict[str, float] | None = None
         self.calibrated: dict[str, float] | None = None
         self.inputs: Callable[[Any], Iterable[Any]] = as_it_is
+        self.losses = LossWatch()
+        self.processes: int | None = None  # that write a checkpoint: each its own random state
         self._clipping: HardnessUpdate | None = None
         self._gradient_seen = False
         self._floor: dict[str, float] = {}  # λ of a run that was resumed after its switch
@@ -64,7 +67,10 @@ class HardeningCallback(TrainerCallback, ExportableState):
         run.check()
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"at_switch": self.at_switch, "calibrated": self.calibrated}}
+        return {
+            "args": {},
+            "attributes": {"at_switch": self.at_switch, "calibrated": self.calibrated, "processes": self.processes},
+        }
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         run = self.settings(args)
@@ -72,6 +78,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         attributes = stored_attributes(state)
         self.at_switch = attributes.get("at_switch")
         self.calibrated = attributes.get("calibrated")  # absent in older checkpoints
+        self.losses, self.processes = LossWatch(), args.world_size
         self.check(run)
         check_calibratable(run, kwargs["model"], kwargs["train_dataloader"].dataset)
         reasons = bypassed_by_code(kwargs["model"], hardness_sites(kwargs["model"]))
@@ -98,7 +105,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_log or control.should_save:
-            check_finite(kwargs["model"], state, get_last_checkpoint(args.output_dir))
+            check_finite(kwargs["model"], state, args, self.losses)
         self._apply(self.settings(args), state, **kwargs)
         if control.should_save or control.should_training_stop:
             to_average(kwargs["optimizer"])  # what is saved is what was evaluated
@@ -110,7 +117,10 @@ class HardeningCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._clipping is not None:
             self._clipping.remove()
-        warn_if_soft(kwargs["model"], self.targets(self.settings(args), kwargs["model"]), state)
+        check_finite(kwargs["model"], state, args, weights=True)
+        cast("dict[str, Any]", state.stateful_callbacks)[type(self).__name__] = self.state()  # for trainer.save_state()
+        targets = self.targets(self.settings(args), kwargs["model"])
+        warn_if_soft(kwargs["model"], targets, state, self.at_switch is not None)
 
     def _apply(
         self,
@@ -129,15 +139,19 @@ class HardeningCallback(TrainerCallback, ExportableState):
         data = SwitchData(train_dataloader.dataset, train_dataloader.collate_fn, self.inputs)
         switching = self.at_switch is None
         if self.at_switch is None:
+            check_finite(model, state, args, self.losses, weights=True)
             to_average(optimizer)
             self.at_switch = hardness_profile(model)
         if args.hardness_target == "calibrated" and self.calibrated is None:
             self.calibrated = calibrated_targets(model, args, data)
         if switching and not ramp:
             self.refit = refit_at_switch(model, args, data)
-            if state.is_world_process_zero:
-                logger.info(str(self.refit))
+            logger.info(str(self.refit))
         targets = self.targets(args, model)
+        if switching and state.is_world_process_zero:
+            until = f"by hardness_ramp={args.hardness_ramp!r}, until step {schedule.hold_step}"
+            then = until if self.refit is None or ramp else refit_line(self.refit)
+            say(switch_lines(state.global_step, state.max_steps, [*self.at_switch.values()], [*targets.values()], then))
         for name, site in hardness_sites(model).items():
             start = self.at_switch[name]
             ramped = schedule.hardness(state.global_step, start, targets[name]) if ramp else targets[name]

@@ -147,6 +147,7 @@ class HardnessCallback(HardeningCallback):
         if self._watch is not None:
             watch, self._watch = self._watch, None
             watch.end()
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)

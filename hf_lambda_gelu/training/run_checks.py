@@ -1,4 +1,4 @@
-"""What is looked at while a Trainer runs: that λ is in what is stepped, that it is a number, that it ends hard."""
+"""What is looked at while a Trainer runs: that λ is in what is stepped, and that it ends hard."""
 
 from __future__ import annotations
 
@@ -63,26 +63,22 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [site.unclipped_hardness for site in sites if site.unclipped_hardness.requires_grad]
 
 
-def check_finite(model: nn.Module, state: TrainerState, last: str | None) -> None:
-    """FloatingPointError, with step and layer, if a λ is NaN or infinite."""
-    broken = {name: value for name, value in hardness_profile(model).items() if not math.isfinite(value)}
-    if broken:
-        name, value = next(iter(broken.items()))
-        kept = f"the last checkpoint is {last}" if last else "no checkpoint was saved"
-        raise FloatingPointError(
-            f"λ of {name} is {value} after step {state.global_step}, {len(broken)} sites in all: training has diverged; "
-            f"{kept}. Lower learning_rate or hardness_learning_rate, or set max_grad_norm"
-        )
+def warn_if_soft(model: nn.Module, targets: Mapping[str, float], state: TrainerState, switched: bool) -> None:
+    """Says so if the run has ended before λ reached its targets.
 
-
-def warn_if_soft(model: nn.Module, targets: Mapping[str, float], state: TrainerState) -> None:
-    """Says so if the run has ended before λ reached its targets."""
+    Args:
+        switched: whether the run has come to its switch.
+    """
     profile = hardness_profile(model)
     soft = [name for name, value in profile.items() if not value >= 0.999 * targets.get(name, math.inf)]
-    if soft and state.is_world_process_zero:
-        target = f"{targets[soft[0]]:.4g}" if soft[0] in targets else "not calibrated yet"
-        logger.warning(
-            f"training ended at step {state.global_step} of {state.max_steps} with {len(soft)} of {len(profile)} gates "
-            f"soft: {soft[0]} has λ = {profile[soft[0]]:.4g}, its target is {target}. relu_ize(model, calibration=…, "
-            "compensate='least_squares') refits what soft gates leave; or train on"
-        )
+    if not soft or not state.is_world_process_zero:
+        return
+    worst = min(soft, key=lambda name: profile[name] / targets.get(name, 1.0))
+    wanted = f"{targets[worst]:.4g} is wanted" if worst in targets else "its target is measured at the switch"
+    before = "" if switched else ", before the switch (hardness_switch_point), where λ would have gone to its target"
+    logger.warning(
+        f"training ended at step {state.global_step} of {state.max_steps} with {len(soft)} of {len(profile)} gates soft"
+        f"{before}: they are not ReLU yet, and relu_ize(model) alone will refuse them. Softest is {worst} with "
+        f"λ = {profile[worst]:.4g}; {wanted}. Train to the end (trainer.train(resume_from_checkpoint=True)), or let a "
+        "refit make up for the soft gates: relu_ize(model, calibration=…, compensate='least_squares')"
+    )

@@ -19,9 +19,13 @@ from ..surgery.adapter_hardness import load_hardness, save_hardness_with_adapter
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
 from .callback import HardeningCallback
+from .console import shorten
+from .divergence import check_finite
 from .first_step import first_step
 from .optimizer import own_group
+from .pictures import ProfilePictures
 from .publish import push_relu
+from .resuming import before_a_save, checkpoint_to_resume
 from .run_checks import check_name
 from .second_evaluation import evaluate_twice, without_a_trace
 from .sparsity_penalty import SparsityPenalty, loss_is_scaled
@@ -37,7 +41,7 @@ class LambdaGELUTrainer(Trainer):
       examples so that the function stays (`hardness_compensate`); with "none" it follows `hardness_ramp` instead;
     - the target is that of `hardness_tolerance`, or with `hardness_target="calibrated"` each site's own, from its
       pre-activations on 64 training examples at the switch;
-    - λ of every layer is in the logs, as `hardness/<module>`;
+    - λ of every layer is in the logs, as `hardness/<module>`; what is printed has one line for all of them;
     - with `sparsity_penalty`, the gradient is that of the loss and of a penalty on what the gates let through; the logs have
       it as `sparsity/penalty`, and the share of zeros that ReLU would put out as `sparsity/zeros`;
     - evaluation also reports the metrics with the gates as ReLU, as `eval_relu_*`.
@@ -46,9 +50,10 @@ class LambdaGELUTrainer(Trainer):
 
     Raises:
         ValueError: the model has no λ-GELU or is offloaded, the arguments are of another class, the output folder cannot be
-            written, or a checkpoint to resume from belongs to a model converted otherwise, or the switch needs examples of a
-            training set without length or index: each before training starts. At the first step, before λ or a weight
-            changes: a fused kernel that runs in the place of sites.
+            written, or a checkpoint to resume from is broken or belongs to a model converted otherwise, or the switch needs
+            examples of a training set without length or index: each before training starts. At the first step, before λ or
+            a weight changes: a fused kernel that runs in the place of sites.
+        FloatingPointError: a loss, λ or weights are no numbers: with step, layer, value and the last good checkpoint.
         CalibrationError: before the first step, if the model's forward does not take what `calibration_inputs` gives; at the
             switch, if the model cannot be measured or refit.
 
@@ -81,6 +86,7 @@ class LambdaGELUTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)  # by name: subclasses' bases order theirs otherwise
         check_trainable(args, self.model, getattr(self, "ref_model", None))
         self.add_callback(HardeningCallback())
+        self.add_callback(ProfilePictures(self))
         if has_adapters(self.model):
             save_hardness_with_adapters(self.model)
 
@@ -88,6 +94,11 @@ class LambdaGELUTrainer(Trainer):
     def learned_hardness(self) -> dict[str, float]:
         """{module name: λ} as learned, at the switch to the ramp; the present profile before that."""
         return self._hardening.at_switch or hardness_profile(self.model)
+
+    @property
+    def has_switched(self) -> bool:
+        """Whether λ is no longer learned, but at its target or on its way there."""
+        return self._hardening.at_switch is not None
 
     @property
     def hardness_targets(self) -> dict[str, float]:
@@ -117,12 +128,21 @@ class LambdaGELUTrainer(Trainer):
         own_group(optimizer, trained, self.args.hardness_learning_rate)
         return optimizer
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        return super().train(checkpoint_to_resume(resume_from_checkpoint, self.args), *args, **kwargs)
+
     def training_step(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
+        loss = self._checked_step(model, inputs, num_items_in_batch)
+        if not self.args.fp16:  # which leaves out the steps that overflow
+            self._hardening.losses.see(loss, self.state.global_step + 1, inputs)
+        return loss
+
+    def _checked_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         step = partial(super().training_step, model, inputs, num_items_in_batch)
         if self._penalty is not None:
             step = partial(self._penalty.step, step)
@@ -202,6 +222,7 @@ class LambdaGELUTrainer(Trainer):
         if "loss" in logs:
             logs.update({f"hardness/{name}": value for name, value in hardness_profile(self.model).items()})
             logs.update({} if self._penalty is None else self._penalty.logs())
+        shorten(self.callback_handler.callbacks, logs)
         super().log(logs, start_time)
 
     def push_to_hub(
@@ -237,6 +258,12 @@ class LambdaGELUTrainer(Trainer):
         if kwargs:
             raise TypeError(f"{', '.join(kwargs)}: the card of a ReLU network takes details=CardDetails(…)")
         return push_relu(self, commit_message, details or CardDetails(), token=token, revision=revision, private=private)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        check_finite(self.model, self.state, self.args, self._hardening.losses, weights=True)
+        if self.args.should_save:
+            before_a_save(self._get_output_dir(trial=trial), self.state.global_step, self.args)
+        super()._save_checkpoint(model, trial)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
