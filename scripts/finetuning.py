@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import platform
@@ -11,6 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+# accelerate imports it where it is installed. Imported while there is a process group, its functions have that for a
+# default, and keep it alive.
+with contextlib.suppress(Exception):
+    import deepspeed  # noqa: F401
 
 import datasets
 import numpy as np
