@@ -18,7 +18,7 @@ from ..activation.module import hardness_profile, hardness_sites
 from ..structure.forwards import bypassed_by_code, refusal
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
-from .run_checks import attach_to_the_run, check_finite, warn_if_soft
+from .run_checks import attach_to_the_run, check_finite, warn_if_not_sharded, warn_if_soft
 from .schedule import HardeningSchedule
 from .switch import SwitchData, calibrated_targets, check_calibratable, l1_targets, refit_at_switch, try_a_batch
 
@@ -66,6 +66,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
             )
         self._floor = hardness_profile(kwargs["model"]) if self.at_switch is not None else {}
         self._clipping = attach_to_the_run(kwargs["optimizer"], kwargs["model"])
+        warn_if_not_sharded(args, kwargs["model"], state)
         self._apply(args, state, **kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

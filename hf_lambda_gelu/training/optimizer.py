@@ -20,7 +20,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..activation.copies import change
 from ..activation.module import LambdaGELU, hardness_sites
+from .zero import groups_of, is_deepspeed
 
 
 def attach_hardness_update(optimizer: torch.optim.Optimizer, model: nn.Module | Iterable[LambdaGELU]) -> RemovableHandle:
@@ -31,14 +33,15 @@ def attach_hardness_update(optimizer: torch.optim.Optimizer, model: nn.Module | 
     step; give the group no weight decay.
 
     Args:
-        optimizer: any; also inside of accelerate's wrapper.
+        optimizer: any; also inside of accelerate's wrapper, and DeepSpeed's, `engine.optimizer`.
         model: with λ-GELU; or the modules themselves. Frozen λ are left out.
 
     Returns:
         A handle; `handle.remove()` undoes it.
 
     Raises:
-        ValueError: a hardness parameter is in none of the optimizer's groups, or in one with weight decay; there is no λ.
+        ValueError: a hardness parameter is in none of the optimizer's groups, or in one with weight decay; there is no λ;
+            DeepSpeed steps copies in fp32 that cannot be reached, as it does in bf16 and fp16 without ZeRO.
 
     Examples:
         >>> import hf_lambda_gelu as hlg, torch
@@ -54,11 +57,12 @@ def attach_hardness_update(optimizer: torch.optim.Optimizer, model: nn.Module | 
     trained = [module.unclipped_hardness for module in dict.fromkeys(found) if module.unclipped_hardness.requires_grad]
     if not trained:
         raise ValueError("there is no λ to train: call convert(model) first, and leave unclipped_hardness its requires_grad")
-    inner = _inside(optimizer)
-    groups = {id(p): group for group in inner.param_groups for p in group["params"]}
+    inner = inside(optimizer)
+    groups = groups_of(inner)
     for parameter in trained:
         _check_group(groups.get(id(parameter)))
-    return inner.register_step_post_hook(_Projection(trained))
+    stepped = inner.optimizer if is_deepspeed(inner) else inner  # before DeepSpeed writes its copies over the parameters
+    return stepped.register_step_post_hook(_Projection(trained))
 
 
 def parameter_groups(model: nn.Module, hardness_learning_rate: float = 0.01) -> list[dict[str, Any]]:
@@ -99,16 +103,16 @@ class _Projection:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
 
-    @torch.no_grad()
     def __call__(self, *_: object) -> None:
         for parameter in self.parameters:
-            parameter.clamp_(min=1.0)
+            change(parameter, lambda held: held.clamp_(min=1.0))
 
 
-def _inside(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that steps, in accelerate's or another wrapper, whose own hooks never run."""
+def inside(optimizer: Any) -> Any:
+    """The optimizer that steps, or DeepSpeed's round it, in accelerate's or another wrapper, whose own hooks never run."""
     inner = getattr(optimizer, "optimizer", None)
-    return _inside(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+    wrapped = isinstance(inner, torch.optim.Optimizer) or is_deepspeed(inner)
+    return inside(inner) if wrapped and not is_deepspeed(optimizer) else optimizer
 
 
 def _check_group(group: dict[str, object] | None) -> None:

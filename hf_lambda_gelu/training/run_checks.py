@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..activation.module import hardness_profile, hardness_sites
-from .optimizer import attach_hardness_update
+from ..structure.sharding import is_sharded
+from .optimizer import attach_hardness_update, inside
+from .zero import check_own_group, is_deepspeed
 
 logger = logging.get_logger(__name__)
 
@@ -23,12 +26,24 @@ def attach_to_the_run(optimizer: Any, model: nn.Module) -> RemovableHandle | Non
     None where no λ is trained.
 
     Raises:
-        ValueError: a λ is not in it, or in a group with weight decay.
+        ValueError: a λ is not in it, or in a group with weight decay, or in one that DeepSpeed's config made.
     """
-    frozen = not any(site.unclipped_hardness.requires_grad for site in hardness_sites(model).values())
-    if frozen or type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":  # it steps its own copies; λ < 1 counts as 1
+    trained = [s.unclipped_hardness for s in hardness_sites(model).values() if s.unclipped_hardness.requires_grad]
+    if not trained:
         return None
+    if is_deepspeed(inside(optimizer)):
+        check_own_group(inside(optimizer), trained)
     return attach_hardness_update(optimizer, model)
+
+
+def warn_if_not_sharded(args: TrainingArguments, model: nn.Module, state: TrainerState) -> None:
+    """Says so if FSDP was asked for and is not what runs: accelerate drops it on CPUs without a word."""
+    asked = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and not is_sharded(model) and state.is_world_process_zero:
+        logger.warning(
+            "FSDP was asked for, and accelerate has not sharded the model, as it does that on accelerators alone: each "
+            "process holds whole weights, in DistributedDataParallel where there are several"
+        )
 
 
 def check_finite(model: nn.Module, state: TrainerState, last: str | None) -> None:
