@@ -65,11 +65,10 @@ def _found(rank: int, folder: Path) -> Any:
 
 def _run(rank: int, count: int, port: int, function: Callable[[int], Any], folder: str) -> None:
     torch.set_num_threads(1)
-    # accelerate and DeepSpeed would take a GPU
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # not ACCELERATE_USE_CPU, by which DeepSpeed is dropped
     if count > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
+        os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     try:
         result = function(rank)
         partial = Path(folder, f"{rank}.partial")
