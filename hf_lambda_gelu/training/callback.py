@@ -18,7 +18,7 @@ from ..activation.module import hardness_profile, hardness_sites
 from ..structure.forwards import bypassed_by_code, refusal
 from ..surgery.refit.report import CompensationReport
 from .arguments import LambdaGELUTrainingArguments
-from .run_checks import attach_to_the_run, check_finite, warn_if_not_sharded, warn_if_soft
+from .run_checks import attach_to_the_run, check_engine, check_finite, warn_if_soft
 from .schedule import HardeningSchedule
 from .switch import SwitchData, calibrated_targets, check_calibratable, l1_targets, refit_at_switch, try_a_batch
 
@@ -52,6 +52,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self.at_switch = attributes.get("at_switch")
         self.calibrated = attributes.get("calibrated")  # absent in older checkpoints
         args.check()
+        check_engine(args, kwargs["model"], kwargs["optimizer"])
         check_calibratable(args, kwargs["model"], kwargs["train_dataloader"].dataset)
         reasons = bypassed_by_code(kwargs["model"], hardness_sites(kwargs["model"]))
         if reasons:
@@ -66,7 +67,6 @@ class HardeningCallback(TrainerCallback, ExportableState):
             )
         self._floor = hardness_profile(kwargs["model"]) if self.at_switch is not None else {}
         self._clipping = attach_to_the_run(kwargs["optimizer"], kwargs["model"])
-        warn_if_not_sharded(args, kwargs["model"], state)
         self._apply(args, state, **kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

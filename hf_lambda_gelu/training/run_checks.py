@@ -36,14 +36,25 @@ def attach_to_the_run(optimizer: Any, model: nn.Module) -> RemovableHandle | Non
     return attach_hardness_update(optimizer, model)
 
 
-def warn_if_not_sharded(args: TrainingArguments, model: nn.Module, state: TrainerState) -> None:
-    """Says so if FSDP was asked for and is not what runs: accelerate drops it on CPUs without a word."""
-    asked = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked and not is_sharded(model) and state.is_world_process_zero:
-        logger.warning(
-            "FSDP was asked for, and accelerate has not sharded the model, as it does that on accelerators alone: each "
-            "process holds whole weights, in DistributedDataParallel where there are several"
+def check_engine(args: TrainingArguments, model: nn.Module, optimizer: Any) -> None:
+    """ValueError if FSDP or DeepSpeed was asked for and is not what runs: accelerate drops them on CPUs without a word."""
+    if _asked(args.fsdp, "ACCELERATE_USE_FSDP") and not is_sharded(model):
+        raise ValueError(
+            "FSDP was asked for, and accelerate has not sharded the model: it does that on accelerators alone, and on CPUs "
+            "runs DistributedDataParallel. Take fsdp and ACCELERATE_USE_FSDP away, or shard by fully_shard in a loop of "
+            "your own"
         )
+    if _asked(args.deepspeed, "ACCELERATE_USE_DEEPSPEED") and type(optimizer).__name__ != "DeepSpeedOptimizerWrapper":
+        raise ValueError(
+            "DeepSpeed was asked for, and accelerate does not run it: where ACCELERATE_USE_CPU is set it runs "
+            "DistributedDataParallel. Unset that (use_cpu=True and DS_ACCELERATOR=cpu are enough on a CPU), or take "
+            "deepspeed and ACCELERATE_USE_DEEPSPEED away"
+        )
+
+
+def _asked(argument: object, variable: str) -> bool:
+    """By the training arguments, or by accelerate's own config."""
+    return bool(argument) or os.environ.get(variable, "false").lower() == "true"
 
 
 def check_finite(model: nn.Module, state: TrainerState, last: str | None) -> None:

@@ -103,7 +103,7 @@ class LambdaGELUTrainer(Trainer):
             self._check_adapters()
             save_hardness_with_adapters(self.model)
         if args.sparsity_penalty:
-            check_penalisable(args, self.model)
+            check_penalisable(args, self.model, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         best = args.metric_for_best_model or ""
         if "relu_" in best and not args.eval_relu:
             raise ValueError(f"metric_for_best_model={best!r} is not measured with eval_relu=False: set eval_relu=True")

@@ -10,6 +10,7 @@ With the Trainer, the run is also continued from a checkpoint of before the swit
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -35,9 +37,10 @@ BATCH = 8  # of all processes together
 START = 1.1
 TARGET = hlg.target_hardness()
 # (learning rate of the weights, of λ): λ moves by some tenths until the switch
-RATES = {"SGD": (0.02, 1.0), "AdamW": (1e-3, 0.1)}
-# of rounding: sums in another order in fp32; in bf16 a gradient has 8 bits, and each engine rounds it elsewhere
-BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
+RATES = {"SGD": (0.005, 1.0), "AdamW": (1e-3, 0.1)}
+# of λ and of the loss. fp32: sums in another order. bf16: a gradient has 8 bits, and each engine rounds it elsewhere; one
+# process in bf16 is 0.012 and 0.028 from one in fp32
+BOUNDS = {"fp32": (1e-5, 1e-4), "bf16": (5e-2, 1e-1)}
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,16 @@ def config_of(engine: Engine, precision: str) -> dict[str, Any]:
 Record = dict[str, Any]
 
 
+def prepare() -> None:
+    """What all processes need, done once before they are forked."""
+    torch.set_num_threads(1)
+    # with gloo, for what DeepSpeed would compile an extension in a minute and a half
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    network()  # reads transformers' source files
+    gc.collect()
+    gc.freeze()  # or each process looks through all that was imported
+
+
 def look(model: nn.Module, forward: Callable[..., Any], record: Record) -> None:
     """Add λ of each site and the loss of a batch to the record; every process does."""
     record["hardness"].append(hlg.hardness_profile(model))
@@ -198,7 +211,6 @@ def _engine(
 def _deepspeed(
     engine: Engine, optimizer: str, precision: str, model: nn.Module
 ) -> tuple[Callable[..., Any], Any, Callable[[Tensor], None]]:
-    deepspeed = _without_compiling()
     rate, own = RATES[optimizer]
     stepped = _optimizer(optimizer)(hlg.parameter_groups(model, own), lr=rate, weight_decay=0.0)
     started, *_ = deepspeed.initialize(model=model, optimizer=stepped, config=config_of(engine, precision))
@@ -212,14 +224,6 @@ def _deepspeed(
 
 def _optimizer(name: str) -> Any:
     return {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}[name]
-
-
-def _without_compiling() -> Any:
-    """DeepSpeed, with gloo for what it would compile an extension for, in a minute and a half."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 # ------------------------------------------------------------------------------------------------------------- Trainer
@@ -253,7 +257,6 @@ def with_trainer(
     """
     model = network()
     if engine.kind == "zero":
-        _without_compiling()
         changes = {"deepspeed": config_of(engine, precision), **changes}
     rate, own = RATES[optimizer]
     values: dict[str, Any] = {
@@ -274,6 +277,8 @@ def with_trainer(
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
+        "fsdp": engine.kind == "fsdp2",
+        "fsdp_config": {"fsdp_version": 2} if engine.kind == "fsdp2" else None,
         "use_cpu": True,
         "seed": 3,
     }
@@ -307,6 +312,7 @@ def apart(run: Record, twin: Record, skipped: int = 0) -> tuple[float, float]:
 
 def measure(cell: Cell) -> Outcome:
     """Train by the engine, on its processes, and in one process, and compare."""
+    prepare()
     engine = ENGINES[cell.engine]
     run = partial(own_loop if cell.trainer == "own loop" else with_trainer, engine, cell.optimizer, cell.precision)
     same = {} if engine.whole else {"hardness_compensate": "none"}
@@ -339,7 +345,7 @@ def _outcome(cell: Cell, engine: Engine, twin: Record, found: list[tuple[float, 
     text = f"one process: λ of {STEPS} steps, learned by {moved:.2f} and more; loss within {loss:.0e}"
     text += ", refit at the switch" if engine.whole else ", ramp"
     text += "" if cell.trainer == "own loop" else ", continued from checkpoints of before and after it"
-    bound = BOUNDS[cell.precision]
-    equal = hardness <= bound and loss <= 10 * bound and moved > 0.05
+    within = all(value <= bound for value, bound in zip((hardness, loss), BOUNDS[cell.precision], strict=True))
+    equal = within and moved > 0.05
     return Outcome("equal" if equal else "off", hardness, text)
 
