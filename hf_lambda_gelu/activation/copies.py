@@ -32,9 +32,9 @@ def change(parameter: nn.Parameter, in_place: Callable[[Tensor], object]) -> Non
         in_place(copy)
     if hasattr(parameter, "ds_tensor"):
         in_place(parameter.ds_tensor.data)
-        optimizer = getattr(parameter, "_z3_optimizer", None)
-        part = None if optimizer is None else optimizer.get_local_fp32_param(parameter)
-        if part is not None:  # None: frozen
+        optimizer: Any = getattr(parameter, "_z3_optimizer", None)
+        if optimizer is not None and parameter.requires_grad:  # what is frozen it does not step
+            part = optimizer.get_local_fp32_param(parameter)
             in_place(part)
             optimizer.set_local_hp_param(part, parameter)
 
@@ -44,7 +44,7 @@ def renew_stepped_copies(parameters: Iterable[nn.Parameter]) -> None:
     """Writes parameters that were changed in place into the copies that ZeRO-1 and -2 step; every process must call."""
     for parameter in parameters:
         if stepped_copy(parameter) is not None:
-            parameter.set_full_hp_param(parameter.detach())  # type: ignore[operator]  # DeepSpeed's
+            parameter.set_full_hp_param(parameter.detach())  # type: ignore[attr-defined]  # DeepSpeed's
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def whole(parameters: list[nn.Parameter]) -> list[Tensor]:
     """All of each parameter, also where FSDP2 or ZeRO-3 has cut it up; every process must ask."""
     away = [parameter for parameter in parameters if hasattr(parameter, "ds_id") and not is_here(parameter)]
     if away:
-        import deepspeed  # it ships no types
+        import deepspeed  # type: ignore[import-untyped]
 
         with deepspeed.zero.GatheredParameters(away):
             return [_full(parameter).clone() for parameter in parameters]

@@ -214,8 +214,8 @@ def check_substitutable(
         check_whole(
             model,
             f"compensate={compensate!r}",
-            "while training let λ climb instead, by set_hardness along a HardeningSchedule; afterwards load what was saved into "
-            "a model in one process and refit that",
+            "while training let λ climb instead, by set_hardness along a HardeningSchedule; afterwards load what was saved "
+            "into a model in one process and refit that",
         )
     if any(site.unclipped_hardness.is_meta for site in hardness_sites(model).values()):
         raise ValueError("the model is on the meta device, where λ has no value: load its weights first")

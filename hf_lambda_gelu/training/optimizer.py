@@ -62,7 +62,8 @@ def attach_hardness_update(optimizer: torch.optim.Optimizer, model: nn.Module | 
     for parameter in trained:
         _check_group(groups.get(id(parameter)))
     stepped = inner.optimizer if is_deepspeed(inner) else inner  # before DeepSpeed writes its copies over the parameters
-    return stepped.register_step_post_hook(_Projection(trained))
+    handle: RemovableHandle = stepped.register_step_post_hook(_Projection(trained))
+    return handle
 
 
 def parameter_groups(model: nn.Module, hardness_learning_rate: float = 0.01) -> list[dict[str, Any]]:

@@ -38,8 +38,8 @@ def _check_reachable(optimizer: Any) -> None:
     ):
         raise ValueError(
             f"DeepSpeed's {type(optimizer).__name__}, which it takes for bf16 and fp16 without ZeRO, steps copies of the "
-            "parameters in fp32 that cannot be reached: a clipped or a set λ, and a refit, would be undone by the next step. "
-            'Set {"zero_optimization": {"stage": 1}} or a higher stage in DeepSpeed\'s config'
+            "parameters in fp32 that cannot be reached: a clipped or a set λ, and a refit, would be undone by the next "
+            'step. Set {"zero_optimization": {"stage": 1}} or a higher stage in DeepSpeed\'s config'
         )
 
 
@@ -51,6 +51,6 @@ def check_own_group(optimizer: Any, hardness: Iterable[nn.Parameter]) -> None:
     if any(id(groups[parameter]) in theirs for parameter in own if parameter in groups):
         raise ValueError(
             "λ is in a group with weights, with their learning rate and weight decay, as DeepSpeed made the optimizer by "
-            "'optimizer' in its config: take 'optimizer' out of it, so that the Trainer makes the one of the argument optim, "
+            "'optimizer' in its config: take 'optimizer' out of it, so that the Trainer makes the one of the argument optim "
             "with hardness_learning_rate for λ"
         )

@@ -1,9 +1,9 @@
 """Engines: DDP, FSDP2 and DeepSpeed's ZeRO, on processes of this machine, each against one process with the whole batch.
 
-Losses are means and the ranks' batches are of one size, so that the mean of their gradients is the gradient of one process. λ
-starts at 1.1, is clipped to 1 on its way, and is learned for half of the steps. Then it goes to its target: at once, with a refit of the weights, where
-each process has all of these, and else along the ramp. Compared are λ of every site and the loss of a batch, after every step:
-a refit that the next step undoes is seen in the loss.
+Losses are means and the ranks' batches are of one size, so that the mean of their gradients is the gradient of one process.
+λ starts at 1.1, is clipped to 1 on its way, and is learned for half of the steps. Then it goes to its target: at once, with
+a refit of the weights, where each process has all of these, and else along the ramp. Compared are λ of every site and the
+loss of a batch, after every step: a refit that the next step undoes is seen in the loss.
 
 With the Trainer, the run is also continued from a checkpoint of before the switch and from one of after it.
 """
@@ -348,4 +348,3 @@ def _outcome(cell: Cell, engine: Engine, twin: Record, found: list[tuple[float, 
     within = all(value <= bound for value, bound in zip((hardness, loss), BOUNDS[cell.precision], strict=True))
     equal = within and moved > 0.05
     return Outcome("equal" if equal else "off", hardness, text)
-

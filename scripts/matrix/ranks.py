@@ -1,4 +1,4 @@
-"""Processes of a group on this machine: forked from one that has imported everything, in the environment that torchrun gives."""
+"""Processes of a group on this machine: forked from one that has imported everything, with torchrun's environment."""
 
 from __future__ import annotations
 

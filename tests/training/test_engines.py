@@ -10,17 +10,11 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from torch import nn
 
-import hf_lambda_gelu as hlg
-from hf_lambda_gelu.structure.sharding import is_sharded
-from hf_lambda_gelu.training.run_checks import check_engine, check_own_group
 from scripts.tools.processes import ROOT
 
 pytest.importorskip("deepspeed", reason="the extra `matrix` has it, on Linux")
@@ -97,7 +91,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     probe.write_text(PROBE)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment.pop("ACCELERATE_USE_CPU", None)  # with it, accelerate drops DeepSpeed
-    done = subprocess.run([sys.executable, str(probe), str(folder)], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, str(probe), str(folder)], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     records: dict[str, Any] = pickle.loads((folder / "found.pickle").read_bytes())
     return {**records, "folder": folder}
@@ -145,9 +141,7 @@ def test_the_trainer_on_deepspeed(found: dict[str, Any], name: str, twin: str) -
         assert logged == rank["hardness"]
 
 
-@pytest.mark.parametrize(
-    ("name", "twin", "step"), [("ZeRO-2 again", "trainer", 8), ("ZeRO-3 again", "trainer, ramp", 4)]
-)
+@pytest.mark.parametrize(("name", "twin", "step"), [("ZeRO-2 again", "trainer", 8), ("ZeRO-3 again", "trainer, ramp", 4)])
 def test_a_run_is_continued(found: dict[str, Any], name: str, twin: str, step: int) -> None:
     """From before the switch, and from after it with the weights that were refit."""
     check_equal(found[name], found[twin], step)
