@@ -84,9 +84,12 @@ class LambdaGELU(nn.Module):
 
     @torch.no_grad()
     def set_hardness(self, value: float) -> None:
-        """Sets λ to `value`, a number from 1 to 1e30 (ValueError otherwise), also in the copies that DeepSpeed steps."""
+        """Sets λ to `value`, a number from 1 to 1e30 (ValueError otherwise), also in the copies that DeepSpeed steps.
+
+        Where DeepSpeed holds it in bf16 or fp16, it is rounded up: what is set to its target shall not fall short of it.
+        """
         checked = check_hardness(value)
-        change(self.unclipped_hardness, lambda held: held.fill_(checked))
+        change(self.unclipped_hardness, lambda held: _fill(held, checked))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.calls is not None:
@@ -139,6 +142,13 @@ class LambdaGELU(nn.Module):
             raw.data = kept.to(raw.device)
             raw.grad = None if grad is None else grad.to(raw.device)
         return self
+
+
+def _fill(held: Tensor, value: float) -> None:
+    held.fill_(value)
+    if held.dtype in (torch.bfloat16, torch.float16):
+        above = torch.nextafter(held, torch.full_like(held, torch.inf))
+        held.copy_(torch.where(held.double() < value, above, held))  # as a bf16 number, the value would be rounded too
 
 
 def hardness_sites(model: nn.Module) -> dict[str, LambdaGELU]:

@@ -13,8 +13,10 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+import hf_lambda_gelu as hlg
 from scripts.tools.processes import ROOT
 
 pytest.importorskip("deepspeed", reason="the extra `matrix` has it, on Linux")
@@ -182,3 +184,15 @@ def test_an_optimizer_of_deepspeeds_config_is_refused(found: dict[str, Any]) -> 
 
 def test_fsdp_that_accelerate_drops_is_refused(found: dict[str, Any]) -> None:
     assert "FSDP was asked for, and accelerate has not sharded the model" in found["FSDP on a CPU"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_hardness_in_half_precision_is_rounded_up(dtype: torch.dtype) -> None:
+    """As DeepSpeed holds it in the module under bf16 and fp16: a gate that was set to its target would count as soft."""
+    gate = hlg.LambdaGELU()
+    gate.unclipped_hardness.data = gate.unclipped_hardness.data.to(dtype)
+    for wanted in (1.0, 1.2345, 37.123, 159.577, 277.26):
+        gate.set_hardness(wanted)
+        assert gate.unclipped_hardness.dtype == dtype
+        (found,) = hlg.hardness_profile(gate).values()
+        assert wanted <= found <= wanted * (1.0 + torch.finfo(dtype).eps)
