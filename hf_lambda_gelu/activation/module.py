@@ -12,6 +12,7 @@ from transformers import initialization as init
 
 from .._compat import was_loaded
 from .bases import get_base
+from .copies import change, is_here, whole
 from .functional import lambda_gelu
 from .hardness import MAX_HARDNESS, check_hardness, hardness_from_raw
 
@@ -83,8 +84,12 @@ class LambdaGELU(nn.Module):
 
     @torch.no_grad()
     def set_hardness(self, value: float) -> None:
-        """Sets λ to `value`, a number from 1 to 1e30 (ValueError otherwise)."""
-        self.unclipped_hardness.fill_(check_hardness(value))
+        """Sets λ to `value`, a number from 1 to 1e30 (ValueError otherwise), also in the copies that DeepSpeed steps.
+
+        Where DeepSpeed holds it in bf16 or fp16, it is rounded up: what is set to its target shall not fall short of it.
+        """
+        checked = check_hardness(value)
+        change(self.unclipped_hardness, lambda held: _fill(held, checked))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.calls is not None:
@@ -93,7 +98,7 @@ class LambdaGELU(nn.Module):
 
     def extra_repr(self) -> str:
         free = self.unclipped_hardness
-        value = "on meta" if free.is_meta else "sharded" if hasattr(free, "full_tensor") else f"{self.hardness.item():.4g}"
+        value = "on meta" if free.is_meta else f"{self.hardness.item():.4g}" if is_here(free) else "sharded"
         return f"hardness={value}, base={self.base!r}"
 
     # transformers sets this flag on every module once its weights are in place. `from_pretrained` leaves a parameter that
@@ -139,6 +144,13 @@ class LambdaGELU(nn.Module):
         return self
 
 
+def _fill(held: Tensor, value: float) -> None:
+    held.fill_(value)
+    if held.dtype in (torch.bfloat16, torch.float16):
+        above = torch.nextafter(held, torch.full_like(held, torch.inf))
+        held.copy_(torch.where(held.double() < value, above, held))  # as a bf16 number, the value would be rounded too
+
+
 def hardness_sites(model: nn.Module) -> dict[str, LambdaGELU]:
     """Finds the λ-GELU modules of a model.
 
@@ -160,7 +172,7 @@ def hardness_profile(model: nn.Module) -> dict[str, float]:
 
     Returns:
         {module name: λ}, λ ≥ 1 as a Python number, in network order; empty if the model has no λ-GELU. Of a model that FSDP2
-        has sharded, every process must ask.
+        or ZeRO-3 has sharded, every process must ask.
 
     Examples:
         >>> from torch import nn
@@ -173,15 +185,9 @@ def hardness_profile(model: nn.Module) -> dict[str, float]:
     if not sites:
         return {}
     with torch.no_grad():  # one transfer for all layers
-        free = [_whole(site.unclipped_hardness).reshape(1).float() for site in sites.values()]
-        values = torch.cat(free).clamp(min=1.0).tolist()
+        free = whole([site.unclipped_hardness for site in sites.values()])
+        values = torch.cat([value.reshape(1).float() for value in free]).clamp(min=1.0).tolist()
     return dict(zip(sites, values, strict=True))
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a parameter that FSDP2 has sharded; every process must ask for it."""
-    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return found
 
 
 def _check_loaded(value: Tensor, name: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 
 from .hardness import hardness_from_raw
 
@@ -25,6 +25,10 @@ class HardnessFromRaw(ConversionOps):
 class _FromOlder(WeightConverter):
     def was_used(self) -> bool:
         return False  # asked by what saves, which would write s again
+
+    def reverse_transform(self) -> WeightTransform:
+        """λ under its own name: what was loaded for ZeRO-3 asks for the way back of all that was tried, used or not."""
+        return WeightRenaming([NAME], [NAME])
 
 
 def register() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..activation.copies import stepped_copy
 from ..activation.hardness import DEFAULT_TOLERANCE, target_hardness
 from ..activation.module import hardness_sites
 from ..measurement.forward import measuring
@@ -33,7 +34,7 @@ def harden(
 
     Args:
         model: after `convert`, in whatever mode it is.
-        calibration: batches of inputs as for `relu_ize`, a few hundred examples.
+        calibration: batches of inputs as for `relu_ize`, a few hundred examples. With several processes: the same on each.
         compensate: "least_squares" or "bias", as for `relu_ize`.
         tolerance: ε, which gives λ's target, 159.58 by default; see `target_hardness`.
         targets: {module name: λ} instead, of `calibrate` for one. A λ that is larger stays.
@@ -42,7 +43,7 @@ def harden(
         What was refit.
 
     Raises:
-        ValueError: as for `relu_ize`; `targets` lacks a site.
+        ValueError: as for `relu_ize`; `targets` lacks a site; weights are sharded by FSDP2 or ZeRO-3.
         CalibrationError: as for `relu_ize`.
 
     Where it raises, the model is as it was.
@@ -64,7 +65,9 @@ def harden(
         raise ValueError(f"targets names no λ for {len(missing)} of {len(sites)} sites, {missing[0]} the first of them")
     report, _ = refit_for_hard_gates(model, calibration, compensate)
     for name, site in sites.items():
-        keep(site.unclipped_hardness)
+        for held in (site.unclipped_hardness, stepped_copy(site.unclipped_hardness)):
+            if held is not None:
+                keep(held)
         site.set_hardness(max(wanted[name], site.hardness.item()))
     return report
 

@@ -24,6 +24,7 @@ from ..structure.edits import replace_everywhere, set_activation
 from ..structure.forwards import bypassed_by_code, refusal
 from ..structure.modules import has_adapters, joined, quantised_weight, transformers_parts
 from ..structure.offloading import check_not_offloaded
+from ..structure.sharding import check_whole
 from ..structure.smooth_activations import smooth_activations
 from ..structure.transaction import keep, transaction
 from ..structure.usable import check_usable
@@ -210,6 +211,13 @@ def check_substitutable(
     if compensate is not None and quantised is not None:
         raise ValueError(f"{quantised} is quantised and cannot be refit: substitute first, then quantise the ReLU model")
     check_not_offloaded(model)
+    if compensate is not None:
+        check_whole(
+            model,
+            f"compensate={compensate!r}",
+            "while training let λ climb instead, by set_hardness along a HardeningSchedule; afterwards load what was saved "
+            "into a model in one process and refit that",
+        )
     if any(site.unclipped_hardness.is_meta for site in hardness_sites(model).values()):
         raise ValueError("the model is on the meta device, where λ has no value: load its weights first")
     profile = hardness_profile(model)

@@ -89,5 +89,6 @@ def _clip_both(optimizer: Any, group: dict[str, Any], pairs: list[tuple[nn.Param
 
 def _averaging(optimizer: Any) -> list[Any]:
     """Those with two points of a parameter."""
-    own = [one for one in optimizers_in(optimizer) if type(one).__name__ != "AcceleratedOptimizer"]  # it only passes on
+    passing_on = ("AcceleratedOptimizer", "DeepSpeedOptimizerWrapper")
+    own = [one for one in optimizers_in(optimizer) if type(one).__name__ not in passing_on]
     return [one for one in own if callable(getattr(one, "train", None)) and callable(getattr(one, "eval", None))]

@@ -20,7 +20,7 @@ from .averaging import go_on_from, to_average
 from .console import refit_line, say, switch_lines
 from .divergence import LossWatch, check_finite
 from .optimizer import HardnessUpdate
-from .run_checks import attach_to_the_run, check_gradient, warn_if_soft
+from .run_checks import attach_to_the_run, check_engine, check_gradient, warn_if_soft
 from .schedule import HardeningSchedule
 from .switch import SwitchData, calibrated_targets, check_calibratable, l1_targets, refit_at_switch, try_a_batch
 
@@ -80,6 +80,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self.calibrated = attributes.get("calibrated")  # absent in older checkpoints
         self.losses, self.processes = LossWatch(), args.world_size
         self.check(run)
+        check_engine(args, kwargs["model"], kwargs["optimizer"])
         check_calibratable(run, kwargs["model"], kwargs["train_dataloader"].dataset)
         reasons = bypassed_by_code(kwargs["model"], hardness_sites(kwargs["model"]))
         if reasons:

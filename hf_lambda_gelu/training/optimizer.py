@@ -21,9 +21,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..activation.copies import change
 from ..activation.module import LambdaGELU, hardness_sites
 from .averaging import clip, optimizers_in
 from .movement import Movement
+from .zero import deepspeed_in, groups_of
 
 
 class HardnessUpdate:
@@ -48,7 +50,8 @@ def attach_hardness_update(optimizer: Any, model: nn.Module | Iterable[LambdaGEL
 
     Args:
         optimizer: any that has λ in its groups and a `step`; also one that holds others, such as accelerate's wrapper, SAM,
-            or two in one. Of schedule-free ones both points are clipped, the stepped one and the average.
+            two in one, or DeepSpeed's, `engine.optimizer`. Of schedule-free ones both points are clipped, the stepped one
+            and the average.
         model: with λ-GELU; or the modules themselves. Frozen λ are left out.
 
     Returns:
@@ -57,7 +60,7 @@ def attach_hardness_update(optimizer: Any, model: nn.Module | Iterable[LambdaGEL
     Raises:
         ValueError: a hardness parameter is in none of the optimizer's groups, or in one with weight decay, or in none of the
             optimizers that it holds; the optimizer steps within backward (LOMO, layer-wise GaLore) or has no step hooks;
-            there is no λ.
+            there is no λ; DeepSpeed steps copies in fp32 that cannot be reached, as it does in bf16 and fp16 without ZeRO.
 
     Examples:
         >>> import hf_lambda_gelu as hlg, torch
@@ -73,6 +76,13 @@ def attach_hardness_update(optimizer: Any, model: nn.Module | Iterable[LambdaGEL
     trained = [module.unclipped_hardness for module in dict.fromkeys(found) if module.unclipped_hardness.requires_grad]
     if not trained:
         raise ValueError("there is no λ to train: call convert(model) first, and leave unclipped_hardness its requires_grad")
+    deepspeed = deepspeed_in(optimizer)
+    if deepspeed is not None:
+        groups = groups_of(deepspeed)
+        for parameter in trained:
+            _check_group(groups.get(id(parameter)))
+        # before DeepSpeed writes its copies over the parameters
+        return HardnessUpdate([deepspeed.optimizer.register_step_post_hook(partial(_change_after_step, trained))])
     held = optimizers_in(optimizer)
     check_steps_after_backward(held)
     stepping = [one for one in held if len(optimizers_in(one)) == 1]  # that hold no others
@@ -177,6 +187,11 @@ def _clip_after_step(parameters: list[nn.Parameter], optimizer: Optimizer, *_: o
     clip(optimizer, parameters)
 
 
+def _change_after_step(parameters: list[nn.Parameter], *_: object) -> None:
+    for parameter in parameters:
+        change(parameter, lambda held: held.clamp_(min=1.0))
+
+
 def _group(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any] | None:
     """The group that a parameter is in."""
     groups: list[dict[str, Any]] = optimizer.param_groups
@@ -186,21 +201,26 @@ def _group(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any] | None:
 def _check_groups(parameter: nn.Parameter, held: list[Any], stepping: list[Any]) -> None:
     """Raises ValueError unless a hardness parameter is in groups that it may be in."""
     inside = [group for one in held if (group := _group(one, parameter)) is not None]
-    if not inside:
-        raise ValueError(
-            "a hardness parameter is in none of the optimizer's groups, so it would never move: "
-            "optimizer.add_param_group({'params': [m.unclipped_hardness for m in hlg.hardness_sites(model).values()], "
-            "'lr': 0.01, 'weight_decay': 0.0})"
-        )
+    for group in inside or [None]:
+        _check_group(group)
     if all(_group(one, parameter) is None for one in stepping):
         names = ", ".join(dict.fromkeys(type(one).__name__ for one in stepping))
         raise ValueError(
             f"a hardness parameter is in the groups of {type(held[0]).__name__}, but in none of the optimizers that it "
             f"steps ({names}), so it would never move: make these from hlg.parameter_groups(model)"
         )
-    for group in inside:
-        if group.get("weight_decay"):
-            raise ValueError(
-                f"a hardness parameter is in a group with weight decay {group['weight_decay']}, which would pull λ to 1: "
-                "put the hardness parameters into a group of their own with weight_decay=0.0"
-            )
+
+
+def _check_group(group: dict[str, Any] | None) -> None:
+    """Raises ValueError unless a hardness parameter may be in this group."""
+    if group is None:
+        raise ValueError(
+            "a hardness parameter is in none of the optimizer's groups, so it would never move: "
+            "optimizer.add_param_group({'params': [m.unclipped_hardness for m in hlg.hardness_sites(model).values()], "
+            "'lr': 0.01, 'weight_decay': 0.0})"
+        )
+    if group.get("weight_decay"):
+        raise ValueError(
+            f"a hardness parameter is in a group with weight decay {group['weight_decay']}, which would pull λ to 1: "
+            "put the hardness parameters into a group of their own with weight_decay=0.0"
+        )

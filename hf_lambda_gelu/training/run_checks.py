@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..activation.module import hardness_profile, hardness_sites
+from ..structure.sharding import is_sharded
 from .averaging import optimizers_in
 from .optimizer import WITHIN_BACKWARD, HardnessUpdate, attach_hardness_update
+from .zero import check_own_group, deepspeed_in
 
 logger = logging.get_logger(__name__)
 
@@ -30,11 +33,16 @@ def attach_to_the_run(optimizer: Any, model: nn.Module) -> HardnessUpdate | None
     None where no λ is trained.
 
     Raises:
-        ValueError: a λ is not in it, or in a group with weight decay, or it steps within backward.
+        ValueError: a λ is not in it, or in a group with weight decay, or it steps within backward, or DeepSpeed's config
+            made it.
     """
     trained = {id(hardness) for hardness in _trained(model)}
-    if not trained or type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":  # it steps its own copies; λ < 1 counts as 1
+    if not trained:
         return None
+    deepspeed = deepspeed_in(optimizer)
+    if deepspeed is not None:
+        check_own_group(deepspeed, _trained(model))
+        return attach_hardness_update(optimizer, model)
     handle = attach_hardness_update(optimizer, model)
     for group in (group for one in optimizers_in(optimizer)[-1:] for group in one.param_groups):
         inside = sum(id(parameter) in trained for parameter in group["params"])
@@ -50,12 +58,35 @@ def attach_to_the_run(optimizer: Any, model: nn.Module) -> HardnessUpdate | None
 
 def check_gradient(optimizer: Any, model: nn.Module) -> None:
     """Raises ValueError if λ is trained and no parameter has a gradient left when the optimizer is to step."""
+    if deepspeed_in(optimizer) is not None:  # which has its own
+        return
     # λ alone may have none: of a vision tower, when a batch of text comes first
     if _trained(model) and all(parameter.grad is None for parameter in model.parameters()):
         raise ValueError(
             f"no parameter has a gradient when {type(optimizers_in(optimizer)[-1]).__name__} is to step, so λ would never "
             f"move: an optimizer that {WITHIN_BACKWARD}"
         )
+
+
+def check_engine(args: TrainingArguments, model: nn.Module, optimizer: Any) -> None:
+    """ValueError if FSDP or DeepSpeed was asked for and is not what runs: accelerate drops them on CPUs without a word."""
+    if _asked(args.fsdp, "ACCELERATE_USE_FSDP") and not is_sharded(model):
+        raise ValueError(
+            "FSDP was asked for, and accelerate has not sharded the model: it does that on accelerators alone, and on CPUs "
+            "runs DistributedDataParallel. Take fsdp and ACCELERATE_USE_FSDP away, or shard by fully_shard in a loop of "
+            "your own"
+        )
+    if _asked(args.deepspeed, "ACCELERATE_USE_DEEPSPEED") and type(optimizer).__name__ != "DeepSpeedOptimizerWrapper":
+        raise ValueError(
+            "DeepSpeed was asked for, and accelerate does not run it: where ACCELERATE_USE_CPU is set it runs "
+            "DistributedDataParallel. Unset that (use_cpu=True and DS_ACCELERATOR=cpu are enough on a CPU), or take "
+            "deepspeed and ACCELERATE_USE_DEEPSPEED away"
+        )
+
+
+def _asked(argument: object, variable: str) -> bool:
+    """By the training arguments, or by accelerate's own config."""
+    return bool(argument) or os.environ.get(variable, "false").lower() == "true"
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

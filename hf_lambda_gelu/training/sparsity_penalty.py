@@ -155,14 +155,20 @@ def loss_is_scaled(trainer: Trainer, items: Tensor | int | None) -> bool:
     return (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
 
 
-def check_penalisable(args: LambdaGELUTrainingArguments, model: nn.Module) -> None:
-    """Raises ValueError where a run's way to compute does not let the penalty see what enters the activations."""
+def check_penalisable(args: LambdaGELUTrainingArguments, model: nn.Module, engine: bool = False) -> None:
+    """Raises ValueError where a run's way to compute does not let the penalty see what enters the activations.
+
+    Args:
+        engine: whether accelerate's own config has FSDP or DeepSpeed, of which the arguments do not know.
+    """
     compiled = args.torch_compile or any(map(is_compiled, model.modules()))
     reasons = {
         "torch.compile, whose code does not know hooks: train without torch_compile": compiled,
         "torch.nn.DataParallel, which copies the model: start one process per device by torchrun, or show it one by "
         "CUDA_VISIBLE_DEVICES": args.n_gpu > 1,
-        "FSDP and DeepSpeed, with which it was not tested: train by DistributedDataParallel": args.fsdp or args.deepspeed,
+        "FSDP and DeepSpeed, with which it was not tested: train by DistributedDataParallel": args.fsdp
+        or args.deepspeed
+        or engine,
     }
     for reason, holds in reasons.items():
         if holds:

@@ -45,11 +45,14 @@ def check_generation(args: TrainingArguments) -> None:
         )
 
 
-def check_trainable(args: LambdaGELUTrainingArguments, model: nn.Module, reference: nn.Module | None = None) -> None:
+def check_trainable(
+    args: LambdaGELUTrainingArguments, model: nn.Module, reference: nn.Module | None = None, engine: bool = False
+) -> None:
     """Raises ValueError where this model cannot be trained so; warns of frozen λ, and of a best checkpoint that is soft.
 
     Args:
         reference: the second model of TRL's trainers.
+        engine: whether FSDP or DeepSpeed is asked for, be it by accelerate's own config.
     """
     if not hardness_sites(model):
         raise ValueError(
@@ -60,7 +63,7 @@ def check_trainable(args: LambdaGELUTrainingArguments, model: nn.Module, referen
     if getattr(args, "sync_ref_model", False) and reference is not None:
         _check_alike(model, reference)
     if args.sparsity_penalty:
-        check_penalisable(args, model)
+        check_penalisable(args, model, engine)
     _check_best(args)
 
 

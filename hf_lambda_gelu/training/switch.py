@@ -16,13 +16,14 @@ from accelerate.utils import broadcast_object_list  # it ships no types
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ..activation.copies import renew_stepped_copies
 from ..activation.hardness import target_hardness
 from ..activation.module import hardness_sites
 from ..measurement.batches import CalibrationError, model_batches
 from ..measurement.calibration import calibrate
 from ..measurement.forward import measuring, run_batch
 from ..structure.random_state import random_numbers_from
-from ..structure.sharding import is_sharded
+from ..structure.sharding import check_whole
 from ..surgery.hardening import refit_for_hard_gates
 from ..surgery.refit.report import Compensate, CompensationReport
 from .arguments import LambdaGELUTrainingArguments
@@ -114,6 +115,7 @@ def refit_at_switch(model: nn.Module, args: LambdaGELUTrainingArguments, data: S
     if args.world_size > 1:
         for parameter in refit:
             torch.distributed.broadcast(parameter.data, 0)
+        renew_stepped_copies(refit)
     return report
 
 
@@ -121,12 +123,12 @@ def check_calibratable(args: LambdaGELUTrainingArguments, model: nn.Module, data
     """Raises ValueError unless the switch can do its part: examples by index, and parameters in one piece for a refit."""
     if args.hardness_target == "l1" and args.hardness_compensate == "none":
         return
-    if args.fsdp or args.deepspeed or is_sharded(model):
-        raise ValueError(
-            f"hardness_compensate={args.hardness_compensate!r} and hardness_target={args.hardness_target!r} need whole "
-            "weights, which FSDP and DeepSpeed cut up or hold copies of: set hardness_compensate='none' and "
-            "hardness_target='l1', or substitute before training by relu_ize(model, calibration=…, compensate=…)"
-        )
+    check_whole(
+        model,
+        f"hardness_compensate={args.hardness_compensate!r} with hardness_target={args.hardness_target!r}",
+        "set hardness_compensate='none' and hardness_target='l1', for a ramp, or substitute before training by "
+        "relu_ize(model, calibration=…, compensate=…)",
+    )
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
         raise ValueError(
             "hardness_compensate and hardness_target='calibrated' take examples by their index, but the training set is a "

@@ -84,7 +84,8 @@ class LambdaGELUTrainer(Trainer):
             args = LambdaGELUTrainingArguments(output_dir="tmp_trainer")
         check_arguments(args, model)
         super().__init__(model=model, args=args, **kwargs)  # by name: subclasses' bases order theirs otherwise
-        check_trainable(args, self.model, getattr(self, "ref_model", None))
+        engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        check_trainable(args, self.model, getattr(self, "ref_model", None), engine)
         self.add_callback(HardeningCallback())
         self.add_callback(ProfilePictures(self))
         if has_adapters(self.model):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 import hf_lambda_gelu as hlg
 
@@ -71,3 +72,14 @@ def test_damaged(older: Path) -> None:
     save_file({**state, name: torch.tensor([float("nan")])}, older / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"hardness is \[nan\]: expected finite numbers"):
         AutoModelForSequenceClassification.from_pretrained(older)
+
+
+def test_saved_after_loading_for_zero3(tmp_path: Path) -> None:
+    """transformers' loader for ZeRO-3 leaves every conversion with the model, used or not, and saving takes each back."""
+    model = tiny.build("bert-classifier")
+    hlg.convert(model, 3.0)
+    model._weight_conversions = get_model_conversion_mapping(model)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert [value.item() for name, value in saved.items() if "hardness" in name] == [3.0, 3.0]
+    assert {*hlg.hardness_profile(type(model).from_pretrained(tmp_path)).values()} == {3.0}

@@ -51,6 +51,10 @@ def test_learns_as_without(mesh: object, tmp_path: Path) -> None:
     assert max(abs(value - 1.7) for value in profiles[0][-2].values()) > 0.005
     assert "hardness=sharded" in repr(model)
     args = arguments(tmp_path, hardness_compensate="least_squares")
-    with pytest.raises(ValueError, match="need whole weights, which FSDP and DeepSpeed cut up"):
+    with pytest.raises(ValueError, match="needs whole weights, which FSDP or DeepSpeed has cut up here: set hardness"):
         check_calibratable(args, model, rows)
     check_calibratable(args, nn.Linear(2, 2), rows)
+    before = hlg.hardness_profile(model)
+    with pytest.raises(ValueError, match=r"needs whole weights.*set_hardness along a HardeningSchedule"):
+        hlg.harden(model, [batch])
+    assert hlg.hardness_profile(model) == before

@@ -147,16 +147,6 @@ def test_no_parameter_is_added(tmp_path: Path) -> None:
     assert {site.method for site in trainer.compensation.sites} == {"least_squares"}
 
 
-def test_sharded_weights_are_refused(tmp_path: Path) -> None:
-    """Before the first step, with the way out."""
-    trainer = trainer_of(converted(), tmp_path, hardness_compensate="least_squares")
-    trainer.args.deepspeed = {"zero_optimization": {"stage": 3}}
-    from hf_lambda_gelu.training.switch import check_calibratable
-
-    with pytest.raises(ValueError, match="DeepSpeed cut up or hold copies of: set hardness_compensate='none' and"):
-        check_calibratable(trainer.args, trainer.model, Rows())
-
-
 _TWO = """
 import json, sys
 from pathlib import Path

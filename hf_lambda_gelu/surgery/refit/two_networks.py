@@ -13,6 +13,7 @@ other two may be within each other. After `undo` weights, gates, biases and conf
 
 Refit weights lie in memory of their own until `commit` puts them where the original ones were, so that other tensors of the
 same memory (a state_dict, shared memory) see the original weights while the work goes on, and the refit ones afterwards.
+The copies that DeepSpeed steps get them then, too.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...activation.copies import renew_stepped_copies, stepped_copy
 from ...activation.module import hardness_sites
 from ...measurement.batches import FORWARD_ERRORS, batch_size, forward_failed
 from ...measurement.forward import call, same_random_numbers
@@ -141,6 +143,11 @@ class TwoNetworks:
             self.originals[parameter] = before
             memory.copy_(parameter.data)
             parameter.data = memory
+        for parameter in self.originals:
+            copy = stepped_copy(parameter)
+            if copy is not None:
+                keep(copy)
+        renew_stepped_copies(self.originals)
 
     def undo(self) -> None:
         """Let the model be what it was, from any state."""
@@ -148,6 +155,7 @@ class TwoNetworks:
         for parameter, original in self.originals.items():
             memory = self._committed.get(parameter)
             parameter.data = original if memory is None else memory.copy_(original)
+        renew_stepped_copies(self._committed)
         self._committed.clear()
         self.originals.clear()
         self.hard.clear()
