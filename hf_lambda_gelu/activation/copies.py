@@ -52,7 +52,7 @@ def whole(parameters: list[nn.Parameter]) -> list[Tensor]:
     """All of each parameter, also where FSDP2 or ZeRO-3 has cut it up; every process must ask."""
     away = [parameter for parameter in parameters if hasattr(parameter, "ds_id") and not is_here(parameter)]
     if away:
-        import deepspeed  # type: ignore[import-untyped]
+        import deepspeed
 
         with deepspeed.zero.GatheredParameters(away):
             return [_full(parameter).clone() for parameter in parameters]

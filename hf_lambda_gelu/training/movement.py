@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
@@ -24,13 +24,13 @@ class Movement:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         whole = [parameter for parameter in parameters if not hasattr(parameter, "full_tensor")]
         self._calls = dict.fromkeys(whole, 0)  # of those that have not moved yet
-        self._before: dict[nn.Parameter, float] = {}
+        self._before: dict[nn.Parameter, Tensor] = {}
         self._steps = 0
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, *_: object) -> None:
         """To be called by the optimizer before its step."""
-        self._before = {parameter: parameter.item() for parameter in self._calls}
+        self._before = {parameter: parameter.clone() for parameter in self._calls}
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, *_: object) -> None:
@@ -38,10 +38,10 @@ class Movement:
         self._steps += 1
         rates = {parameter: group.get("lr", 0.0) for group in optimizer.param_groups for parameter in group["params"]}
         for parameter, before in self._before.items():
-            gradient = 0.0 if parameter.grad is None else float(parameter.grad)
-            if parameter.item() != before or (before <= 1.0 and gradient > 0.0):
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if bool(((parameter != before) | (before <= 1.0) & (gradient > 0.0)).any()):
                 self._calls.pop(parameter, None)
-            elif parameter in self._calls and float(rates.get(parameter, 0.0)) * abs(gradient) > SMALLEST * before:
+            elif bool((float(rates.get(parameter, 0.0)) * gradient.abs() > SMALLEST * before).all()):
                 self._calls[parameter] += 1
         stay = [calls for calls in self._calls.values() if calls >= CALLS]
         if stay:

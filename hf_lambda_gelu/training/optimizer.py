@@ -201,7 +201,9 @@ def _group(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any] | None:
 def _check_groups(parameter: nn.Parameter, held: list[Any], stepping: list[Any]) -> None:
     """Raises ValueError unless a hardness parameter is in groups that it may be in."""
     inside = [group for one in held if (group := _group(one, parameter)) is not None]
-    for group in inside or [None]:
+    if not inside:
+        _check_group(None)
+    for group in inside:
         _check_group(group)
     if all(_group(one, parameter) is None for one in stepping):
         names = ", ".join(dict.fromkeys(type(one).__name__ for one in stepping))

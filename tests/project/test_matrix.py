@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers.training_args import OptimizerNames
 
-from scripts.matrix import optimizers, run
+from scripts.matrix import engines, optimizers, run, trainers
 from scripts.matrix.cells import Outcome
 from scripts.matrix.comparison import BOUND
 from scripts.matrix.table import CELL, table
@@ -33,8 +33,12 @@ def test_no_cell_is_off() -> None:
     keys = [(entry["part"], *(entry[field] for field in CELL)) for entry in rows]
     assert len(keys) == len(set(keys)) > 80
     assert {entry["verdict"] for entry in rows} == {"equal", "refused"}
-    assert all(float(entry["figure"]) <= BOUND for entry in rows if entry["verdict"] == "equal")
-    assert all(len(entry["text"]) > 20 for entry in rows)
+    # in bf16 two runs that sum in another order part, as two of one process would
+    bf16 = {"optimizers": BOUND, "engines": engines.BOUNDS["bf16"][0], "trainers": trainers.BOUND["bf16"]}
+    for entry in rows:
+        bound = bf16[entry["part"]] if entry["precision"] == "bf16" else BOUND
+        assert entry["verdict"] == "refused" or float(entry["figure"]) <= bound
+    assert all(len(entry["text"]) > 20 for entry in rows if entry["verdict"] == "refused")
 
 
 def test_every_optimizer_was_run() -> None:

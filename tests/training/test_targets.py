@@ -165,6 +165,7 @@ def test_calibrated_targets_and_checkpoints(tmp_path: Path) -> None:
         assert kept == {
             "at_switch": trainer.learned_hardness,
             "calibrated": None if name == "l1" else trainer.hardness_targets,
+            "processes": 1,
         }
 
     resumed = trainer_of(converted(seed=9), tmp_path / "l1", hardness_target="calibrated", **saving)
