@@ -80,3 +80,14 @@ def refit_for_hard_gates(
     with measuring(model), compensation(model, batches) as work:
         report = work.run(method, biases=False)
     return report, list(work.originals)
+
+
+@transaction
+def rehearse_refit(model: nn.Module, batches: Iterable[Any]) -> dict[str, str]:
+    """{site: reason} of what `refit_for_hard_gates` could not refit; the model stays as it was. [derived]
+
+    Raises:
+        CalibrationError: as a refit would, but for what its solving finds.
+    """
+    with measuring(model), compensation(model, batches) as work:
+        return work.rehearse()

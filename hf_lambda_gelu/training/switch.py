@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list  # it ships no types
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
+from transformers.utils import logging
 
 from ..activation.copies import renew_stepped_copies
 from ..activation.hardness import target_hardness
@@ -24,9 +25,11 @@ from ..measurement.calibration import calibrate
 from ..measurement.forward import measuring, run_batch
 from ..structure.random_state import random_numbers_from
 from ..structure.sharding import check_whole
-from ..surgery.hardening import refit_for_hard_gates
+from ..surgery.hardening import refit_for_hard_gates, rehearse_refit
 from ..surgery.refit.report import Compensate, CompensationReport
 from .arguments import LambdaGELUTrainingArguments
+
+logger = logging.get_logger(__name__)
 
 # each gives width × tokens pre-activations: with 64 other sentences, MiniLM's targets move by 1 %
 CALIBRATION_EXAMPLES = 64
@@ -63,22 +66,34 @@ class SwitchData:
 
 
 def try_a_batch(model: nn.Module, args: LambdaGELUTrainingArguments, data: SwitchData) -> None:
-    """Run the model on a batch like those of the switch, so that what it cannot use is found before a step is taken.
+    """Run the model on a batch like those of the switch, and look for the maps to refit, before a step is taken.
+
+    What the refit will leave as it is, because its map is not found, is a warning.
 
     Raises:
-        CalibrationError: there is none that the model takes, or its forward raises.
+        CalibrationError: there is none that the model takes, its forward raises, or a refit cannot find its way.
     """
     if args.hardness_target == "l1" and args.hardness_compensate == "none":
         return
+    left: dict[str, str] = {}
     try:
-        with random_numbers_from(args.seed, args.device), measuring(model), torch.no_grad():
-            run_batch(model, next(model_batches(model, data.batches(args, args.per_device_train_batch_size))), 0)
+        with random_numbers_from(args.seed, args.device):
+            with measuring(model), torch.no_grad():
+                run_batch(model, next(model_batches(model, data.batches(args, args.per_device_train_batch_size))), 0)
+            if args.hardness_compensate != "none":
+                left = rehearse_refit(model, data.batches(args, args.per_device_train_batch_size))
     except CalibrationError as error:
         raise CalibrationError(
             f"the switch at {args.hardness_switch_point:g} of the run will measure or refit the model on training batches, "
             f"and cannot: {error}. Override LambdaGELUTrainer.calibration_inputs, or give HardnessCallback one, which makes "
             "of a batch what forward takes, or set hardness_target='l1' and hardness_compensate='none'"
         ) from error
+    if left and args.process_index == 0:
+        name, reason = next(iter(left.items()))
+        logger.warning(
+            f"the switch will refit nothing for {len(left)} of {len(hardness_sites(model))} gates, {name} the first "
+            f"({reason}): they become ReLU all the same, and training must make up for it"
+        )
 
 
 def calibrated_targets(model: nn.Module, args: LambdaGELUTrainingArguments, data: SwitchData) -> dict[str, float]:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from support import tiny
 from support.models import converted
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.training import switch
 
 
 class Pairs(Dataset[dict[str, Tensor]]):
@@ -116,3 +117,46 @@ def test_a_second_evaluation_leaves_no_trace(tmp_path: Path) -> None:
     assert logged[0]["eval_size"] == logged[1]["eval_size"]
     assert logged[0]["eval_sum"] == logged[1]["eval_sum"] > 0.0
     assert logged[0]["eval_batches"] == logged[1]["eval_batches"] == 4.0
+
+
+def test_a_refit_that_would_not_find_its_way_is_rehearsed(tmp_path: Path) -> None:
+    """A network that puts out something else each time cannot be compared with itself: told before the first step."""
+    run = trainer(Made, tmp_path)
+    calls = [0]
+
+    def drift(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        calls[0] += 1
+        return output + calls[0]
+
+    run.model.classifier.register_forward_hook(drift)
+    before = tiny.snapshot(run.model)["tensors"]
+    with pytest.raises(hlg.CalibrationError, match=r"switch at 0\.75 .*puts out something else each time"):
+        run.train()
+    assert run.state.global_step == 0
+    assert tiny.snapshot(run.model)["tensors"] == before
+
+
+class EndsInAGate(nn.Module):
+    """No linear map follows the last gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.other, self.second, self.gate = nn.Linear(4, 6), hlg.LambdaGELU(), nn.Linear(6, 2), hlg.LambdaGELU()
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        out = self.gate(self.second(self.other(self.first(x))))
+        return {"loss": out.square().mean(), "logits": out}
+
+
+def test_gates_that_will_not_be_refit_are_named_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(switch.logger, "warning", lambda text: said.append(text))
+    rows = [{"x": torch.randn(4)} for _ in range(32)]
+    values = {"max_steps": 2, "per_device_train_batch_size": 8, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    run = hlg.LambdaGELUTrainer(EndsInAGate(), hlg.LambdaGELUTrainingArguments(str(tmp_path), **values), train_dataset=rows)
+    run.train()
+    assert run.compensation is not None
+    assert list(run.compensation.uncompensated) == ["gate"]
+    assert [site.name for site in run.compensation.sites] == ["other"]
+    (text,) = said
+    assert "the switch will refit nothing for 1 of 2 gates, gate the first (" in text

@@ -79,6 +79,12 @@ class Refit:
             )
         return report
 
+    def rehearse(self) -> dict[str, str]:
+        """Does what comes before the solving, on the calibration set; what `run` will leave uncompensated, and why."""
+        with eager_experts(self.networks.model), self.networks.autocast.off.entered():
+            traced, _ = self._look(False, CompensationReport())
+        return dict(traced.obstacles)
+
     def _look(self, biases: bool, report: CompensationReport) -> tuple[Trace, list[Chain]]:
         """Where the maps are and the chains that the sites are refit along; maps are given biases."""
         networks = self.networks
