@@ -57,7 +57,7 @@ def test_code_of_the_folder_does_not_run(saved: Path) -> None:
 def test_without_weights(saved: Path) -> None:
     (saved / "model.safetensors").unlink()
     with pytest.raises(
-        hlg.CheckpointError, match=r"BertForMaskedLM does not load .*Expected a folder with config\.json and weights"
+        hlg.CheckpointError, match=r"BertForMaskedLM does not load .*expected a folder with config\.json and weights"
     ):
         load_saved(saved)
 
