@@ -82,6 +82,7 @@ run("ZeRO-1", ENGINES["ZeRO-1 × 2"], own_loop)
 run("ZeRO-3 refused", three, refused)
 run("trainer", ONE, with_trainer)
 run("trainer, ramp", ONE, with_trainer, **ramp)
+run("ZeRO-0", ENGINES["ZeRO-0 × 2"], with_trainer, folder=folder / "zero")
 run("ZeRO-2", two, with_trainer, folder=folder / "two")
 run("ZeRO-2 again", two, with_trainer, folder=folder / "two", resume=8)
 run("ZeRO-3", three, with_trainer, folder=folder / "three")
@@ -142,7 +143,7 @@ def test_a_sharded_model_is_saved_whole(found: dict[str, Any]) -> None:
     assert saved == {f"{site}.unclipped_hardness": value for site, value in first["hardness"][-1].items()}
 
 
-@pytest.mark.parametrize(("name", "twin"), [("ZeRO-2", "trainer"), ("ZeRO-3", "trainer, ramp")])
+@pytest.mark.parametrize(("name", "twin"), [("ZeRO-0", "trainer"), ("ZeRO-2", "trainer"), ("ZeRO-3", "trainer, ramp")])
 def test_the_trainer_on_deepspeed(found: dict[str, Any], name: str, twin: str) -> None:
     check_equal(found[name], found[twin])
     for rank in found[name]:
