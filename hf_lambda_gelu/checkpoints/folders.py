@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +39,7 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         raise ValueError(_APPEARED.format(str(folder)))
     check_new(folder, overwrite)
     new = [parent for parent in target.parents if not parent.exists()]  # the innermost first
-    claim = Claim(_beside(target, _PARTIAL))
+    claim, was_there = Claim(_beside(target, _PARTIAL)), target.exists()
     if_it_fails(claim.remove)
     try:
         _take(claim, target)
@@ -51,14 +50,17 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
             _replace(claim, target)
         else:
             _put_where_nothing_is(claim.folder, target)
-            claim.leave()
         flush_names(target.parent)
+        claim.leave()
     except BaseException:
+        _put_back(claim, target, was_there)
         claim.remove()
         for parent in new:
             with contextlib.suppress(OSError):  # not empty: somebody else's by now
                 parent.rmdir()
         raise
+    clear_left(claim.folder)  # what was replaced: from here on the new one stays
+    clear_left(_beside(target, _OLD))
 
 
 def of_the_cache(link: Path) -> bool:
@@ -156,20 +158,24 @@ def _put_where_nothing_is(made: Path, target: Path) -> None:
 
 
 def _replace(claim: Claim, target: Path) -> None:
-    """The new folder in the place of the old one, which is then deleted."""
+    """The new folder in the place of the old one, which is kept aside."""
     if exchange(claim.folder, target):
-        claim.leave()
-        clear_left(claim.folder)  # which is the old one now
         return
+    target.rename(_beside(target, _OLD))  # a kill from here on: `_undo_half_swap`
+    claim.folder.rename(target)
+
+
+def _put_back(claim: Claim, target: Path, was_there: bool) -> None:
+    """After a stop: what was in the place of the new folder, if that is there already."""
     old = _beside(target, _OLD)
-    target.rename(old)  # a kill from here on: `_undo_half_swap`
-    try:
-        claim.folder.rename(target)
-    except BaseException:
+    if claim.is_at(target) and os.path.lexists(claim.folder):
+        exchange(claim.folder, target)
+    elif claim.is_at(target):
+        target.rename(claim.folder)
+    if not os.path.lexists(target) and os.path.lexists(old):
         old.rename(target)
-        raise
-    claim.leave()
-    shutil.rmtree(old, ignore_errors=True)
+    elif was_there and not os.path.lexists(target):
+        target.mkdir()  # an empty one
 
 
 def _undo_half_swap(target: Path) -> None:

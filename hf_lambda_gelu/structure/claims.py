@@ -33,6 +33,7 @@ class Claim:
         self.folder, self.mode = folder, 0o777
         self._lock: int | None = None
         self._making = False
+        self._identity: tuple[int, int] | None = None
 
     def take(self, wait: float = 2.0) -> None:
         """Makes the folder; one that a killed process left there is cleared away first.
@@ -54,7 +55,9 @@ class Claim:
                 check_own(self.folder)
             lock = _locked(self.folder)
             if lock is not None and self._making:
-                self._lock, self.mode = lock, stat.S_IMODE(self.folder.stat().st_mode)
+                found = self.folder.stat()
+                self._lock, self.mode = lock, stat.S_IMODE(found.st_mode)
+                self._identity = found.st_dev, found.st_ino
                 self.folder.chmod(0o700)
                 return
             if lock is not None and lock != _NO_LOCKS:
@@ -63,6 +66,14 @@ class Claim:
                 raise BlockingIOError(errno.EWOULDBLOCK, "another process works there", str(self.folder))
             else:
                 time.sleep(0.02)
+
+    def is_at(self, place: Path) -> bool:
+        """Whether the folder that was taken is there by now, under another name."""
+        try:
+            found = place.lstat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._identity
 
     def leave(self, keep: bool = False) -> None:
         """Gives up the lock; what the folder is by then stays. With `keep`, `clear_left` does not take it for left."""

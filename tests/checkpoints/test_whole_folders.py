@@ -117,6 +117,44 @@ def test_killed_while_it_swaps(step: str, swap: str, tmp_path: Path, monkeypatch
     assert not [name for name in entries(tmp_path) if name.startswith(".")]
 
 
+@pytest.mark.parametrize("before", ["nothing", "empty", "a model"])
+@pytest.mark.parametrize("place", ["flush_names", "leave"])
+def test_stopped_after_the_swap(before: str, place: str, swap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verb raises, so the disk is as it was: what was in the new folder's place is back, and nothing else is left."""
+    folder = tmp_path / "model"
+    if before == "empty":
+        folder.mkdir()
+    elif before == "a model":
+        write(folder, "old")
+    there = entries(tmp_path)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((folders, "flush_names", stop) if place == "flush_names" else (Claim, "leave", stop_once(stop))))
+        with pytest.raises(KeyboardInterrupt):
+            write(folder, "new", overwrite=True)
+    assert entries(tmp_path) == there
+    assert before != "a model" or read(folder) == ["old", "old"]
+    assert before != "empty" or entries(folder) == set()
+    write(folder, "new", overwrite=True)
+    assert read(folder) == ["new", "new"]
+
+
+def stop_once(stop: Callable[..., None]) -> Callable[..., None]:
+    """`Claim.leave`, stopped the first time that it is called."""
+    leave, calls = Claim.leave, [0]
+
+    def leave_or_stop(self: Claim, keep: bool = False) -> None:
+        calls[0] += 1
+        if calls[0] == 1:
+            stop()
+        leave(self, keep)
+
+    return leave_or_stop
+
+
 def test_two_write_one_folder(tmp_path: Path) -> None:
     """The second is refused before its work, in another process and in another thread; then it may."""
     folder = tmp_path / "model"
