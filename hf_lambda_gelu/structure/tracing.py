@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from .._compat import pytree
 from ..activation.module import hardness_sites
+from .block_source import source_of
 from .computed_weights import why_no_parameter
 from .hooks import Hooks
 from .linear_calls import Key, LinearCall
 from .linear_maps import LinearMap, Parameters, all_experts, watch_linears
-from .unread_maps import Uses, differentiable, origins
+from .unread_maps import Origins, Uses, differentiable, origins
 
 
 @dataclass
@@ -79,19 +81,27 @@ def _merged(order: list[str], more: list[str]) -> list[str]:
     return merged
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """A linear map that takes up a site's output, known while its weight was in memory: see `LinearCall`."""
+
+    found: LinearMap | None
+    obstacle: str
+
+
 @dataclass
 class _Seen:
     """What forward passes showed.
 
     Attributes:
-        reached: site → the linear maps that took its output up, in the order in which sites were called.
+        reached: site → the linear maps that took its output up, by weight, in the order in which sites were called.
         leading: as in `Trace`.
         unread: site → an operation with a weight that takes its output up and is no map that can be refit.
         elsewhere: parameter → what else it is used for.
         ways: a weight → whether it is used as (d, k), as (k, d), or both.
     """
 
-    reached: dict[str, list[LinearCall]] = field(default_factory=dict)
+    reached: dict[str, dict[Key, _Taken]] = field(default_factory=dict)
     leading: dict[str, Sequence[int]] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[nn.Parameter, str] = field(default_factory=dict)
@@ -99,8 +109,8 @@ class _Seen:
 
     def add(self, other: _Seen) -> None:
         """Take in what another pass showed."""
-        for site, calls in other.reached.items():
-            self.reached.setdefault(site, []).extend(calls)
+        for site, taken in other.reached.items():
+            self.reached.setdefault(site, {}).update(taken)
         for key, both in other.ways.items():
             self.ways.setdefault(key, set()).update(both)
         self.leading = other.leading | self.leading
@@ -110,46 +120,74 @@ class _Seen:
 
 def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Parameters, forward: Callable[[], Any]) -> _Seen:
     """What one forward pass shows."""
-    leaves: dict[int, str | None] = {}  # id of a leaf → the site that put it out, None for a linear map
-    kept: list[Tensor] = []
-    uses, seen = Uses(parameters.names), _Seen()
-
-    def leaf(output: Tensor, site: str | None) -> Tensor | None:
-        if not output.is_floating_point():
-            return None
-        made = output.detach().requires_grad_()
-        kept.append(made)
-        leaves[id(made)] = site
-        return made.clone()  # the model may change it in place, which a leaf does not allow
+    source = source_of(model)
+    leaves, uses, seen = _Leaves(), Uses(parameters.names, source), _Seen()
 
     def on_site(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        seen.reached.setdefault(sites[module], [])
+        seen.reached.setdefault(sites[module], {})
         seen.leading[sites[module]] = with_more(seen.leading.get(sites[module]), output.shape[:-1])
-        return leaf(output, sites[module])
+        return leaves.cut(output, {sites[module]})
 
-    def sources(tensor: Tensor) -> set[str]:
-        found = origins(tensor, leaves, parameters.names.keys())
+    def sources(tensor: Tensor) -> Origins:
+        found = origins(tensor, leaves.sites, parameters.names.keys())
         seen.unread.update(found.unread)
-        return found.sites
+        return found
 
     def on_linear(call: LinearCall) -> Tensor | None:
-        seen.ways.setdefault(call.key, set()).add(call.lies_transposed)
-        for site in sources(call.input):
-            seen.reached[site].append(call)
-        return leaf(call.output, None)
+        place = parameters.place(call)
+        seen.ways.setdefault(place, set()).add(call.lies_transposed)
+        for site in sources(call.input).sites:
+            seen.reached[site][place] = _Taken(parameters.find(call), call.obstacle)
+        return leaves.cut(call.output, ())
+
+    def on_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What enters a block is cut off too, so that the memory of the blocks before it is free."""
+
+        def cut(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.grad_fn is None:
+                return value
+            found = sources(value)
+            made = None if found.constant else leaves.cut(value, found.sites)
+            return value if made is None else made
+
+        return pytree.tree_map(cut, args), pytree.tree_map(cut, kwargs)
 
     with Hooks() as hooks:
         for site in sites:
             hooks.after(site, on_site)
+        for block in () if source is None else source.blocks:
+            hooks.before(block, on_block)
         with torch.enable_grad(), differentiable(model), watch_linears(on_linear, uses):
             output = forward()
     for tensor in pytree.tree_leaves(dict(output) if isinstance(output, dict) else output):
         if isinstance(tensor, Tensor):
             sources(tensor)
     for name, tensors in uses.detached:
-        seen.unread.update({site: name for tensor in tensors for site in sources(tensor)})
+        seen.unread.update({site: name for tensor in tensors for site in sources(tensor).sites})
     seen.elsewhere = {p: f"{sorted(names)[0]} uses it too" for p, names in uses.operations.items()}
     return seen
+
+
+class _Leaves:
+    """Tensors that are cut off from what made them.
+
+    Attributes:
+        sites: id of a leaf that is still there → the sites whose output is in it.
+    """
+
+    def __init__(self) -> None:
+        self.sites: dict[int, frozenset[str]] = {}
+        self._watched: list[weakref.ref[Tensor]] = []
+
+    def cut(self, output: Tensor, sites: Iterable[str]) -> Tensor | None:
+        """The tensor without what made it; None for one that has no gradients."""
+        if not output.is_floating_point():
+            return None
+        made = output.detach().requires_grad_()
+        key = id(made)  # another object may get it when this one is gone, and not before
+        self.sites[key] = frozenset(sites)
+        self._watched.append(weakref.ref(made, lambda _: self.sites.pop(key, None)))
+        return made.clone()  # the model may change it in place, which a leaf does not allow
 
 
 def ancestors(start: Any) -> Iterator[Any]:
@@ -167,10 +205,9 @@ def ancestors(start: Any) -> Iterator[Any]:
 
 def _read(model: nn.Module, parameters: Parameters, names: Iterable[str], seen: _Seen, result: Trace) -> Trace:
     consumed: dict[str, set[str]] = {}  # parameter → the sites whose output it consumes
-    for site, calls in seen.reached.items():
-        unique = {call.key: call for call in calls}
-        found = {key: parameters.find(call) for key, call in unique.items()}
-        obstacles = [call.obstacle for call in unique.values() if call.obstacle]
+    for site, unique in seen.reached.items():
+        found = {key: taken.found for key, taken in unique.items()}
+        obstacles = [taken.obstacle for taken in unique.values() if taken.obstacle]
         held = {m.name for m in found.values() if m is not None}
         if site in seen.unread:
             result.obstacles[site] = f"it feeds {seen.unread[site]}, which takes a weight in a way that cannot be refit"

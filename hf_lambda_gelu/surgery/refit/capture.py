@@ -15,7 +15,7 @@ from transformers import Cache
 from ...measurement.towers import Chosen, Tower, Towers
 from ...structure.autocast import Autocast
 from ...structure.hooks import Hooks
-from .blocks import Arguments, hidden_in, hidden_of, hidden_place, with_hidden, without_hidden
+from .blocks import Arguments, hidden_in, hidden_of, hidden_place, is_whole, with_hidden, without_hidden
 from .chains import Chain
 
 # elements of a block's output that are kept, to know it again by
@@ -138,7 +138,10 @@ def capture(
         chosen = None if towers is None or hidden is None else towers.chosen(hidden)
         places.append(len(calls))
         names.append(name)
-        calls.append(Call(_kept(args, kwargs), Autocast.now(module), tower.mask, tower.mixed, chosen))
+        call = Call((args, kwargs), Autocast.now(module), tower.mask, tower.mixed, chosen)
+        several = len(chain.blocks) > 1 and len(calls) > 0 and hidden is not None
+        # of several blocks, the hidden state of the first is enough
+        calls.append(_kept(call.without_hidden()) if several else _kept(call))
         samples.append(None)
         if not outputs:
             stop()
@@ -160,11 +163,12 @@ def capture(
     return names, calls, samples
 
 
-def _kept(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """The arguments as they are now: blocks write into their hidden state, and into caches."""
-    place = hidden_place(args, kwargs)
+def _kept(call: Call) -> Call:
+    """The call with its arguments as they are now: blocks write into their hidden state, and into caches."""
+    args, kwargs = call.arguments
+    place = hidden_place(args, kwargs) if is_whole(call.arguments) else None
     kept_args = tuple(_own(value, index == place) for index, value in enumerate(args))
-    return kept_args, {name: _own(value, name == place) for name, value in kwargs.items()}
+    return replace(call, arguments=(kept_args, {name: _own(value, name == place) for name, value in kwargs.items()}))
 
 
 def _own(value: Any, hidden: bool) -> Any:

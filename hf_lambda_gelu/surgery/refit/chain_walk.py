@@ -93,7 +93,7 @@ class ChainWalk:
             raise DependentError
         if len(self.chain.blocks) > 1:
             store.put(_key(network, "hidden", index), calls[0].hidden)
-            calls = [call.without_hidden() for call in calls]
+            calls = [calls[0].without_hidden(), *calls[1:]]
         store.put(_key(network, "calls", index), [call.parts for call in calls])
         if smooth and len(self.chain.blocks) > 1:
             self._samples.update({(index, step): [sample] for step, sample in enumerate(samples)})

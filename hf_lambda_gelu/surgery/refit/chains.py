@@ -6,6 +6,7 @@ so that going through a chain costs one pass over the calibration set whatever i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,18 +39,27 @@ class Chain:
 
 @dataclass
 class _Calls:
-    """What was seen of a module: how often it ran, when first, and its hidden state going in and coming out."""
+    """What was seen of a module: how often it ran, when first, and by what its hidden state, in and out, is known again."""
 
     count: int = 0
     first: int = 0
-    entered: Tensor | None = None
-    left: Tensor | None = None
+    entered: _Print | None = None
+    left: _Print | None = None
 
     def continues(self, before: _Calls) -> bool:
         """Whether the hidden state that went in is what the other module put out."""
-        if self.entered is None or before.left is None or self.entered.shape != before.left.shape:
-            return False
-        return torch.equal(before.left, self.entered)
+        return self.entered is not None and self.entered == before.left
+
+
+_Print = tuple[torch.Size, torch.dtype, bytes]
+
+
+def _print_of(tensor: Tensor | None) -> _Print | None:
+    """By which a tensor is known again, so that it need not be kept: shape, dtype, and a digest of its bytes."""
+    if tensor is None:
+        return None
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    return tensor.shape, tensor.dtype, hashlib.blake2b(flat.numpy().data, digest_size=16).digest()
 
 
 def find_chains(
@@ -134,13 +144,11 @@ def _watch(modules: dict[str, nn.Module], forwards: Iterable[Callable[[], Any]])
         seen.count = max(seen.count, now[name])
         if name not in first_pass:
             first_pass[name] = index
-            hidden = hidden_in(args, kwargs)
-            seen.first, seen.entered = clock, None if hidden is None else hidden.clone()  # the block may write into it
+            seen.first, seen.entered = clock, _print_of(hidden_in(args, kwargs))  # the block may write into it
 
     def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if first_pass[name] == index:
-            left = hidden_of(output)
-            calls[name].left = None if left is None else left.clone()
+            calls[name].left = _print_of(hidden_of(output))
 
     with Hooks() as hooks:
         for name, module in modules.items():

@@ -24,6 +24,7 @@ from ...measurement.batches import CalibrationError, model_batches
 from ...measurement.forward import main_output
 from ...measurement.site_rows import positions_first
 from ...reports import length, progress
+from ...structure.block_source import source_of
 from ...structure.linear_maps import LinearMap, eager_experts
 from ...structure.scratch import scratch_folder
 from ...structure.tracing import Trace, trace
@@ -36,6 +37,7 @@ from .meeting_point import Meeting, observe
 from .pruned import support
 from .report import FEW_ROWS, Compensate, CompensatedSite, CompensationReport, describe
 from .runs import ReplayError
+from .sources import RefitWeights
 from .two_networks import Network, TwoNetworks
 
 logger = logging.get_logger(__name__)
@@ -129,18 +131,29 @@ class Refit:
             try:
                 walk = ChainWalk(self.networks, chain)
                 for step, sites in enumerate(chain.sites):
-                    for site in sites:
-                        made = self._refit(walk, site, traced.maps[site], method)
-                        self.networks.hard.add(site)
-                        left.remove(site)
-                        yield made
-                    if step + 1 < len(chain.sites):
-                        walk.advance()
+                    earlier = self.networks.done_earlier(sites)
+                    done: list[CompensatedSite] = []
+                    with self.networks.holding(_weights(walk, sites, traced)):
+                        for made in self._refit_each(walk, sites, traced, method) if earlier is None else earlier:
+                            self.networks.hard.add(made.name)
+                            left.remove(made.name)
+                            done.append(made)
+                            yield made
+                        if step + 1 < len(chain.sites):
+                            walk.advance()
+                    if earlier is None:
+                        self.networks.note_done(sites, done)
             except DependentError:
                 queue.extendleft(reversed(chain.split()))
             except ReplayError as error:
                 logger.info(f"{chain.blocks[0]} … {chain.blocks[-1]} cannot be run apart from the model ({error})")
                 queue.extendleft([Chain([""], [left])] if left else [])
+
+    def _refit_each(
+        self, walk: ChainWalk, sites: Sequence[str], traced: Trace, method: Compensate
+    ) -> Iterator[CompensatedSite]:
+        for site in sites:
+            yield self._refit(walk, site, traced.maps[site], method)
 
     def _refit(self, walk: ChainWalk, site: str, maps: list[LinearMap], method: Compensate) -> CompensatedSite:
         """Refit the maps after one site."""
@@ -207,15 +220,26 @@ class Refit:
 def compensation(model: nn.Module, loader: Iterable[Any]) -> Iterator[Refit]:
     """A `Refit` that has the calibration set; the model is as it was if the block raises."""
     with scratch_folder() as folder:
-        networks = TwoNetworks(model, folder)
+        source = source_of(model)
+        networks = TwoNetworks(model, folder, None if source is None else RefitWeights(source, source.folder or folder))
         try:
             networks.keep(progress(model_batches(model, loader), "Reading the calibration set", length(loader)))
+            if networks.weights is not None:
+                networks.weights.read_journal()
             yield Refit(networks)
             networks.leave()
             networks.commit()
         except BaseException:
             networks.undo()
             raise
+
+
+def _weights(walk: ChainWalk, sites: Iterable[str], traced: Trace) -> Iterable[nn.Parameter]:
+    """What stays in memory while a block is worked on: its weights; of the whole model, those of the maps alone."""
+    if not walk.whole:
+        return walk.block.parameters()
+    maps = [linear for site in sites for linear in traced.maps[site]]
+    return [p for linear in maps for p in (linear.parameter, linear.bias) if p is not None]
 
 
 def _uncompensated_before(traced: Trace, chain: Chain) -> set[str]:
