@@ -59,6 +59,9 @@ class Streamed:
         self.source = BlockSource(self.model, device)
         called = {view.data_ptr(): name for name, view in tensors.items() if view.numel()}
         self.names = {p: called[p.data_ptr()] for p in self.model.parameters() if _is_view(p, called, tensors)}
+        for name, p in self.model.named_parameters():  # a tied bias is padded, to the length that it has
+            if p not in self.names and name in tensors and p.dim() == 1 and torch.equal(p, tensors[name]):
+                self.names[p] = name
         self._check_views()
         for path, views in found.items():
             for name, (view, offset) in views.items():
