@@ -149,9 +149,9 @@ def relu_ize_checkpoint(
     finite is not looked at.
 
     With `calibration` the model runs, a block at a time: memory holds the weights of one block, a batch, and what a refit
-    of one map needs (16 d² bytes for each of two sums, d the map's input width), however many blocks there are. Hidden states
-    lie in the folder for temporary files, refit weights beside `dst`. A process that is killed loses the block that it was
-    at: the same call goes on with the next. The source may be a GELU or SiLU model, too, which is converted at λ = 1.
+    of one map needs (some matrices of d² fp64 numbers, d the map's input width), however many blocks there are. Hidden
+    states lie in the folder for temporary files, refit weights beside `dst`. A process that is killed loses the block that
+    it was at: the same call goes on there. The source may be a GELU or SiLU model, too, which is converted at λ = 1.
 
     Args:
         src: folder of a λ-GELU checkpoint in safetensors, by `save_pretrained`, a Trainer or `convert_checkpoint`.
@@ -190,9 +190,7 @@ def relu_ize_checkpoint(
     source = Source(src, dst, overwrite)
     if calibration is not None:
         streamed = Streamed(source, place)
-        with refit_streamed(
-            streamed, calibration, force, tolerance, targets, compensate, compute_metrics
-        ) as report:
+        with refit_streamed(streamed, calibration, force, tolerance, targets, compensate, compute_metrics) as report:
             return _write_relu(source, streamed.model, report, details, link, overwrite, streamed)
     model = source.load()
     dropped = _load_hardness(model, source.shards)

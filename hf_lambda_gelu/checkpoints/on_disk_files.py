@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..structure.loading import CheckpointError, load_without_reading, saved_class
 from .folders import check_new
-from .shards import Shard, can_link, put, read_shards, shard_names, side_files, write_index, write_changed
+from .shards import Shard, can_link, put, read_shards, shard_names, side_files, write_changed, write_index
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ class WrittenFiles:
 class Source:
     """A checkpoint folder that was found to be whole, and the folder to make of it."""
 
-    def __init__(
-        self, src: str | os.PathLike[str], dst: str | os.PathLike[str], overwrite: bool | None = None
-    ) -> None:
+    def __init__(self, src: str | os.PathLike[str], dst: str | os.PathLike[str], overwrite: bool | None = None) -> None:
         self.folder, self.target = Path(src), Path(os.path.abspath(dst))
         self.config, self.cls = saved_class(self.folder)
         if self.folder.resolve() in (self.target.resolve(), *self.target.resolve().parents):

@@ -6,22 +6,25 @@ source of its blocks reads them when a block is entered. What is refit lies in a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import EvalPrediction
 from transformers.utils import CONFIG_NAME
 
 from .._compat import pytree
 from ..activation.module import hardness_sites
 from ..activation.older_checkpoints import NAME, OLDER
-from ..structure.block_source import BlockSource, Place, check_same, file_state
+from ..structure.block_source import BlockSource, FileChanged, Place, check_same, file_state
 from ..structure.loading import CheckpointError, load_without_reading
 from ..surgery.conversion import convert
 from ..surgery.refit.report import Compensate
@@ -80,7 +83,7 @@ class Streamed:
                 )
 
     def check_unchanged(self) -> None:
-        """CheckpointError if a weight file is not what it was."""
+        """FileChanged if a weight file is not what it was."""
         for place in self.places:
             check_same(place)
 
@@ -131,7 +134,7 @@ def refit_streamed(
         As `relu_ize`; CheckpointError for files that change meanwhile, or no room.
     """
     source = streamed.source
-    with unfinished_folder(streamed.files.target) as folder:
+    with _file_errors(), unfinished_folder(streamed.files.target) as folder:
         source.folder = folder
         options = (compensate, force, tolerance, targets, source.device.type)
         source.identity = _identity(streamed, options)
@@ -149,6 +152,23 @@ def refit_streamed(
         streamed.check_unchanged()
         yield report
         streamed.check_unchanged()
+
+
+@contextmanager
+def _file_errors() -> Iterator[None]:
+    """Within the block, a file that has changed and a disk that is full are CheckpointErrors that say what to do."""
+    try:
+        yield
+    except FileChanged as error:
+        raise CheckpointError(str(error)) from error
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
+        if not full:
+            raise
+        raise CheckpointError(
+            f"no room is left for hidden states in {tempfile.gettempdir()!r}, or for weights beside the new folder ({error}). "
+            "Make room, let TMPDIR name a folder on a larger disk, or pass fewer calibration batches"
+        ) from error
 
 
 def _identity(streamed: Streamed, options: tuple[Any, ...]) -> str:

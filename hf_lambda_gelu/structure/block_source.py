@@ -1,18 +1,17 @@
 """Weights that are in memory only while their block runs: where they come from, and the hooks that bring them.
 
-Between its block's runs a parameter rests: its data is a view of a file that is mapped into memory, which takes up none until
-somebody looks at it. So a weight has its value at any time, on the CPU. When a block is entered its weights are read from
-their files, onto the device, and when it is left they rest again. All of it is derived.
+Between its block's runs a parameter rests: its data is a view of a file that is mapped into memory, which takes up none
+until somebody looks at it. So a weight has its value at any time, on the CPU. When a block is entered its weights are read
+from their files, onto the device, and when it is left they rest again. All of it is derived.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import without_torch_function
-from .loading import CheckpointError
 
 _SOURCE = "_block_source"
+_READERS = 4  # threads
 # a module outside of the blocks (embeddings, head) rests as blocks do if its weights are as large; in bytes
 _LARGE = 32 << 20
+
+
+class FileChanged(OSError):
+    """A file that weights come from is not what it was. An error of files, which no forward raises by itself."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,6 @@ class BlockSource:
     blocks: dict[nn.Module, list[nn.Parameter]] = field(default_factory=dict)
     _streamed: set[nn.Parameter] = field(default_factory=set)
     _entered: dict[nn.Module, list[list[tuple[nn.Parameter, Tensor]]]] = field(default_factory=dict)
-    _files: dict[Path, Any] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------------- what rests
 
@@ -84,30 +86,38 @@ class BlockSource:
         """A copy of what rests, on the device.
 
         Raises:
-            CheckpointError: the file is not what it was.
+            FileChanged: the file is not what it was.
         """
+        return self.load_all([resting])[0]
+
+    def load_all(self, resting: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of what rests, on the device: for an accelerator, read by several threads into memory that it can reach."""
         start = time.perf_counter()
-        _, place = self.places[resting.data_ptr()]
         cuda = self.device.type == "cuda"
         with torch.no_grad(), without_torch_function():
-            made = torch.empty(resting.shape, dtype=resting.dtype, device="cpu", pin_memory=cuda)
-            self._read(place, made)
-            made = made.to(self.device, non_blocking=cuda)
+            places = [self.places[view.data_ptr()][1] for view in resting]
+            made = [torch.empty(v.shape, dtype=v.dtype, device="cpu", pin_memory=cuda) for v in resting]
+            buffers = [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in made]
+            if cuda and len(made) > 1:
+                with ThreadPoolExecutor(_READERS) as pool:
+                    list(pool.map(self._read, places, buffers))
+            else:
+                for place, buffer in zip(places, buffers, strict=True):
+                    self._read(place, buffer)
+            made = [tensor.to(self.device, non_blocking=cuda) for tensor in made]
         self.seconds += time.perf_counter() - start
         return made
 
-    def _read(self, place: Place, into: Tensor) -> None:
-        opened = self._files.get(place.path)
-        if opened is None:
-            opened = self._files[place.path] = place.path.open("rb", buffering=0)
+    def _read(self, place: Place, buffer: memoryview) -> None:
         check_same(place)
-        buffer = memoryview(into.reshape(-1).view(torch.uint8).numpy())
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(opened.fileno(), [buffer[done:]], place.offset + done)
-            if not count:
-                raise changed(place.path)
-            done += count
+        with place.path.open("rb", buffering=0) as file:
+            file.seek(place.offset)
+            done = 0
+            while done < len(buffer):
+                count = file.readinto(buffer[done:])
+                if not count:
+                    raise changed(place.path)
+                done += count
 
     # ------------------------------------------------------------------------------------------------ what comes in
 
@@ -132,9 +142,6 @@ class BlockSource:
                 while stack:
                     self._leave(block)
             vars(self.model).pop(_SOURCE, None)
-            for opened in self._files.values():
-                opened.close()
-            self._files.clear()
 
     def _bring_in(self, inside: set[nn.Parameter]) -> None:
         """Onto the device with what does not come and go: weights outside of blocks, buffers, and λ."""
@@ -156,12 +163,10 @@ class BlockSource:
 
     def _enter(self, block: nn.Module, *_: Any) -> None:
         with torch.no_grad(), without_torch_function():
-            brought: list[tuple[nn.Parameter, Tensor]] = []
+            brought = [(p, p.data) for p in self.blocks[block] if self.rests(p.data)]
+            for (parameter, _), data in zip(brought, self.load_all([rest for _, rest in brought]), strict=True):
+                parameter.data = data
             self._entered.setdefault(block, []).append(brought)
-            for parameter in self.blocks[block]:
-                if self.rests(parameter.data):
-                    brought.append((parameter, parameter.data))
-                    parameter.data = self.load(parameter.data)
             self.generation += bool(brought)
 
     def _leave(self, block: nn.Module, *_: Any) -> None:
@@ -175,14 +180,10 @@ class BlockSource:
     @contextmanager
     def holding(self, parameters: Iterable[nn.Parameter]) -> Iterator[dict[nn.Parameter, Tensor]]:
         """Within the block, these weights stay on the device: {parameter: where it rests} of those that rested before."""
-        held: dict[nn.Parameter, Tensor] = {}
+        held = {p: p.data for p in parameters if self.rests(p.data)}
         try:
-            with torch.no_grad():
-                for parameter in parameters:
-                    if self.rests(parameter.data):
-                        resting = parameter.data
-                        held[parameter] = resting
-                        parameter.data = self.load(resting)
+            for parameter, data in zip(held, self.load_all(list(held.values())), strict=True):
+                parameter.data = data
             self.generation += 1
             yield held
         finally:
@@ -232,7 +233,7 @@ def file_state(path: Path) -> tuple[int, ...]:
 
 
 def check_same(place: Place) -> None:
-    """CheckpointError if the file has changed, or another one has taken its place."""
+    """FileChanged if the file has changed, or another one has taken its place."""
     try:
         now = file_state(place.path)
     except OSError as error:
@@ -241,8 +242,9 @@ def check_same(place: Place) -> None:
         raise changed(place.path)
 
 
-def changed(path: Path) -> CheckpointError:
-    return CheckpointError(
+def changed(path: Path) -> FileChanged:
+    """The error to raise where a file has changed."""
+    return FileChanged(
         f"{str(path)!r} has changed since the work began: is somebody writing it, or another checkpoint into its folder? "
         "Wait for that, and start again"
     )
@@ -252,4 +254,4 @@ def mapped(path: Path) -> Tensor:
     """The bytes of a file, which are read when they are looked at; what is written into them stays in memory."""
     size = path.stat().st_size
     storage = torch.UntypedStorage.from_file(str(path), False, size)
-    return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload, no-any-return]
+    return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ class Origins:
 
 
 def origins(tensor: Tensor, leaves: Mapping[int, Collection[str]], parameters: Collection[nn.Parameter]) -> Origins:
-    """Follow the graph back from `tensor` to the leaves: {id of a leaf: the sites whose output is in it}, none in a map's."""
+    """Follow the graph back from `tensor` to the leaves: {id of a leaf: the sites whose output is in it}."""
     if tensor.grad_fn is None:
         return Origins()
     known: dict[Any, Origins] = {}

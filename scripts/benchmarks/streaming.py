@@ -34,13 +34,27 @@ from scripts.tools.processes import run_module
 RESULTS = Path(__file__).parent / "results"
 WAYS = ("streamed", "in memory")
 PARTS = ("read", "forward", "gram", "solve", "write")
-COLUMNS = ["device", "dtype", "blocks", "parameters", "block_mb", "moments_mb", "batch_mb", "tokens", "way", "repeat", "seconds"]
+COLUMNS = [
+    "device",
+    "dtype",
+    "blocks",
+    "parameters",
+    "block_mb",
+    "moments_mb",
+    "batch_mb",
+    "tokens",
+    "way",
+    "repeat",
+    "seconds",
+]
 COLUMNS += [*PARTS, "rest", "peak_mb", "device_peak_mb", "relative_change", "torch"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.benchmarks.streaming", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.benchmarks.streaming",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -188,7 +202,7 @@ class Clock:
     def watch(self) -> None:
         """Lets the package's own functions be timed, in this process."""
         for owner, name, part in (
-            (block_source.BlockSource, "load", "read"),
+            (block_source.BlockSource, "load_all", "read"),
             (runs.Run, "__call__", "forward"),
             (two_networks, "call", "forward"),
             (ridge.Moments, "add", "gram"),

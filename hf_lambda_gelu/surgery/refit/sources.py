@@ -68,7 +68,10 @@ class RefitWeights:
                         originals[parameter] = resting
 
     def _let_rest(
-        self, parameters: Iterable[nn.Parameter], smooth: Mapping[nn.Parameter, Tensor], originals: dict[nn.Parameter, Tensor]
+        self,
+        parameters: Iterable[nn.Parameter],
+        smooth: Mapping[nn.Parameter, Tensor],
+        originals: dict[nn.Parameter, Tensor],
     ) -> None:
         for parameter in parameters:
             if parameter in originals and not self.source.rests(parameter.data):
@@ -115,7 +118,7 @@ class RefitWeights:
         partial.replace(path)
 
     def earlier(self, sites: Sequence[str], originals: dict[nn.Parameter, Tensor]) -> list[CompensatedSite] | None:
-        """What an earlier process did in the block with these sites, whose weights are then the refit ones; None if nothing."""
+        """What an earlier process did in the block with these sites, whose weights are then refit; None if nothing."""
         entry = self.done.get("\n".join(sites))
         if entry is None:
             return None

@@ -139,7 +139,7 @@ class TwoNetworks:
         return nullcontext() if self.weights is None else self.weights.holding(parameters, self.originals)
 
     def done_earlier(self, sites: Sequence[str]) -> list[CompensatedSite] | None:
-        """What a process that was killed did in the block with these sites, whose weights are refit then; None if nothing."""
+        """What a killed process did in the block with these sites, whose weights are refit then; None if nothing."""
         return None if self.weights is None else self.weights.earlier(sites, self.originals)
 
     def note_done(self, sites: Sequence[str], made: Sequence[CompensatedSite]) -> None:
