@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from ..surgery.substitution import relu_ize
 from .folders import unfinished_folder
 from .on_disk_files import Source
 from .shards import mapped_tensors
+
+_MAKE_ROOM = "Make room, let TMPDIR name a folder on a larger disk, or pass fewer calibration batches"
 
 
 class Streamed:
@@ -138,7 +141,7 @@ def refit_streamed(
         source.folder = folder
         options = (compensate, force, tolerance, targets, source.device.type)
         source.identity = _identity(streamed, options)
-        batches = _Hashed(calibration, source)
+        batches = _Hashed(calibration, streamed, compensate is not None)
         with source.attached():
             report = relu_ize(
                 streamed.model,
@@ -166,8 +169,8 @@ def _file_errors() -> Iterator[None]:
         if not full:
             raise
         raise CheckpointError(
-            f"no room is left for hidden states in {tempfile.gettempdir()!r}, or for weights beside the new folder ({error}). "
-            "Make room, let TMPDIR name a folder on a larger disk, or pass fewer calibration batches"
+            f"no room is left for hidden states in {tempfile.gettempdir()!r}, or for weights beside the new folder: {error}. "
+            f"{_MAKE_ROOM}"
         ) from error
 
 
@@ -180,16 +183,17 @@ def _identity(streamed: Streamed, options: tuple[Any, ...]) -> str:
 
 
 class _Hashed:
-    """A calibration set that adds what it holds to the identity of the work, once it has been read."""
+    """A calibration set that adds what it holds to the identity of the work, once it has been read, and asks for room."""
 
-    def __init__(self, batches: Iterable[Any], source: BlockSource) -> None:
-        self._batches, self._source = batches, source
+    def __init__(self, batches: Iterable[Any], streamed: Streamed, refit: bool) -> None:
+        self._batches, self._streamed, self._refit = batches, streamed, refit
 
     def __len__(self) -> int:
         return len(self._batches)  # type: ignore[arg-type]  # what has no length raises, as asked for
 
     def __iter__(self) -> Iterator[Any]:
         digest = hashlib.sha256()
+        tokens = 0
         for batch in self._batches:
             for leaf in pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch):
                 if isinstance(leaf, Tensor):
@@ -198,5 +202,27 @@ class _Hashed:
                     digest.update(plain.view(torch.uint8).numpy().data)
                 else:
                     digest.update(repr(leaf).encode())
+            main = batch.get("input_ids") if isinstance(batch, Mapping) else None
+            tokens += main.numel() if isinstance(main, Tensor) else 0
             yield batch
-        self._source.identity += digest.hexdigest()
+        self._streamed.source.identity += digest.hexdigest()
+        if self._refit:
+            _check_room(self._streamed, tokens)
+
+
+def _check_room(streamed: Streamed, tokens: int) -> None:
+    """CheckpointError if the disks have no room: for both networks' hidden states before and after a block, where the main
+    input is text, and for the new weight files."""
+    width = getattr(streamed.model.config.get_text_config(), "hidden_size", 0)
+    needed = {Path(tempfile.gettempdir()): 4 * tokens * width * (streamed.model.dtype.itemsize)}
+    target = next(parent for parent in streamed.files.target.parents if parent.is_dir())
+    weights = sum(shard.path.stat().st_size for shard in streamed.files.shards)
+    same = target.stat().st_dev == Path(tempfile.gettempdir()).stat().st_dev
+    needed = {target: weights + sum(needed.values())} if same else {**needed, target: weights}
+    for folder, size in needed.items():
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise CheckpointError(
+                f"hidden states of {tokens:,} tokens and new weight files need up to {size:,} bytes in {str(folder)!r}, where "
+                f"{free:,} are free. {_MAKE_ROOM}"
+            )

@@ -41,6 +41,14 @@ Compensate = Annotated[
     typer.Option(help="Refit the linear map after each activation, from the calibration data without labels."),
 ]
 
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Keep one block of the model's weights in memory, and go on where a killed command was: for any size.",
+    ),
+]
+
 BaseModel = Annotated[str | None, typer.Option(help="For the card: Hub name of the pretrained model.")]
 Dataset = Annotated[str | None, typer.Option(help="For the card: Hub name of the training data.")]
 License = Annotated[str | None, typer.Option(help="For the card: licence identifier, that of the base model.")]

@@ -49,6 +49,7 @@ def relu_ize(
     device: o.Device = "cpu",
     tolerance: o.Tolerance = 0.005,
     force: o.Force = False,
+    stream: o.Stream = False,
     copy: o.Copy = False,
     base_model: o.BaseModel = None,
     dataset: o.Dataset = None,
@@ -61,7 +62,7 @@ def relu_ize(
 
     Stock transformers loads it. Without --calibration the weights are not loaded, and gates must be hard. With it the
     change of the outputs is measured, and a GELU model is converted first; --compensate refits the weights so that soft
-    gates may go.
+    gates may go; --stream does both with one block of weights in memory.
 
     \b
     Examples:
@@ -69,13 +70,35 @@ def relu_ize(
       hf-lambda-gelu relu-ize textattack/bert-base-uncased-SST-2 bert-relu \\
           --calibration reviews.txt --compensate least_squares
       hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares
+      hf-lambda-gelu relu-ize models/llama llama-relu --calibration notes.txt --compensate least_squares --stream
     """
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
 
         check_target_folder(target)
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
-        if calibration is not None:
+        if stream and calibration is None:
+            raise UsageError("--stream is how a model runs on examples: add --calibration. Without it no weights are loaded")
+        if calibration is not None and stream:
+            from .inner import Source
+
+            data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
+            found, folder = examples(data), resolved(source)
+            fed = batches(found, data, Source(folder, target).load(), folder, trust_remote_code)
+            result.set(
+                hlg.relu_ize_checkpoint(
+                    folder,
+                    target,
+                    force,
+                    tolerance=tolerance,
+                    calibration=fed,
+                    compensate=compensate,
+                    device=device,
+                    details=details,
+                    link=not copy,
+                )
+            )
+        elif calibration is not None:
             data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
             found, folder = examples(data), resolved(source)
             model = with_hardness(loaded(folder, trust_remote_code, device))

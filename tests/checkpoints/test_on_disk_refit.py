@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.checkpoints import on_disk_refit
 from hf_lambda_gelu.checkpoints.on_disk_files import Source
 from hf_lambda_gelu.checkpoints.on_disk_refit import Streamed
 from hf_lambda_gelu.structure import block_source
@@ -81,7 +82,8 @@ def test_is_what_memory_makes(name: str, made: tuple[Path, dict[str, Any]]) -> N
     assert report.model.compensation.uncompensated == expected.compensation.uncompensated
     assert report.model.compensation.bias_attribute == expected.compensation.bias_attribute
     assert tiny.relative_difference(tiny.outputs(memory, batch), stock) == 0.0
-    assert report.linked and report.rewritten
+    assert report.linked
+    assert report.rewritten
     assert len(inodes(root / name) & inodes(root / "src" / name)) == len(report.linked)
     assert not [path for path in root.iterdir() if path.name.startswith(".")]
 
@@ -234,3 +236,20 @@ def test_a_full_disk(where: str, src: Path, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(hlg.CheckpointError, match="no room is left for hidden states in"):
         hlg.relu_ize_checkpoint(src, tmp_path / "dst", calibration=batches("llama"), compensate="least_squares")
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_no_room(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out before the model has run: 4 hidden states of 32 fp32 numbers for each of 66 tokens, and the weights."""
+    tokens = sum(batch["input_ids"].numel() for batch in batches("llama"))
+    size = 4 * tokens * 32 * 4 + sum(path.stat().st_size for path in src.glob("*.safetensors"))
+    room = [size - 1]
+    monkeypatch.setattr(on_disk_refit.shutil, "disk_usage", lambda _: type("usage", (), {"free": room[0]}))
+    monkeypatch.setattr(on_disk_refit.tempfile, "gettempdir", lambda: str(tmp_path))
+
+    def refit() -> object:
+        return hlg.relu_ize_checkpoint(src, tmp_path / "dst", calibration=batches("llama"), compensate="bias")
+
+    with pytest.raises(hlg.CheckpointError, match=f"need up to {size:,} bytes in '{tmp_path}', where {room[0]:,} are free"):
+        refit()
+    room[0] = size
+    refit()

@@ -37,13 +37,16 @@ class RefitWeights:
         self._names = {parameter: name for name, parameter in source.model.named_parameters()}
 
     def read_journal(self) -> None:
-        """Take over what an earlier process has done; nothing of another refit."""
+        """Take over what an earlier process has done; of another refit nothing, whose files go."""
         try:
             found = json.loads((self.folder / _JOURNAL).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return
+            found = None
         if isinstance(found, dict) and found.get("identity") == self.source.identity:
             self.done = found["done"]
+            return
+        for path in (self.folder / _JOURNAL, *self.folder.glob("*.bin")):
+            path.unlink(missing_ok=True)
 
     # --------------------------------------------------------------------------------------------------- one block
 
