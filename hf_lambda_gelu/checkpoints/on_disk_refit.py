@@ -169,8 +169,8 @@ def _file_errors() -> Iterator[None]:
         if not full:
             raise
         raise CheckpointError(
-            f"no room is left for hidden states in {tempfile.gettempdir()!r}, or for weights beside the new folder: {error}. "
-            f"{_MAKE_ROOM}"
+            f"no room is left for hidden states in {tempfile.gettempdir()!r}, or for weights beside the new folder: "
+            f"{error}. {_MAKE_ROOM}"
         ) from error
 
 
@@ -223,6 +223,6 @@ def _check_room(streamed: Streamed, tokens: int) -> None:
         free = shutil.disk_usage(folder).free
         if size > free:
             raise CheckpointError(
-                f"hidden states of {tokens:,} tokens and new weight files need up to {size:,} bytes in {str(folder)!r}, where "
-                f"{free:,} are free. {_MAKE_ROOM}"
+                f"hidden states of {tokens:,} tokens and new weight files need up to {size:,} bytes in {str(folder)!r}, "
+                f"where {free:,} are free. {_MAKE_ROOM}"
             )

@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--parameters", type=float, help="one model of about so many, in place of --blocks")
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
     parser.add_argument("--batch", type=int, default=2, help="windows in a batch")
     parser.add_argument("--repeats", type=int, default=1)
@@ -108,9 +108,9 @@ def _arguments(options: argparse.Namespace, folder: Path, way: str) -> list[str]
 
 
 def configs(options: argparse.Namespace) -> list[LlamaConfig]:
-    """Blocks of 7 million parameters on a CPU; of 51 or 113 million for a model of so many parameters."""
+    """Blocks of 30 MB in fp32; of 51 or 113 million parameters for a model of so many."""
     if options.parameters is None:
-        return [_config(768, 2048, 1000, count) for count in options.blocks]
+        return [_config(1024, 1088, 1000, count) for count in options.blocks]
     hidden, inner = (2048, 5632) if options.parameters < 2e9 else (3072, 8192)
     vocabulary = 32000
     each = 4 * hidden * hidden + 3 * hidden * inner
