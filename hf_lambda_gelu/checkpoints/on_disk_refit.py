@@ -26,6 +26,7 @@ from .._compat import pytree
 from ..activation.module import hardness_sites
 from ..activation.older_checkpoints import NAME, OLDER
 from ..structure.block_source import BlockSource, FileChanged, Place, check_same, file_state
+from ..structure.config_probe import hard_coded_sites
 from ..structure.loading import CheckpointError, load_without_reading
 from ..surgery.conversion import convert
 from ..surgery.refit.report import Compensate
@@ -75,6 +76,12 @@ class Streamed:
                     self.source.add(view, Place(path, offset, states[path]))
         if not hardness_sites(self.model):
             convert(self.model)
+        free = hard_coded_sites(self.model)
+        if free:
+            raise CheckpointError(
+                f"no config attribute governs {free[0]}, so that λ has to go into the weights: load the model and call "
+                "relu_ize"
+            )
 
     def _check_views(self) -> None:
         for name, parameter in self.model.named_parameters():
