@@ -145,34 +145,26 @@ def relu_ize_checkpoint(
     """Makes of the folder of a λ-GELU checkpoint that of the ReLU model, which stock transformers loads.
 
     It holds what `relu_ize(model)` and `save_relu_pretrained(model, dst)` write, made as `convert_checkpoint` makes its own.
-    Weight files with λ in them are rewritten without it, in a stream; the others are hard links. Whether the weights are
-    finite is not looked at.
+    Weight files with λ in them, or with refit weights, are rewritten in a stream; the others are hard links.
 
-    With `calibration` the model runs, a block at a time: memory holds the weights of one block, a batch, and what a refit
-    of one map needs (some matrices of d² fp64 numbers, d the map's input width), however many blocks there are. Hidden
-    states lie in the folder for temporary files, refit weights beside `dst`. A process that is killed loses the block that
-    it was at: the same call goes on there. The source may be a GELU or SiLU model, too, which is converted at λ = 1.
+    With `calibration` the model runs, one block of weights in memory after the other; it may be a GELU model. After a kill
+    the same call goes on with the block that it was at.
 
     Args:
         src: folder of a λ-GELU checkpoint in safetensors, by `save_pretrained`, a Trainer or `convert_checkpoint`.
         dst: the folder to make; not in `src`.
-        force, tolerance, targets: as for `relu_ize`, for the λ of the checkpoint.
-        calibration, compensate, compute_metrics: as for `relu_ize`.
-        device: where blocks run. What lies outside of blocks (embeddings, head) stays there.
+        force, tolerance, targets, calibration, compensate, compute_metrics: as for `relu_ize`.
+        device: where blocks run, and what lies outside of them (embeddings, head) is.
         details: what the model card, a new one, should say.
-        link: False copies the weight files, so that `dst` can be changed in place.
-        overwrite: put the new folder in the place of a saved model that is there.
+        link, overwrite: False copies the weight files; True puts `dst` in the place of a saved model that is there.
 
     Returns:
         The report of `relu_ize`, and what became of the files.
 
     Raises:
         CheckpointError: as for `convert_checkpoint`; λ of sites that the model does not have; with `calibration`, weights
-            that change while they are read, or that the checkpoint holds in another form than the model (Mixtral's experts).
-        CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
-        SoftGateError: gates are soft, and neither `force` nor `compensate`.
-        ValueError: no λ-GELU in the checkpoint, λ that is not finite, `compensate` without `calibration`, a device that is
-            not there, or `dst` is in use or cannot be written.
+            that change meanwhile, or that the checkpoint holds in another form than the model (Mixtral's experts).
+        CalibrationError, SoftGateError, ValueError: as for `relu_ize`; no such device, or `dst` cannot be made.
 
     In every case `src` is as it was and `dst` is not made.
 
@@ -186,8 +178,7 @@ def relu_ize_checkpoint(
         ...
     """
     check_options(calibration, compensate)
-    place = usable_device(device)
-    source = Source(src, dst, overwrite)
+    place, source = usable_device(device), Source(src, dst, overwrite)
     if calibration is not None:
         streamed = Streamed(source, place)
         with refit_streamed(streamed, calibration, force, tolerance, targets, compensate, compute_metrics) as report:

@@ -121,6 +121,13 @@ def _own_class(folder: Path) -> PreTrainedModel:
     return model
 
 
+def without_weights(folder: Path, target: Path) -> PreTrainedModel:
+    """The model on the meta device, for those who ask what it takes: `target` is to be made of it."""
+    from .inner import Source
+
+    return Source(folder, target).load()
+
+
 def with_hardness(model: PreTrainedModel) -> PreTrainedModel:
     """The model, converted at λ = 1 if it has no λ-GELU: the same function."""
     import hf_lambda_gelu as hlg

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from . import options as o
 from .data import Data, batches, examples
-from .models import loaded, processors, resolved, with_hardness
+from .models import loaded, processors, resolved, with_hardness, without_weights
 from .work import UsageError, working
+
+_NO_DATA = (
+    "{} runs the model: add --calibration with examples like those that it will meet, such as a text file with a line each. "
+    "A few hundred do, without labels"
+)
 
 
 def convert(
@@ -61,57 +67,36 @@ def relu_ize(
     """Make a ReLU checkpoint of a λ-GELU one.
 
     Stock transformers loads it. Without --calibration the weights are not loaded, and gates must be hard. With it the
-    change of the outputs is measured, and a GELU model is converted first; --compensate refits the weights so that soft
-    gates may go; --stream does both with one block of weights in memory.
+    change of the outputs is measured, a GELU model converted first; --compensate refits the weights, so that gates may be
+    soft; --stream keeps one block of them in memory.
 
     \b
     Examples:
       hf-lambda-gelu relu-ize runs/sst2 runs/sst2-relu
       hf-lambda-gelu relu-ize textattack/bert-base-uncased-SST-2 bert-relu \\
           --calibration reviews.txt --compensate least_squares
-      hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares
-      hf-lambda-gelu relu-ize models/llama llama-relu --calibration notes.txt --compensate least_squares --stream
+      hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --stream
     """
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
 
         check_target_folder(target)
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
-        if stream and calibration is None:
-            raise UsageError("--stream is how a model runs on examples: add --calibration. Without it no weights are loaded")
-        if calibration is not None and stream:
-            from .inner import Source
-
+        how: dict[str, Any] = {"force": force, "tolerance": tolerance, "compensate": compensate}
+        if calibration is not None:
             data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
             found, folder = examples(data), resolved(source)
-            fed = batches(found, data, Source(folder, target).load(), folder, trust_remote_code)
-            result.set(
-                hlg.relu_ize_checkpoint(
-                    folder,
-                    target,
-                    force,
-                    tolerance=tolerance,
-                    calibration=fed,
-                    compensate=compensate,
-                    device=device,
-                    details=details,
-                    link=not copy,
-                )
-            )
-        elif calibration is not None:
-            data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
-            found, folder = examples(data), resolved(source)
+            if stream:
+                fed = batches(found, data, without_weights(folder, target), folder, trust_remote_code)
+                how |= {"calibration": fed, "device": device, "details": details, "link": not copy}
+                return result.set(hlg.relu_ize_checkpoint(folder, target, **how))
             model = with_hardness(loaded(folder, trust_remote_code, device))
             fed = batches(found, data, model, folder, trust_remote_code)
-            report = hlg.relu_ize(model, force, tolerance=tolerance, calibration=fed, compensate=compensate)
-            carried = processors(folder, trust_remote_code)
-            saved = hlg.save_relu_pretrained(model, target, processor=carried, details=details)
+            report = hlg.relu_ize(model, calibration=fed, **how)
+            saved = hlg.save_relu_pretrained(model, target, processor=processors(folder, trust_remote_code), details=details)
             result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
-        elif compensate is not None:
-            raise UsageError(
-                f"--compensate {compensate} learns from data: add --calibration with examples like those that the model "
-                "will meet, such as a text file with a line each. A few hundred do, without labels"
-            )
+        elif compensate is not None or stream:
+            raise UsageError(_NO_DATA.format("--stream" if compensate is None else f"--compensate {compensate}"))
         else:
             folder = resolved(source)
             result.set(hlg.relu_ize_checkpoint(folder, target, force, tolerance=tolerance, details=details, link=not copy))

@@ -7,7 +7,6 @@ from their files, onto the device, and when it is left they rest again. All of i
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -51,8 +50,6 @@ class BlockSource:
         folder: where weights that a verb has changed are written, and what is done there; None: a scratch folder.
         identity: of the work, so that one that was broken off is known again.
         generation: goes up whenever weights come or go, and with them their addresses in memory.
-        largest: bytes of the weights of the largest block.
-        seconds: spent on reading weights.
     """
 
     model: nn.Module
@@ -62,8 +59,6 @@ class BlockSource:
     folder: Path | None = None
     identity: str = ""
     generation: int = 0
-    largest: int = 0
-    seconds: float = 0.0
     blocks: dict[nn.Module, list[nn.Parameter]] = field(default_factory=dict)
     _streamed: set[nn.Parameter] = field(default_factory=set)
     _entered: dict[nn.Module, list[list[tuple[nn.Parameter, Tensor]]]] = field(default_factory=dict)
@@ -92,7 +87,6 @@ class BlockSource:
 
     def load_all(self, resting: Sequence[Tensor]) -> list[Tensor]:
         """Copies of what rests, on the device: for an accelerator, read by several threads into memory that it can reach."""
-        start = time.perf_counter()
         cuda = self.device.type == "cuda"
         with torch.no_grad(), without_torch_function():
             places = [self.places[view.data_ptr()][1] for view in resting]
@@ -104,9 +98,7 @@ class BlockSource:
             else:
                 for place, buffer in zip(places, buffers, strict=True):
                     self._read(place, buffer)
-            made = [tensor.to(self.device, non_blocking=cuda) for tensor in made]
-        self.seconds += time.perf_counter() - start
-        return made
+            return [tensor.to(self.device, non_blocking=cuda) for tensor in made]
 
     def _read(self, place: Place, buffer: memoryview) -> None:
         check_same(place)
@@ -128,7 +120,6 @@ class BlockSource:
         try:
             vars(self.model)[_SOURCE] = self
             self.blocks = {block: list(block.parameters()) for block in blocks_of(self.model)}
-            self.largest = max((sum(p.nbytes for p in weights) for weights in self.blocks.values()), default=0)
             self._bring_in({p for weights in self.blocks.values() for p in weights})
             self._streamed = {p for weights in self.blocks.values() for p in weights if self.rests(p.data)}
             for block in self.blocks:
