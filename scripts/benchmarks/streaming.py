@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints import on_disk_files
+from hf_lambda_gelu.measurement import change
 from hf_lambda_gelu.structure import block_source
 from hf_lambda_gelu.surgery.refit import engine, ridge, runs, sources, two_networks
 from scripts.tools.processes import run_module
@@ -205,6 +206,7 @@ class Clock:
             (block_source.BlockSource, "load_all", "read"),
             (runs.Run, "__call__", "forward"),
             (two_networks, "call", "forward"),
+            (change, "run_batch", "forward"),
             (ridge.Moments, "add", "gram"),
             (engine, "decide", "solve"),
             (sources.RefitWeights, "_write", "write"),
