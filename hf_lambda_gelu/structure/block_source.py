@@ -152,7 +152,7 @@ class BlockSource:
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
 
-    def _enter(self, block: nn.Module, *_: Any) -> None:
+    def _enter(self, block: nn.Module, *given: Any) -> None:
         with torch.no_grad(), without_torch_function():
             brought = [(p, p.data) for p in self.blocks[block] if self.rests(p.data)]
             for (parameter, _), data in zip(brought, self.load_all([rest for _, rest in brought]), strict=True):
@@ -160,7 +160,7 @@ class BlockSource:
             self._entered.setdefault(block, []).append(brought)
             self.generation += bool(brought)
 
-    def _leave(self, block: nn.Module, *_: Any) -> None:
+    def _leave(self, block: nn.Module, *given: Any) -> None:
         with torch.no_grad(), without_torch_function():
             stack = self._entered.get(block)
             brought = stack.pop() if stack else []
