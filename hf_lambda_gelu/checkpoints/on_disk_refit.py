@@ -223,7 +223,8 @@ def _check_room(streamed: Streamed, tokens: int) -> None:
     width = getattr(streamed.model.config.get_text_config(), "hidden_size", 0)
     needed = {Path(tempfile.gettempdir()): 4 * tokens * width * (streamed.model.dtype.itemsize)}
     target = next(parent for parent in streamed.files.target.parents if parent.is_dir())
-    weights = sum(shard.path.stat().st_size for shard in streamed.files.shards)
+    streamed.check_unchanged()
+    weights = sum(place.path.stat().st_size for place in streamed.places)
     same = target.stat().st_dev == Path(tempfile.gettempdir()).stat().st_dev
     needed = {target: weights + sum(needed.values())} if same else {**needed, target: weights}
     for folder, size in needed.items():
