@@ -16,6 +16,7 @@ def convert(
     target: o.Target,
     init_hardness: o.InitHardness = 1.0,
     copy: o.Copy = False,
+    trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -31,7 +32,9 @@ def convert(
         import hf_lambda_gelu as hlg
 
         check_target_folder(target)
-        result.set(hlg.convert_checkpoint(resolved(source), target, init_hardness, link=not copy))
+        folder = resolved(source)
+        made = hlg.convert_checkpoint(folder, target, init_hardness, link=not copy, trust_remote_code=trust_remote_code)
+        result.set(made)
 
 
 def relu_ize(
@@ -82,7 +85,9 @@ def relu_ize(
             fed = batches(found, data, model, folder, trust_remote_code)
             report = hlg.relu_ize(model, force, tolerance=tolerance, calibration=fed, compensate=compensate)
             carried = processors(folder, trust_remote_code)
-            saved = hlg.save_relu_pretrained(model, target, processor=carried, details=details)
+            saved = hlg.save_relu_pretrained(
+                model, target, processor=carried, details=details, trust_remote_code=trust_remote_code
+            )
             result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
         elif compensate is not None:
             raise UsageError(
@@ -91,7 +96,16 @@ def relu_ize(
             )
         else:
             folder = resolved(source)
-            result.set(hlg.relu_ize_checkpoint(folder, target, force, tolerance=tolerance, details=details, link=not copy))
+            made = hlg.relu_ize_checkpoint(
+                folder,
+                target,
+                force,
+                tolerance=tolerance,
+                details=details,
+                link=not copy,
+                trust_remote_code=trust_remote_code,
+            )
+            result.set(made)
 
 
 def fold(
@@ -112,7 +126,7 @@ def fold(
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
 
-        from .inner import whole_folder
+        from .inner import settle_code, whole_folder
 
         check_target_folder(target)
         folder = resolved(source)
@@ -123,6 +137,7 @@ def fold(
             model.save_pretrained(temporary)
             for processor in processors(folder, trust_remote_code):
                 processor.save_pretrained(temporary)
+            settle_code(temporary, trust_remote_code)
         result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
 
 

@@ -95,7 +95,7 @@ def test_bytes_that_were_not_proven(hub: HubServer, tmp_path: Path, monkeypatch:
     folder, api = saved(tmp_path / "relu"), HfApi(endpoint=hub.url, token=TOKEN)
     before = (folder / name).read_bytes() if (folder / name).exists() else None
 
-    def prove(model: PreTrainedModel, place: Path, inputs: object = None) -> Proof:
+    def prove(model: PreTrainedModel, place: Path, inputs: object = None, trust: bool = False) -> Proof:
         proof = not_proven(model, place)
         with (place / name).open("ab") as file:
             file.write(b" ")
