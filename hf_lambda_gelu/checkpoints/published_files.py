@@ -102,12 +102,13 @@ def listed_files(folder: Path, trust_remote_code: bool = False) -> PublishedFile
 
 
 def _check_code(folder: Path, found: PublishedFiles) -> None:
-    for reference in references(folder):
-        name = f"{reference.module}.py"
+    """ValueError unless all code that loading would run goes up."""
+    named = {f"{reference.module}.py": f"which {reference.file} names" for reference in references(folder)}
+    for name, why in {**dict.fromkeys(code_files(folder), "which other code imports"), **named}.items():
         if name not in found.names:
             raise ValueError(
-                f"{str(folder)!r} cannot be published: {name}, which {reference.file} names as its {reference.auto}, is "
-                f"{found.left_out.get(name, 'missing')}. Save the model anew by save_relu_pretrained(model, folder)"
+                f"{str(folder)!r} cannot be published: {name}, {why}, is {found.left_out.get(name, 'missing')}. Save the "
+                "model anew by save_relu_pretrained(model, folder)"
             )
 
 
