@@ -59,7 +59,7 @@ def add(folder: Path, name: str) -> None:
 def proven(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison in another process, which takes seconds and is not what these tests are about, is left out."""
     monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
-    monkeypatch.setattr(hlg, "verify_relu_pretrained", lambda *_: 0.0)
+    monkeypatch.setattr(hlg, "verify_relu_pretrained", lambda *_, **__: 0.0)
 
 
 @pytest.fixture
