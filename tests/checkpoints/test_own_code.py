@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import shutil
 import sys
@@ -173,3 +174,22 @@ def test_entries_of_elsewhere(own: Own, tmp_path: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["auto_map"] == before
     assert len(messages) == 2
     assert "config.json does not name 'modeling_gone.Gone' as its AutoModelForMaskedLM any more" in "".join(messages)
+
+
+def test_a_class_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not loaded from anywhere, but registered: its file is saved, and makes the model in the other process."""
+    lines = [line for text in CODE.values() for line in text.splitlines() if not line.startswith("from .")]
+    (tmp_path / "modeling_mine.py").write_text("\n".join(lines) + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine: Any = importlib.import_module("modeling_mine")
+    model = mine.OwnModelForSequenceClassification(mine.OwnConfig()).eval()
+    hlg.convert(model)
+    hlg.relu_ize(model, force=True)
+    alone = hlg.save_relu_pretrained(model, tmp_path / "alone")
+    with pytest.raises(hlg.VerificationError, match=r"holds no code that makes it: keep the class in a Python file"):
+        hlg.verify_relu_pretrained(model, alone)
+    mine.OwnConfig.register_for_auto_class()
+    mine.OwnModelForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+    folder = hlg.save_relu_pretrained(model, tmp_path / "relu", trust_remote_code=True)
+    assert [path.name for path in folder.glob("*.py")] == ["modeling_mine.py"]
+    assert hlg.verify_relu_pretrained(model, folder, trust_remote_code=True) == 0.0

@@ -66,8 +66,8 @@ def test_verify_that_stock_transformers_contradicts(tmp_path: Path, monkeypatch:
 
     load = publish.loaded
 
-    def edited(path: Path) -> object:
-        model = load(path)
+    def edited(path: Path, trust_remote_code: bool) -> object:
+        model = load(path, trust_remote_code)
         model.classifier.bias.data += 1.0
         return model
 
