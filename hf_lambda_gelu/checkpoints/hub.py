@@ -81,12 +81,11 @@ def push_relu_to_hub(
         private: create the repository as private; an existing one keeps its visibility.
         revision, tag, create_pr: branch to commit to; name to give the commit, such as "v1"; open a pull request instead.
         token, api: by default what `hf auth login` saved, and the Hub. A token is never stored or shown.
-        trust_remote_code: run code of its own that the model has, to prove it, and upload it. Without it such a model is
-            refused, and no Python file goes up.
+        trust_remote_code: run the model's own code to prove it, and upload it; without it such a model is refused.
 
     Raises:
-        ValueError: bad repo id, no token, offline, no processor, no finite ReLU network, a card that holds a token or hides
-            that the weights are quantised, code that is not trusted.
+        ValueError: bad repo id, no token, offline, no processor, no finite ReLU network, code that is not trusted, a card
+            that holds a token or hides that the weights are quantised.
         VerificationError: stock transformers computes something else. Nothing is uploaded.
         PushError: the upload failed; the folder is kept. Or the model is up and the tag was refused; the message says so.
 
@@ -97,15 +96,13 @@ def push_relu_to_hub(
     api = api or HfApi(token=token)
     upload = _Upload(api, repo_id, token, commit_message, private, revision, tag, create_pr, trust_remote_code)
     check_target(api, repo_id, token, tag, create_pr)
-    if processor is None:
-        check_processor(model)
+    check_processor(model, processor)
     if isinstance(model, (str, os.PathLike)):
-        if processor or details or learned or history or report or folder:
-            raise ValueError("a saved folder is uploaded as it is: change its card and files there, and pass it alone")
+        _check_alone(processor, details, learned, history, report, folder)
         return upload.set_tag(upload.send(Path(model), _proven(Path(model), inputs, trust_remote_code)))
     with _place_to_save(folder, repo_id) as place:
-        details = _licensed(api, details or CardDetails(), token)
         save = partial(save_relu_pretrained, processor=processor, model_name=repo_id, learned=learned, history=history)
+        details = _licensed(api, details or CardDetails(), token)
         saved = save(model, place, details=details, report=report, trust_remote_code=trust_remote_code)
         commit = upload.send(saved, prove(model, saved, inputs, trust_remote_code).files)
     return upload.set_tag(commit)
@@ -256,8 +253,15 @@ def has_processor(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def check_processor(model: PreTrainedModel | str | os.PathLike[str]) -> None:
-    """Raises ValueError unless `model` is a folder with a tokenizer, an image processor or a feature extractor."""
+def _check_alone(*given: Any) -> None:
+    if any(given):
+        raise ValueError("a saved folder is uploaded as it is: change its card and files there, and pass it alone")
+
+
+def check_processor(model: PreTrainedModel | str | os.PathLike[str], processor: Any = None) -> None:
+    """Raises ValueError unless one is given, or `model` is a folder with a tokenizer, image or other processor."""
+    if processor is not None:
+        return
     folder = Path(model) if isinstance(model, (str, os.PathLike)) else None
     if folder is None or not has_processor(folder):
         what = "pass processor=…, its" if folder is None else f"{str(model)!r} holds no"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,18 +54,15 @@ def save_relu_pretrained(
         model_name: the name in the card, e.g. the Hub id; by default the folder's.
         learned: λ per site as learned, before the ramp (`trainer.learned_hardness`): plotted and kept in `lambda_gelu.json`.
         history: `trainer.state.log_history`, for the plot of λ over training.
-        report: what `relu_ize` returned for this model; by default what it left on the model itself. Merged adapters make
-            another model, which has none.
-        trust_remote_code: of a model, tokenizer or processor with code of its own, that code comes along: the files that
-            their own saves write. Without it such a model is refused.
+        report: what `relu_ize` returned; by default what it left on the model. Merged adapters make another, without one.
+        trust_remote_code: write also the code of its own that model, tokenizer or processor has; else that is refused.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: smooth gates left in model or config, tensors that are not finite, an existing or unwritable folder,
-            a model that was loaded from compressed weights or is saved with another config, code of its own that is not
-            trusted. Nothing is written.
+            a model from compressed weights or saved with another config, code that is not trusted. Nothing is written.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -78,7 +75,7 @@ def save_relu_pretrained(
     folder = Path(os.path.abspath(folder))
     check_relu(model)
     _check_not_loaded_compressed(model)
-    processors = [item for item in (processor if isinstance(processor, (list, tuple)) else [processor]) if item is not None]
+    processors = processor if isinstance(processor, (list, tuple)) else [processor]
     check_code_may_go([model, model.config, *processors], trust_remote_code)
     check_new(folder, overwrite)
     report = report or report_left_on(model)
@@ -89,11 +86,16 @@ def save_relu_pretrained(
     with whole_folder(folder, overwrite) as temporary:
         model.save_pretrained(temporary)
         _check_saved_config(model, temporary)
-        for item in processors:
-            item.save_pretrained(temporary)
+        _save_processors(processors, temporary)
         settle_code(temporary, trust_remote_code)
         write_card(model, temporary, model_name or folder.name, report, details or CardDetails(), learned, history, pruned)
     return folder
+
+
+def _save_processors(processors: Sequence[Any], folder: Path) -> None:
+    for item in processors:
+        if item is not None:
+            item.save_pretrained(folder)
 
 
 def _check_saved_config(model: PreTrainedModel, folder: Path) -> None:

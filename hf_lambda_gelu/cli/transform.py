@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from . import options as o
@@ -85,9 +86,8 @@ def relu_ize(
             fed = batches(found, data, model, folder, trust_remote_code)
             report = hlg.relu_ize(model, force, tolerance=tolerance, calibration=fed, compensate=compensate)
             carried = processors(folder, trust_remote_code)
-            saved = hlg.save_relu_pretrained(
-                model, target, processor=carried, details=details, trust_remote_code=trust_remote_code
-            )
+            code = trust_remote_code
+            saved = hlg.save_relu_pretrained(model, target, processor=carried, details=details, trust_remote_code=code)
             result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
         elif compensate is not None:
             raise UsageError(
@@ -95,17 +95,8 @@ def relu_ize(
                 "will meet, such as a text file with a line each. A few hundred do, without labels"
             )
         else:
-            folder = resolved(source)
-            made = hlg.relu_ize_checkpoint(
-                folder,
-                target,
-                force,
-                tolerance=tolerance,
-                details=details,
-                link=not copy,
-                trust_remote_code=trust_remote_code,
-            )
-            result.set(made)
+            make = partial(hlg.relu_ize_checkpoint, tolerance=tolerance, details=details, link=not copy)
+            result.set(make(resolved(source), target, force, trust_remote_code=trust_remote_code))
 
 
 def fold(

@@ -70,8 +70,7 @@ def export_onnx(
         ImportError: onnx, onnxscript or onnxruntime is missing (`pip install 'hf_lambda_gelu[onnx]'`).
         ValueError: `path` exists or cannot be written, no inputs can be made or they do not fit, a model in another dtype,
             `dynamic` names what there is not, batches of `int8` do not fit the file, or it comes with `cache`.
-        CheckpointError: the folder is no checkpoint, or has code that is not trusted.
-        FoldError: λ cannot go into the weights.
+        CheckpointError, FoldError: no checkpoint, or one with code that is not trusted; λ cannot go into the weights.
         ExportError: torch cannot export the network or keep a size dynamic, onnxruntime cannot run the file, or it computes
             something else (beyond 2e-5 of the largest output).
 
@@ -88,13 +87,16 @@ def export_onnx(
     check_new_file(target)
     _check_together(cache, dynamic, int8)
     with whole_file(target) as made:
-        whole: Any = (
-            model if isinstance(model, nn.Module) else load_saved(model, trust_remote_code=trust_remote_code).float()
-        )
+        whole: Any = model if isinstance(model, nn.Module) else _of_a_folder(model, trust_remote_code)
         _check_floats(whole)
         with measuring(whole), in_own_precision(whole):
             asked = _Asked(encoder, cache, dynamic, made, target)
             return _exported(whole, inputs, asked) if int8 is None else _in_integers(whole, inputs, int8, asked)
+
+
+def _of_a_folder(folder: str | os.PathLike[str], trust_remote_code: bool) -> nn.Module:
+    model: nn.Module = load_saved(folder, trust_remote_code=trust_remote_code)
+    return model.float()
 
 
 class _Asked(NamedTuple):
