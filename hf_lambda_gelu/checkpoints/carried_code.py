@@ -48,14 +48,14 @@ def settle_code(folder: Path, trust_remote_code: bool) -> None:
     for path in settings_files(folder):
         settings = settings_of(path)
         parts = with_auto_map(settings)
-        before = json.dumps(settings)
+        before = json.dumps(settings, sort_keys=True)
         for part in parts:
             kept, lost = _settled(folder, part.pop("auto_map"), code)
             if kept:
                 part["auto_map"] = kept
             for auto, target in lost:
                 logger.warning(f"{path.name} does not name {target!r} as its {auto} any more: that code does not come along")
-        if json.dumps(settings) != before:
+        if json.dumps(settings, sort_keys=True) != before:
             path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
