@@ -142,6 +142,9 @@ def test_commands(own: Own, tmp_path: Path) -> None:
     error = invoke("verify", tmp_path / "relu", code=1).stderr
     assert "config.json names 'configuration_own.OwnConfig' as its AutoConfig. Read configuration_own.py there" in error
     assert "--trust-remote-code" in error
+    dry = ("push", tmp_path / "relu", "--repo-id", "someone/own", "--dry-run")
+    assert set(answer(*dry, "--trust-remote-code")["files"]["someone/own"]) > set(ALL_CODE)
+    assert "has code of its own" in invoke(*dry, code=1).stderr
     answer("convert", own.source, tmp_path / "lambda", "--trust-remote-code")
     answer("fold", tmp_path / "lambda", tmp_path / "folded", "--trust-remote-code")
     assert {path.name: path.read_text() for path in (tmp_path / "folded").glob("*.py")} == ALL_CODE

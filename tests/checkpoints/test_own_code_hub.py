@@ -128,3 +128,23 @@ def test_a_pinned_revision(hub: HubServer, tmp_path: Path, monkeypatch: pytest.M
     folder = hlg.save_relu_pretrained(model, tmp_path / "relu", trust_remote_code=True)
     assert (folder / "modeling_own.py").read_bytes() == first["modeling_own.py"]
     assert hlg.verify_relu_pretrained(model, folder, trust_remote_code=True) == 0.0
+
+
+def test_a_trainer(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`trainer.push_to_hub` takes the parameter and hands it on: trained, substituted, published with its code."""
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
+    model = trusted(write_own(tmp_path / "own", tokenizer=False))
+    hlg.convert(model)
+    rows = [{"input_ids": torch.arange(5 + i % 3, 13 + i % 3), "labels": i % 3} for i in range(8)]
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    arguments = hlg.LambdaGELUTrainingArguments(
+        str(tmp_path / "run"), max_steps=4, hub_model_id="tester/trained", hub_token=TOKEN, **quiet
+    )
+    trainer = hlg.LambdaGELUTrainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    with pytest.raises(ValueError, match=r"is a class of a checkpoint's own code"):
+        trainer.push_to_hub()
+    trainer.push_to_hub(trust_remote_code=True)
+    assert {name for name in hub.repos["tester/trained"].files if name.endswith(".py")} == set(CODE)
+    card = hub.repos["tester/trained"].files["README.md"].decode()
+    assert 'from_pretrained("tester/trained", trust_remote_code=True)' in card
