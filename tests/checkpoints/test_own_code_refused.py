@@ -14,6 +14,7 @@ from support import tiny
 from support.cli import bert, invoke, texts
 from support.models import relu_model
 from support.own_code import AUTOS, TOKENIZATION, rewrite, trap
+from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
 import hf_lambda_gelu as hlg
 
@@ -190,4 +191,15 @@ def test_code_that_is_not_the_folder_s(tmp_path: Path, target: str, message: str
     for verb in (hlg.audit, lambda folder, **trust: hlg.convert_checkpoint(folder, tmp_path / "dst", **trust)):
         with pytest.raises(hlg.CheckpointError, match=message):
             verb(src, trust_remote_code=True)
+    assert not mark.exists()
+
+
+def test_a_kind_of_model_without_a_base_class(tmp_path: Path) -> None:
+    """transformers knows the config and has no AutoModel for it: there `from_pretrained` asks unless it is told."""
+    mark = tmp_path / "ran"
+    src = trapped(tmp_path / "src", "model", mark)
+    kind = next(kind for kind in sorted(CONFIG_MAPPING) if CONFIG_MAPPING[kind] not in MODEL_MAPPING)
+    rewrite(src / "config.json", model_type=kind, architectures=None, auto_map={"AutoModel": "evil.Evil"})
+    with pytest.raises(hlg.CheckpointError, match=r"no model could be loaded"):
+        hlg.audit(src)
     assert not mark.exists()
