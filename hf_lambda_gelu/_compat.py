@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig, Trainer
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Trainer
 
 __all__ = [
     "OpOverload",
@@ -144,6 +144,18 @@ def generation_config_in_config(folder: Path, config_name: str) -> GenerationCon
     from transformers import GenerationConfig
 
     return GenerationConfig.from_pretrained(folder, config_file_name=config_name, _from_model_config=True)
+
+
+def with_generation(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A model class of a checkpoint's own code, with `generate` where it is older than transformers' own way to say so."""
+    from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+
+    return add_generation_mixin_to_remote_model(cls)  # type: ignore[no-any-return]
+
+
+def own_code_of(thing: object) -> bool:
+    """Whether `save_pretrained` of this model, config, tokenizer or processor writes the code of its class too."""
+    return getattr(thing, "_auto_class", None) is not None
 
 
 def finish_current_push(trainer: Trainer) -> None:

@@ -29,7 +29,6 @@ from ..surgery.substitution import relu_ize
 from .card import PLOT_NAME, REPORT_NAME, CardDetails
 from .folders import whole_folder
 from .on_disk_files import Source, WrittenFiles
-from .remote_code import CODE_NAME
 from .save import write_card
 from .shards import Shard
 
@@ -71,6 +70,7 @@ def convert_checkpoint(
     *,
     only: Callable[[str, nn.Module], bool] | None = None,
     link: bool = True,
+    trust_remote_code: bool = False,
 ) -> CheckpointReport:
     """Makes of the folder of a GELU or SiLU checkpoint that of the λ-GELU model: config rewritten, λ added in a small file.
 
@@ -86,13 +86,14 @@ def convert_checkpoint(
         dst: the folder to make; not in `src`.
         init_hardness, only: as for `convert`. The modules that `only` sees are on the meta device.
         link: False copies the weight files, so that `dst` can be changed in place.
+        trust_remote_code: run code of its own that `src` has, which then comes along. Without it such a folder is refused.
 
     Returns:
         The report of `convert`, and what became of the files.
 
     Raises:
         CheckpointError: `src` is no such folder, is a Hub name, or holds pickles only; files are missing or damaged; there
-            is no room for a copy.
+            is no room for a copy; code that is not trusted.
         ConversionError: as `convert` raises it.
         ValueError: `dst` is in use or cannot be written, or a bad `init_hardness`.
 
@@ -106,7 +107,7 @@ def convert_checkpoint(
         converted 1 activations to λ-GELU at λ = 1
         ...
     """
-    source = Source(src, dst)
+    source = Source(src, dst, trust_remote_code)
     model = source.load()
     report = convert(model, init_hardness, only=only)
     for site in hardness_sites(model).values():
@@ -119,7 +120,8 @@ def convert_checkpoint(
                 f"the weights hold {there[0]} already, of which {CONFIG_NAME} says nothing: restore the config that they "
                 "were saved with"
             )
-        written = source.finish(temporary, model, added=hardness, link=link)
+        links = source.carry_along(temporary, (), link)
+        written = source.finish(temporary, model, links, added=hardness, link=link)
     return _report(source, report, written)
 
 
@@ -133,6 +135,7 @@ def relu_ize_checkpoint(
     targets: Mapping[str, float] | None = None,
     details: CardDetails | None = None,
     link: bool = True,
+    trust_remote_code: bool = False,
 ) -> CheckpointReport:
     """Makes of the folder of a λ-GELU checkpoint that of the ReLU model, which stock transformers loads.
 
@@ -146,6 +149,7 @@ def relu_ize_checkpoint(
         force, tolerance, targets: as for `relu_ize`, for the λ of the checkpoint.
         details: what the model card, a new one, should say.
         link: False copies the weight files, so that `dst` can be changed in place.
+        trust_remote_code: run code of its own that `src` has, which then comes along. Without it such a folder is refused.
 
     Returns:
         The report of `relu_ize`, and what became of the files.
@@ -166,19 +170,16 @@ def relu_ize_checkpoint(
         1 activations are ReLU now (forced: gates were soft)
         ...
     """
-    source = Source(src, dst)
+    source = Source(src, dst, trust_remote_code)
     model = source.load()
     dropped = _load_hardness(model, source.shards)
     report = relu_ize(model, force, tolerance=tolerance, targets=targets)
     left_out = {"README.md", REPORT_NAME, PLOT_NAME}
-    code = getattr(model.config, "auto_map", None) or {}
-    if any(str(place).startswith(CODE_NAME.removesuffix("py")) for place in code.values()):
-        del model.config.auto_map  # of save_with_code: a ReLU model needs none
-        left_out.add(CODE_NAME)
     with whole_folder(source.target) as temporary:
         save_parts(model, temporary, {})
+        links = source.carry_along(temporary, left_out, link)
         write_card(model, temporary, source.target.name, report, details or CardDetails())
-        written = source.finish(temporary, model, dropped=dropped, left_out=left_out, link=link)
+        written = source.finish(temporary, model, links, dropped=dropped, link=link)
     return _report(source, report, written)
 
 

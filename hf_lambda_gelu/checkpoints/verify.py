@@ -19,7 +19,7 @@ from .._compat import pytree
 from ..measurement.audit.audit import audit
 from ..measurement.examples.choice import example_inputs
 from ..measurement.forward import evaluating, in_own_precision, same_random_numbers
-from ..structure.loading import checkpoint_errors
+from ..structure.loading import check_trusted, checkpoint_errors
 from ..structure.offloading import check_not_offloaded
 from ..structure.smooth_activations import smooth_activations
 from ..structure.transaction import transaction
@@ -29,7 +29,11 @@ from .stock_process import VerificationError, reloaded
 
 
 def verify_relu_pretrained(
-    model: PreTrainedModel, folder: str | os.PathLike[str], inputs: dict[str, Tensor] | None = None
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    inputs: dict[str, Tensor] | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> float:
     """Loads `folder` by stock transformers in a new process that cannot import this package, and compares the outputs.
 
@@ -40,13 +44,15 @@ def verify_relu_pretrained(
         model: the model in memory that the folder must reproduce, on the CPU (a copy is made of one that is elsewhere).
         folder: what `save_relu_pretrained` wrote.
         inputs: a batch for the model's forward; by default a small one made to fit it.
+        trust_remote_code: run code of its own that the folder has, in the other process: that of the folder, of which each
+            file is among those of the proof. Without it such a folder is refused.
 
     Returns:
         max |difference| over all floating point tensors of the output: 0.0 on the same machine.
 
     Raises:
         VerificationError: it does not load, keys do not fit, or outputs differ by more than 1e-6 of their scale.
-        CheckpointError: the folder's lambda_gelu.json is damaged.
+        CheckpointError: the folder's lambda_gelu.json is damaged, or it has code that is not trusted.
         ValueError: weights are offloaded, or no batch can be made for such a model: pass inputs.
 
     Examples:
@@ -57,7 +63,7 @@ def verify_relu_pretrained(
         >>> hlg.verify_relu_pretrained(model, hlg.save_relu_pretrained(model, "runs/proven-relu"))
         0.0
     """
-    return prove(model, Path(folder), inputs).difference
+    return prove(model, Path(folder), inputs, trust_remote_code).difference
 
 
 class Proof(NamedTuple):
@@ -69,7 +75,9 @@ class Proof(NamedTuple):
 
 @transaction
 @torch.no_grad()
-def prove(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor] | None = None) -> Proof:
+def prove(
+    model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor] | None = None, trust_remote_code: bool = False
+) -> Proof:
     """As `verify_relu_pretrained`.
 
     Raises:
@@ -78,13 +86,14 @@ def prove(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor] | N
     check_not_offloaded(model)
     if not folder.is_dir():
         raise VerificationError(f"there is no folder {str(folder)!r}: save_relu_pretrained makes one")
-    record, files, state = _record(folder), manifest(folder), _states(folder)
+    check_trusted(folder, trust_remote_code)
+    record, files, state = _record(folder), manifest(folder, trust_remote_code), _states(folder)
     if model.device.type != "cpu":
         model = copy.deepcopy(model).cpu()
     inputs = {k: v.cpu() for k, v in (inputs or example_inputs(model)).items()}
     with evaluating(model), in_own_precision(model), same_random_numbers(model):
         expected = _tensors(model(**inputs))
-    stock = reloaded(model, folder, inputs)
+    stock = reloaded(model, folder, inputs, trust_remote_code)
     difference, scale = _compare(expected, stock.outputs, folder)
     # what the batch does not reach, such as most rows of an embedding, is compared too
     other = [name for name, tensor in model.state_dict().items() if stock.digests.get(name) != _digest(tensor)]
@@ -97,6 +106,7 @@ def prove(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor] | N
     if record is not None:
         compared = {"largest_difference_of_outputs": difference, "scale_of_outputs": scale}
         checks = _checks(model, inputs, {**compared, "identical_tensors": len(stock.digests)})
+        checks["code_that_was_trusted"] = [name for name in files if name.endswith(".py")]
         write_record(folder, record | {"checks": {**checks, "files": files}})
     return Proof(difference, files)
 
@@ -113,7 +123,7 @@ def check_as_proven(folder: Path) -> bool:
     proven = checks.get("files") if isinstance(checks, dict) else None
     if not isinstance(proven, dict):
         return False
-    changed = changed_files(proven, manifest(folder))
+    changed = changed_files(proven, manifest(folder, trust_remote_code=True))  # code is only read here
     if changed:
         raise VerificationError(
             f"{str(folder)!r} is not what its {REPORT_NAME} says was proven: {changed[0]}, {len(changed)} such files. "

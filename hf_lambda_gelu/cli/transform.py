@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from . import options as o
@@ -16,6 +17,7 @@ def convert(
     target: o.Target,
     init_hardness: o.InitHardness = 1.0,
     copy: o.Copy = False,
+    trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -31,7 +33,9 @@ def convert(
         import hf_lambda_gelu as hlg
 
         check_target_folder(target)
-        result.set(hlg.convert_checkpoint(resolved(source), target, init_hardness, link=not copy))
+        folder = resolved(source)
+        made = hlg.convert_checkpoint(folder, target, init_hardness, link=not copy, trust_remote_code=trust_remote_code)
+        result.set(made)
 
 
 def relu_ize(
@@ -82,7 +86,8 @@ def relu_ize(
             fed = batches(found, data, model, folder, trust_remote_code)
             report = hlg.relu_ize(model, force, tolerance=tolerance, calibration=fed, compensate=compensate)
             carried = processors(folder, trust_remote_code)
-            saved = hlg.save_relu_pretrained(model, target, processor=carried, details=details)
+            code = trust_remote_code
+            saved = hlg.save_relu_pretrained(model, target, processor=carried, details=details, trust_remote_code=code)
             result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
         elif compensate is not None:
             raise UsageError(
@@ -90,8 +95,8 @@ def relu_ize(
                 "will meet, such as a text file with a line each. A few hundred do, without labels"
             )
         else:
-            folder = resolved(source)
-            result.set(hlg.relu_ize_checkpoint(folder, target, force, tolerance=tolerance, details=details, link=not copy))
+            make = partial(hlg.relu_ize_checkpoint, tolerance=tolerance, details=details, link=not copy)
+            result.set(make(resolved(source), target, force, trust_remote_code=trust_remote_code))
 
 
 def fold(
@@ -112,7 +117,7 @@ def fold(
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
 
-        from .inner import whole_folder
+        from .inner import settle_code, whole_folder
 
         check_target_folder(target)
         folder = resolved(source)
@@ -123,6 +128,7 @@ def fold(
             model.save_pretrained(temporary)
             for processor in processors(folder, trust_remote_code):
                 processor.save_pretrained(temporary)
+            settle_code(temporary, trust_remote_code)
         result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
 
 

@@ -34,6 +34,7 @@ def push_relu(
     token: str | None,
     revision: str | None,
     private: bool | None,
+    trust_remote_code: bool = False,
 ) -> CommitInfo | None:
     """`push_trained` by the first process, to the trainer's repository, after what is still being pushed."""
     args = trainer.args
@@ -45,7 +46,15 @@ def push_relu(
     finish_current_push(trainer)
     private = bool(private if private is not None else args.hub_private_repo)
     revision = revision or args.hub_revision
-    return push_trained(trainer, commit_message, details, private=private, revision=revision, token=token)
+    return push_trained(
+        trainer,
+        commit_message,
+        details,
+        private=private,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def push_trained(
@@ -57,13 +66,14 @@ def push_trained(
     private: bool = False,
     revision: str | None = None,
     token: str | None = None,
+    trust_remote_code: bool = False,
 ) -> CommitInfo:
     """Publishes what a trainer has made as a ReLU network; the trainer's own model stays as it is.
 
     Args:
         details: what the card shall say; training arguments and the last evaluation are added where it says nothing.
         report: of a model that is ReLU already, what `relu_ize` returned; by default what it left on the model.
-        private, revision, token: as for `push_relu_to_hub`.
+        private, revision, token, trust_remote_code: as for `push_relu_to_hub`.
 
     Raises:
         SoftGateError: gates are too soft for their targets: training has not finished, or brought back an early checkpoint.
@@ -92,6 +102,7 @@ def push_trained(
         revision=revision,
         commit_message=commit_message,
         token=token,
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -236,6 +236,7 @@ class LambdaGELUTrainer(Trainer):
         *,
         relu: bool = True,
         details: CardDetails | None = None,
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Publishes the model as the ReLU network that it has become; `relu=False` publishes it with its λ, as Trainer does.
@@ -247,6 +248,7 @@ class LambdaGELUTrainer(Trainer):
             blocking: only without `relu`, which always waits.
             details: what the card of the ReLU network shall say; training arguments are added, and the last evaluation
                 where it has no results.
+            trust_remote_code: of a model with code of its own, run that code to prove the ReLU network, and upload it.
             kwargs: without `relu`, as for `Trainer.push_to_hub`.
 
         Raises:
@@ -258,7 +260,15 @@ class LambdaGELUTrainer(Trainer):
             return super().push_to_hub(commit_message, blocking, token, revision, private, tags=tags, **kwargs)
         if kwargs:
             raise TypeError(f"{', '.join(kwargs)}: the card of a ReLU network takes details=CardDetails(…)")
-        return push_relu(self, commit_message, details or CardDetails(), token=token, revision=revision, private=private)
+        return push_relu(
+            self,
+            commit_message,
+            details or CardDetails(),
+            token=token,
+            revision=revision,
+            private=private,
+            trust_remote_code=trust_remote_code,
+        )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         check_finite(self.model, self.state, self.args, self._hardening.losses, weights=True)
