@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -49,25 +50,38 @@ class LearnableSwish(nn.Module):
 
 def interleave(stock: Callable[[], object], rival: Callable[[], object], device: str, seconds: float) -> list[list[float]]:
     """For each repeat of so many seconds, the median times of both, which take turns, one first and then the other."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    def timed(run: Callable[[], object]) -> float:
-        wait()
-        start = time.perf_counter()
-        run()
-        wait()
-        return time.perf_counter() - start
-
+    timed: Callable[[Callable[[], object]], float] = _by_events if device == "cuda" else _by_clock
     for _ in range(3):  # compiled, allocated, caches filled
         once = timed(stock) + timed(rival)
+    calls = 1
+    if device == "cuda":
+        calls = max(1, min(10, int(0.02 / once)))
+        timed = partial(_by_events, calls=calls)
     repeats = []
     for _ in range(REPEATS):
         taken: list[list[float]] = [[], []]
-        for turn in range(max(2, min(200, int(seconds / once)))):
+        for turn in range(max(2, min(200, int(seconds / (once * calls))))):
             for which in (0, 1) if turn % 2 else (1, 0):
                 taken[which].append(timed((stock, rival)[which]))
         repeats.append([statistics.median(times) for times in taken])
     return repeats
+
+
+def _by_clock(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _by_events(run: Callable[[], object], calls: int = 1) -> float:
+    """Seconds of a call, several in a row: as in training, the device computes one while the next is launched."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
 
 
 def results(

@@ -1,4 +1,4 @@
-"""Launches the Triton kernel for CUDA devices: cpu.cpp's formulas, one launch forward, one and a small sum backward."""
+"""Launches the Triton kernel for CUDA devices: cpu.cpp's formulas, one launch forward, two backward, one for the sum."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ except ImportError:  # no CUDA build of torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_BLOCK = 4096  # elements for one program; its sum over them is fp32, the sum of these float64
+_BLOCK = 4096  # elements that a program takes at once
+_WARPS = 8  # of a program
+_PROGRAMS = 1024  # that share the sum for λ: each has one in fp32, the sum of these is float64
 _ROWS = 64  # rows for one program where λ changes along them
 
 
@@ -36,7 +38,7 @@ def forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
                 programs.forward_columns[grid](*arguments, outer, channels, BASE_NUMBERS[base], _ROWS, width)
             else:
                 width, grid = _runs(outer * channels, inner)
-                programs.forward_runs[grid](*arguments, channels, inner, BASE_NUMBERS[base], width, num_warps=8)
+                programs.forward_runs[grid](*arguments, channels, inner, BASE_NUMBERS[base], width, num_warps=_WARPS)
     return out
 
 
@@ -51,14 +53,17 @@ def backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tens
     with _on_device(x):
         if inner == 1 and channels > 1:
             width, grid = _columns(outer, channels)
-            sums = torch.empty(grid[1], channels, 1, dtype=torch.float32, device=x.device)
+            sums = torch.empty(grid[1], channels, dtype=torch.float32, device=x.device)
             programs.backward_columns[grid](*arguments, sums, outer, channels, BASE_NUMBERS[base], _ROWS, width)
+            by_hardness = sums.sum(0, dtype=torch.float64)
         else:
-            width, grid = _runs(outer * channels, inner)
-            sums = torch.empty(outer, channels, grid[1], dtype=torch.float32, device=x.device)
-            programs.backward_runs[grid](*arguments, sums, channels, inner, BASE_NUMBERS[base], width, num_warps=8)
-    grad_hardness = sums.sum((0, 2), dtype=torch.float64)
-    return grad_x, grad_hardness.to(hardness).view(hardness.shape)
+            width, (runs, blocks) = _runs(outer * channels, inner)
+            grid = runs, min(blocks, triton.cdiv(_PROGRAMS, runs))
+            sums = torch.empty(runs * grid[1], dtype=torch.float32, device=x.device)
+            by_hardness = torch.empty_like(flat)
+            programs.backward_runs[grid](*arguments, sums, channels, inner, BASE_NUMBERS[base], width, num_warps=_WARPS)
+            programs.sum_runs[(channels,)](sums, by_hardness, outer, channels, grid[1], 1024)
+    return grad_x, by_hardness.to(hardness).view(hardness.shape)
 
 
 @functools.cache

@@ -79,13 +79,28 @@ def forward_runs(x_ptr, hardness_ptr, out_ptr, channels, inner, BASE: tl.constex
 def backward_runs(x_ptr, grad_ptr, hardness_ptr, out_ptr, sum_ptr, channels, inner, BASE: tl.constexpr, WIDTH: tl.constexpr):
     run = tl.program_id(0).to(tl.int64)
     hardness = tl.load(hardness_ptr + run % channels).to(tl.float32)
-    at = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
-    inside, at = at < inner, run * inner + at
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    by_x, by_hardness = _gradients(x, grad, hardness, BASE)
-    tl.store(out_ptr + at, by_x.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(sum_ptr + run * tl.num_programs(1) + tl.program_id(1), tl.sum(by_hardness))
+    total = tl.zeros((WIDTH,), dtype=tl.float32)
+    start = tl.program_id(1).to(tl.int64) * WIDTH
+    for first in range(start, inner, tl.num_programs(1) * WIDTH):
+        at = first + tl.arange(0, WIDTH)
+        inside, at = at < inner, run * inner + at
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        by_x, by_hardness = _gradients(x, grad, hardness, BASE)
+        tl.store(out_ptr + at, by_x.to(out_ptr.dtype.element_ty), mask=inside)
+        total += by_hardness
+    tl.store(sum_ptr + run * tl.num_programs(1) + tl.program_id(1), tl.sum(total))
+
+
+@triton.jit
+def sum_runs(sum_ptr, out_ptr, outer, channels, blocks, WIDTH: tl.constexpr):
+    channel = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((WIDTH,), dtype=tl.float64)
+    for first in range(0, outer * blocks, WIDTH):
+        place = first + tl.arange(0, WIDTH)
+        at = (place // blocks) * channels * blocks + channel * blocks + place % blocks
+        total += tl.load(sum_ptr + at, mask=place < outer * blocks, other=0.0).to(tl.float64)
+    tl.store(out_ptr + channel, tl.sum(total).to(out_ptr.dtype.element_ty))
 
 
 @triton.jit

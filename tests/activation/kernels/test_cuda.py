@@ -57,9 +57,10 @@ def test_triton_for_a_device() -> None:
         from hf_lambda_gelu.activation.kernels import cuda_programs
 
         sizes = {"BASE": 0, "WIDTH": 4096, "ROWS": 64}
-        for name in ("forward_runs", "backward_runs", "forward_columns", "backward_columns"):
+        for name in ("forward_runs", "backward_runs", "forward_columns", "backward_columns", "sum_runs"):
             kernel = getattr(cuda_programs, name)
-            types = {"hardness_ptr": "*fp32", "sum_ptr": "*fp32", "outer": "i32", "channels": "i32", "inner": "i32"}
+            types = {"hardness_ptr": "*fp32", "sum_ptr": "*fp32"}
+            types |= dict.fromkeys(("outer", "channels", "inner", "blocks"), "i32")
             names = kernel.arg_names
             signature = {n: "constexpr" if n in sizes else types.get(n, "*bf16") for n in names}
             # what the launcher finds out by itself: addresses and sizes that 16 divides
@@ -72,4 +73,4 @@ def test_triton_for_a_device() -> None:
     """
     lines = in_fresh_process(code).splitlines()
     assert lines[:2] == ["forward_runs True", "backward_runs True"]
-    assert len(lines) == 4
+    assert len(lines) == 5
