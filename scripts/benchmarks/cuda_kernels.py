@@ -72,7 +72,7 @@ def rows(dtype: torch.dtype, shape: tuple[int, int], sweep: bool) -> Iterator[tu
     }
     for name, runs, moved in (("forward", forward, 2), ("backward", backward, 3)):
         if sweep:
-            runs |= {f"{what}, {label}": other for what, label, other in variants(runs)}
+            runs |= {f"{what}, {label}": other for what, label, other in variants(runs, name)}
         times = interleaved(runs, copies)
         gelus, copied = times["F.gelu"], statistics.median(times["copy"])
         count = shape[0] * shape[1]
@@ -84,9 +84,10 @@ def rows(dtype: torch.dtype, shape: tuple[int, int], sweep: bool) -> Iterator[tu
             yield str(dtype)[6:], count, name, what, *ms, ratio, copied / seconds, rate
 
 
-def variants(runs: dict[str, Run]) -> Iterator[tuple[str, str, Run]]:
-    """The kernels with other block sizes."""
-    for block, warps, programs in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16), (528, 1056, 2112, 2**30)):
+def variants(runs: dict[str, Run], name: str) -> Iterator[tuple[str, str, Run]]:
+    """The kernels with other block sizes; a forward pass has no sum to share."""
+    shares = (528, 1056, 2112, 2**30) if name == "backward" else (2**30,)
+    for block, warps, programs in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16), shares):
         if 32 * warps * 4 <= block <= 32 * warps * 32:
             label = f"_BLOCK={block} _WARPS={warps} _PROGRAMS={programs}"
             yield "λ-GELU", label, _with(runs["λ-GELU"], _BLOCK=block, _WARPS=warps, _PROGRAMS=programs)
