@@ -201,34 +201,42 @@ def vit(device: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
 
 
 def training_steps(device: str) -> Iterator[Result]:
-    """Forward, backward and AdamW of whole models; λ has a group of its own and the optimizer-aware update."""
-    for name, build in (("BERT-base", bert), ("ViT-B/16", vit)):
-        runs, saved = {}, {}
-        for key in (STOCK, "λ-GELU"):
-            torch.manual_seed(0)
-            model, batch = build(device)
-            model, batch = model.to(device).train(), {k: v.to(device) for k, v in batch.items()}
-            if key != STOCK:
-                hlg.convert(model)
-            sites = list(hlg.hardness_sites(model).values())
-            hardness = [site.unclipped_hardness for site in sites]
-            own = {id(p) for p in hardness}
-            groups = [{"params": [p for p in model.parameters() if id(p) not in own]}]
-            if hardness:
-                groups.append({"params": hardness, "lr": 0.01, "weight_decay": 0.0})
-            optimizer = torch.optim.AdamW(groups, lr=1e-5)
-            if sites:
-                hlg.attach_hardness_update(optimizer, sites)
+    """Forward, backward and AdamW of whole models; λ has a group of its own and the optimizer-aware update.
 
-            def step(model=model, batch=batch, optimizer=optimizer) -> None:
-                model(**batch).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+    In fp32, and on a GPU in bf16 by autocast too.
+    """
+    for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,):
+        for name, build in (("BERT-base", bert), ("ViT-B/16", vit)):
+            runs, saved = {}, {}
+            for key in (STOCK, "λ-GELU"):
+                torch.manual_seed(0)
+                model, batch = build(device)
+                model, batch = model.to(device).train(), {k: v.to(device) for k, v in batch.items()}
+                if key != STOCK:
+                    hlg.convert(model)
+                loss = partial(_loss, model, batch, dtype)
+                runs[key], saved[key] = _training_step(model, loss), saved_bytes(loss)
+            shape = " × ".join(str(n) for n in next(iter(batch.values())).shape)
+            yield from results("training step", device, str(dtype)[6:], f"{name}, {shape}", runs, saved)
 
-            runs[key] = step
-            saved[key] = saved_bytes(lambda model=model, batch=batch: model(**batch).loss)
-        shape = " × ".join(str(n) for n in next(iter(batch.values())).shape)
-        yield from results("training step", device, "float32", f"{name}, {shape}", runs, saved)
+
+def _loss(model: PreTrainedModel, batch: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    with torch.autocast(model.device.type, dtype, enabled=dtype is not torch.float32):
+        return model(**batch).loss
+
+
+def _training_step(model: PreTrainedModel, loss: Callable[[], Tensor]) -> Callable[[], object]:
+    sites = hlg.hardness_sites(model)
+    optimizer = torch.optim.AdamW(hlg.parameter_groups(model, 0.01) if sites else model.parameters(), lr=1e-5)
+    if sites:
+        hlg.attach_hardness_update(optimizer, model)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def conversion(device: str) -> Iterator[tuple[str, str, float, float]]:

@@ -86,13 +86,15 @@ def rows(dtype: torch.dtype, shape: tuple[int, int], sweep: bool) -> Iterator[tu
 
 def variants(runs: dict[str, Run], name: str) -> Iterator[tuple[str, str, Run]]:
     """The kernels with other block sizes; a forward pass has no sum to share."""
-    shares = (528, 1056, 2112, 2**30) if name == "backward" else (2**30,)
-    for block, warps, programs in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16), shares):
-        if 32 * warps * 4 <= block <= 32 * warps * 32:
+    for block, warps in ((2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 16)):
+        for programs in (528, 1024, 2112, 8448) if name == "backward" else (1024,):
             label = f"_BLOCK={block} _WARPS={warps} _PROGRAMS={programs}"
             yield "λ-GELU", label, _with(runs["λ-GELU"], _BLOCK=block, _WARPS=warps, _PROGRAMS=programs)
-    for count in (16, 32, 64, 128, 256):
-        yield "λ-GELU, λ per neuron", f"_ROWS={count}", _with(runs["λ-GELU, λ per neuron"], _ROWS=count)
+    for block, warps, width in itertools.product((2048, 4096), (4, 8), (128, 256, 512, 1024)):
+        for programs in (1024, 2112, 8448):
+            label = f"_BLOCK={block} _WARPS={warps} _WIDTH={width} _PROGRAMS={programs}"
+            changes = {"_BLOCK": block, "_WARPS": warps, "_WIDTH": width, "_PROGRAMS": programs}
+            yield "λ-GELU, λ per neuron", label, _with(runs["λ-GELU, λ per neuron"], **changes)
 
 
 def _with(run: Run, **constants: int) -> Run:

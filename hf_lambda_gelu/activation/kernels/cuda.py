@@ -21,9 +21,9 @@ except ImportError:  # no CUDA build of torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _BLOCK = 4096  # elements that a program takes at once
+_WIDTH = 512  # columns of such a block, at most
 _WARPS = 8  # of a program
-_PROGRAMS = 1024  # that share the sum for λ: each has one in fp32, the sum of these is float64
-_ROWS = 64  # rows for one program where λ changes along them
+_PROGRAMS = 1024  # that share the sums for λ: each has one in fp32, the sum of these is float64
 
 
 def forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
@@ -32,13 +32,19 @@ def forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
     if x.numel():
         outer, channels, inner = known_view(out, hardness)
         arguments = (in_layout_of(x, out), hardness.to(x.device).contiguous(), out)
+        number = BASE_NUMBERS[base]
         with _on_device(x):
             if inner == 1 and channels > 1:
-                width, grid = _columns(outer, channels)
-                programs.forward_columns[grid](*arguments, outer, channels, BASE_NUMBERS[base], _ROWS, width)
+                rows, width, blocks, shares = _columns(outer, channels)
+                programs.forward_columns[(blocks * shares,)](
+                    *arguments, outer, channels, shares, number, rows, width, num_warps=_WARPS
+                )
             else:
-                width, grid = _runs(outer * channels, inner)
-                programs.forward_runs[grid](*arguments, channels, inner, BASE_NUMBERS[base], width, num_warps=_WARPS)
+                width = min(_BLOCK, triton.next_power_of_2(inner))
+                shares = triton.cdiv(inner, width)
+                programs.forward_runs[(outer * channels * shares,)](
+                    *arguments, channels, inner, shares, number, width, num_warps=_WARPS
+                )
     return out
 
 
@@ -49,20 +55,25 @@ def backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tens
         return grad_x, torch.zeros_like(hardness)
     outer, channels, inner = known_view(grad_x, hardness)
     flat = hardness.to(x.device).contiguous()
+    by_hardness = torch.empty_like(flat)
     arguments = (in_layout_of(x, grad_x), in_layout_of(grad, grad_x), flat, grad_x)
+    number = BASE_NUMBERS[base]
     with _on_device(x):
         if inner == 1 and channels > 1:
-            width, grid = _columns(outer, channels)
-            sums = torch.empty(grid[1], channels, dtype=torch.float32, device=x.device)
-            programs.backward_columns[grid](*arguments, sums, outer, channels, BASE_NUMBERS[base], _ROWS, width)
-            by_hardness = sums.sum(0, dtype=torch.float64)
+            rows, width, blocks, shares = _columns(outer, channels)
+            sums = torch.empty(shares * channels, dtype=torch.float32, device=x.device)
+            programs.backward_columns[(blocks * shares,)](
+                *arguments, sums, outer, channels, shares, number, rows, width, num_warps=_WARPS
+            )
+            programs.sum_columns[(triton.cdiv(channels, 32),)](sums, by_hardness, channels, shares, 32, 32)
         else:
-            width, (runs, blocks) = _runs(outer * channels, inner)
-            grid = runs, min(blocks, triton.cdiv(_PROGRAMS, runs))
-            sums = torch.empty(runs * grid[1], dtype=torch.float32, device=x.device)
-            by_hardness = torch.empty_like(flat)
-            programs.backward_runs[grid](*arguments, sums, channels, inner, BASE_NUMBERS[base], width, num_warps=_WARPS)
-            programs.sum_runs[(channels,)](sums, by_hardness, outer, channels, grid[1], 1024)
+            width, runs = min(_BLOCK, triton.next_power_of_2(inner)), outer * channels
+            shares = min(triton.cdiv(inner, width), triton.cdiv(_PROGRAMS, runs))
+            sums = torch.empty(runs * shares, dtype=torch.float32, device=x.device)
+            programs.backward_runs[(runs * shares,)](
+                *arguments, sums, channels, inner, shares, number, width, num_warps=_WARPS
+            )
+            programs.sum_runs[(channels,)](sums, by_hardness, outer, channels, shares, 1024)
     return grad_x, by_hardness.to(hardness).view(hardness.shape)
 
 
@@ -83,12 +94,8 @@ def _on_device(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
-def _runs(runs: int, inner: int) -> tuple[int, tuple[int, int]]:
-    # the width of a program's block, and the grid: runs × blocks of a run
-    width = min(_BLOCK, triton.next_power_of_2(inner))
-    return width, (runs, triton.cdiv(inner, width))
-
-
-def _columns(outer: int, channels: int) -> tuple[int, tuple[int, int]]:
-    width = min(512, triton.next_power_of_2(channels))
-    return width, (triton.cdiv(channels, width), triton.cdiv(outer, _ROWS))
+def _columns(outer: int, channels: int) -> tuple[int, int, int, int]:
+    """Rows and columns of a program's block, blocks beside each other, and the programs that share the rows of one."""
+    width = min(_WIDTH, triton.next_power_of_2(channels))
+    rows, blocks = _BLOCK // width, triton.cdiv(channels, width)
+    return rows, width, blocks, min(triton.cdiv(outer, rows), triton.cdiv(_PROGRAMS, blocks))

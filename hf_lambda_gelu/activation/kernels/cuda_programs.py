@@ -1,6 +1,7 @@
 """The Triton programs that `cuda` launches; importing this takes Triton, seconds, and fails where it is not installed.
 
 `runs`: one λ for a run of neighbouring elements. `columns`: λ changes from one element to the next, as one per neuron does.
+Programs lie along one axis, as the others end at 65,535. `shares` of them divide a run, or a block of columns, among them.
 Triton compiles these functions: their arguments are pointers and numbers of a device, which no Python type describes.
 """
 
@@ -55,7 +56,8 @@ def _parts(x, hardness, BASE: tl.constexpr):
 @triton.jit
 def _value(x, hardness, BASE: tl.constexpr):
     a, _u, tail, _slope = _parts(x, hardness, BASE)
-    return tl.where(x < 0, -(a * tail), x - a * tail)
+    # not −(a · tail): Triton computes 0 − …, which is +0 where the value is −0
+    return tl.where(x <= 0, tl.where(x < -a, -a, x) * tail, x - a * tail)
 
 
 @triton.jit
@@ -66,22 +68,24 @@ def _gradients(x, grad, hardness, BASE: tl.constexpr):
 
 
 @triton.jit
-def forward_runs(x_ptr, hardness_ptr, out_ptr, channels, inner, BASE: tl.constexpr, WIDTH: tl.constexpr):
-    run = tl.program_id(0).to(tl.int64)
+def forward_runs(x_ptr, hardness_ptr, out_ptr, channels, inner, shares, BASE: tl.constexpr, WIDTH: tl.constexpr):
+    run = (tl.program_id(0) // shares).to(tl.int64)
     hardness = tl.load(hardness_ptr + run % channels).to(tl.float32)
-    at = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    at = (tl.program_id(0) % shares).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     inside, at = at < inner, run * inner + at
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, _value(x, hardness, BASE).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def backward_runs(x_ptr, grad_ptr, hardness_ptr, out_ptr, sum_ptr, channels, inner, BASE: tl.constexpr, WIDTH: tl.constexpr):
-    run = tl.program_id(0).to(tl.int64)
+def backward_runs(
+    x_ptr, grad_ptr, hardness_ptr, out_ptr, sum_ptr, channels, inner, shares, BASE: tl.constexpr, WIDTH: tl.constexpr
+):
+    run = (tl.program_id(0) // shares).to(tl.int64)
     hardness = tl.load(hardness_ptr + run % channels).to(tl.float32)
     total = tl.zeros((WIDTH,), dtype=tl.float32)
-    start = tl.program_id(1).to(tl.int64) * WIDTH
-    for first in range(start, inner, tl.num_programs(1) * WIDTH):
+    start = (tl.program_id(0) % shares).to(tl.int64) * WIDTH
+    for first in range(start, inner, shares * WIDTH):
         at = first + tl.arange(0, WIDTH)
         inside, at = at < inner, run * inner + at
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -89,32 +93,33 @@ def backward_runs(x_ptr, grad_ptr, hardness_ptr, out_ptr, sum_ptr, channels, inn
         by_x, by_hardness = _gradients(x, grad, hardness, BASE)
         tl.store(out_ptr + at, by_x.to(out_ptr.dtype.element_ty), mask=inside)
         total += by_hardness
-    tl.store(sum_ptr + run * tl.num_programs(1) + tl.program_id(1), tl.sum(total))
+    tl.store(sum_ptr + tl.program_id(0), tl.sum(total))
 
 
 @triton.jit
-def sum_runs(sum_ptr, out_ptr, outer, channels, blocks, WIDTH: tl.constexpr):
+def sum_runs(sum_ptr, out_ptr, outer, channels, shares, WIDTH: tl.constexpr):
     channel = tl.program_id(0).to(tl.int64)
     total = tl.zeros((WIDTH,), dtype=tl.float64)
-    for first in range(0, outer * blocks, WIDTH):
+    for first in range(0, outer * shares, WIDTH):
         place = first + tl.arange(0, WIDTH)
-        at = (place // blocks) * channels * blocks + channel * blocks + place % blocks
-        total += tl.load(sum_ptr + at, mask=place < outer * blocks, other=0.0).to(tl.float64)
+        at = (place // shares) * channels * shares + channel * shares + place % shares
+        total += tl.load(sum_ptr + at, mask=place < outer * shares, other=0.0).to(tl.float64)
     tl.store(out_ptr + channel, tl.sum(total).to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
 def forward_columns(
-    x_ptr, hardness_ptr, out_ptr, outer, channels, BASE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    x_ptr, hardness_ptr, out_ptr, outer, channels, shares, BASE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    inside = column < channels
-    hardness = tl.load(hardness_ptr + column, mask=inside, other=1.0).to(tl.float32)
-    first = tl.program_id(1).to(tl.int64) * ROWS
-    for row in range(first, tl.minimum(first + ROWS, outer)):
-        at = row * channels + column
+    column = (tl.program_id(0) // shares) * WIDTH + tl.arange(0, WIDTH)
+    hardness = tl.load(hardness_ptr + column, mask=column < channels, other=1.0).to(tl.float32)
+    start = (tl.program_id(0) % shares).to(tl.int64) * ROWS
+    for first in range(start, outer, shares * ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < outer)[:, None] & (column < channels)[None, :]
+        at = row[:, None] * channels + column[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, _value(x, hardness, BASE).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + at, _value(x, hardness[None, :], BASE).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -126,20 +131,33 @@ def backward_columns(
     sum_ptr,
     outer,
     channels,
+    shares,
     BASE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    inside = column < channels
-    hardness = tl.load(hardness_ptr + column, mask=inside, other=1.0).to(tl.float32)
-    first = tl.program_id(1).to(tl.int64) * ROWS
-    total = tl.zeros((WIDTH,), dtype=tl.float32)
-    for row in range(first, tl.minimum(first + ROWS, outer)):
-        at = row * channels + column
+    column = (tl.program_id(0) // shares) * WIDTH + tl.arange(0, WIDTH)
+    hardness = tl.load(hardness_ptr + column, mask=column < channels, other=1.0).to(tl.float32)
+    share = (tl.program_id(0) % shares).to(tl.int64)
+    total = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+    for first in range(share * ROWS, outer, shares * ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < outer)[:, None] & (column < channels)[None, :]
+        at = row[:, None] * channels + column[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        by_x, by_hardness = _gradients(x, grad, hardness, BASE)
+        by_x, by_hardness = _gradients(x, grad, hardness[None, :], BASE)
         tl.store(out_ptr + at, by_x.to(out_ptr.dtype.element_ty), mask=inside)
         total += by_hardness
-    tl.store(sum_ptr + tl.program_id(1).to(tl.int64) * channels + column, total, mask=inside)
+    tl.store(sum_ptr + share * channels + column, tl.sum(total, 0), mask=column < channels)
+
+
+@triton.jit
+def sum_columns(sum_ptr, out_ptr, channels, shares, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    column = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((ROWS, WIDTH), dtype=tl.float64)
+    for first in range(0, shares, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < shares)[:, None] & (column < channels)[None, :]
+        total += tl.load(sum_ptr + row[:, None] * channels + column[None, :], mask=inside, other=0.0).to(tl.float64)
+    tl.store(out_ptr + column, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=column < channels)
