@@ -101,7 +101,7 @@ bench: $(STAMP)
 bench-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m cuda --numprocesses 0
 	$(BIN)/python -m scripts.benchmarks.cuda_kernels
-	$(BIN)/python -m scripts.benchmarks.run
+	$(BIN)/python -m scripts.benchmarks.run --devices cuda
 
 $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
