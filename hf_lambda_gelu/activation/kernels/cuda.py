@@ -23,6 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 4096  # elements that a program takes at once
 _WIDTH = 512  # columns of such a block, at most
 _WARPS = 8  # of a program
+_HERE = nullcontext()
 _PROGRAMS = 1024  # that share the sums for λ: each has one in fp32, the sum of these is float64
 
 
@@ -54,9 +55,9 @@ def backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tens
     if not x.numel():
         return grad_x, torch.zeros_like(hardness)
     outer, channels, inner = known_view(grad_x, hardness)
-    flat = hardness.to(x.device).contiguous()
-    by_hardness = torch.empty_like(flat)
-    arguments = (in_layout_of(x, grad_x), in_layout_of(grad, grad_x), flat, grad_x)
+    own = hardness.to(x.device).contiguous()
+    by_hardness = torch.empty_like(own)
+    arguments = (in_layout_of(x, grad_x), in_layout_of(grad, grad_x), own, grad_x)
     number = BASE_NUMBERS[base]
     with _on_device(x):
         if inner == 1 and channels > 1:
@@ -74,7 +75,7 @@ def backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tens
                 *arguments, sums, channels, inner, shares, number, width, num_warps=_WARPS
             )
             programs.sum_runs[(channels,)](sums, by_hardness, outer, channels, shares, 1024)
-    return grad_x, by_hardness.to(hardness).view(hardness.shape)
+    return grad_x, by_hardness if own is hardness else by_hardness.to(hardness)
 
 
 @functools.cache
@@ -91,11 +92,13 @@ def unavailable() -> str | None:
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device_of(x) if elsewhere else _HERE
 
 
 def _columns(outer: int, channels: int) -> tuple[int, int, int, int]:
     """Rows and columns of a program's block, blocks beside each other, and the programs that share the rows of one."""
     width = min(_WIDTH, triton.next_power_of_2(channels))
-    rows, blocks = _BLOCK // width, triton.cdiv(channels, width)
+    rows = 1 if channels > 2**27 else _BLOCK // width  # places in a block are 32-bit numbers
+    blocks = triton.cdiv(channels, width)
     return rows, width, blocks, min(triton.cdiv(outer, rows), triton.cdiv(_PROGRAMS, blocks))

@@ -10,54 +10,61 @@ import triton.language as tl
 
 
 @triton.jit
+def _least(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _sigmoid_gate(p, derivative):
-    e = tl.exp(-p)
+    e = tl.exp2(p * -1.4426950408889634)
     r = 1.0 / (1.0 + e)
     return e * r, derivative * e * r * r
 
 
 @triton.jit
-def _gate(u, limit, BASE: tl.constexpr):
-    # tail(u) = 1 − gate(u) and slope(u) = gate'(u) for u ≥ 0, both exactly 0 from the limit on
+def _gate(u, BASE: tl.constexpr):
+    # tail(u) = 1 − gate(u) and slope(u) = gate'(u) for u ≥ 0; where u is cut, the exponential is exactly 0, and so are both
     if BASE == 0:
-        e = tl.exp(u * u * -0.5)
-        t = 1.0 / (u * 0.27 + 1.0)
-        w = t * 0.02896109810156472 - 0.1264858464711555
-        w = w * t + 0.16978612222022715
-        w = w * t - 0.06921071728019693
-        w = w * t + 0.10782559220824826
-        w = w * t + 0.07204962797634863
-        w = w * t + 0.10181060372203841
-        w = w * t + 0.10754287472522422
-        w = w * t + 0.10772065668199807
-        tail, slope = w * t * e, e * 0.3989422804014327
+        u = _least(u, 15.0)
+        e = tl.exp2(u * u * -0.7213475204444817)  # exp(−u²/2)
+        # (1 − Φ(u)) / e, with the least error after the product with e: 1.7e-8, and 6e-8 in fp32 [derived]
+        w = u * -3.1554208135275985e-07 + 7.708760676905513e-06
+        w = w * u - 8.477084338665009e-05
+        w = w * u + 0.0005636521382257342
+        w = w * u - 0.0025900888722389936
+        w = w * u + 0.009003845974802971
+        w = w * u - 0.025471815839409828
+        w = w * u + 0.061923932284116745
+        w = w * u - 0.13280579447746277
+        w = w * u + 0.24997256696224213
+        w = w * u - 0.3989405930042267
+        w = w * u + 0.4999999701976776
+        tail, slope = w * e, e * 0.3989422804014327
     elif BASE == 1:
+        u = _least(u, 11.0)
         tail, slope = _sigmoid_gate(
             u * (u * u * 0.07135481282526 + 1.5957691216057308), u * u * 0.21406443847579 + 1.5957691216057308
         )
     elif BASE == 2:
+        u = _least(u, 65.0)
         tail, slope = _sigmoid_gate(u * 1.702, 1.702)
     else:
+        u = _least(u, 110.0)
         tail, slope = _sigmoid_gate(u, 1.0)
-    return tl.where(u == limit, 0.0, tail), tl.where(u == limit, 0.0, slope)
+    return u, tail, slope
 
 
 @triton.jit
 def _parts(x, hardness, BASE: tl.constexpr):
-    limit = 13.28 if BASE == 0 else (10.0385 if BASE == 1 else (51.82 if BASE == 2 else 88.2))
-    a = tl.abs(x)
-    a = tl.where(a > 3.4028234663852886e38, 3.4028234663852886e38, a)  # inf · 0 is no number
-    u = tl.where(hardness > 3.4028234663852886e38, 3.4028234663852886e38, hardness) * a
-    u = tl.where(u > limit, limit, u)  # unlike minimum, keeps a NaN
-    tail, slope = _gate(u, limit, BASE)
+    a = _least(tl.abs(x), 3.4028234663852886e38)  # as inf · 0 is no number
+    u, tail, slope = _gate(_least(hardness, 3.4028234663852886e38) * a, BASE)
     return a, u, tail, slope
 
 
 @triton.jit
 def _value(x, hardness, BASE: tl.constexpr):
     a, _u, tail, _slope = _parts(x, hardness, BASE)
-    # not −(a · tail): Triton computes 0 − …, which is +0 where the value is −0
-    return tl.where(x <= 0, tl.where(x < -a, -a, x) * tail, x - a * tail)
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - a * tail
 
 
 @triton.jit
@@ -71,10 +78,11 @@ def _gradients(x, grad, hardness, BASE: tl.constexpr):
 def forward_runs(x_ptr, hardness_ptr, out_ptr, channels, inner, shares, BASE: tl.constexpr, WIDTH: tl.constexpr):
     run = (tl.program_id(0) // shares).to(tl.int64)
     hardness = tl.load(hardness_ptr + run % channels).to(tl.float32)
-    at = (tl.program_id(0) % shares).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
-    inside, at = at < inner, run * inner + at
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, _value(x, hardness, BASE).to(out_ptr.dtype.element_ty), mask=inside)
+    first = (tl.program_id(0) % shares).to(tl.int64) * WIDTH
+    at, start = tl.arange(0, WIDTH), run * inner + first
+    inside = at < tl.minimum(inner - first, WIDTH).to(tl.int32)
+    x = tl.load(x_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + start + at, _value(x, hardness, BASE).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -83,15 +91,14 @@ def backward_runs(
 ):
     run = (tl.program_id(0) // shares).to(tl.int64)
     hardness = tl.load(hardness_ptr + run % channels).to(tl.float32)
-    total = tl.zeros((WIDTH,), dtype=tl.float32)
-    start = (tl.program_id(0) % shares).to(tl.int64) * WIDTH
-    for first in range(start, inner, shares * WIDTH):
-        at = first + tl.arange(0, WIDTH)
-        inside, at = at < inner, run * inner + at
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    at, total = tl.arange(0, WIDTH), tl.zeros((WIDTH,), dtype=tl.float32)
+    for first in range((tl.program_id(0) % shares).to(tl.int64) * WIDTH, inner, shares * WIDTH):
+        start = run * inner + first
+        inside = at < tl.minimum(inner - first, WIDTH)
+        x = tl.load(x_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
         by_x, by_hardness = _gradients(x, grad, hardness, BASE)
-        tl.store(out_ptr + at, by_x.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + start + at, by_x.to(out_ptr.dtype.element_ty), mask=inside)
         total += by_hardness
     tl.store(sum_ptr + tl.program_id(0), tl.sum(total))
 
@@ -113,13 +120,13 @@ def forward_columns(
 ):
     column = (tl.program_id(0) // shares) * WIDTH + tl.arange(0, WIDTH)
     hardness = tl.load(hardness_ptr + column, mask=column < channels, other=1.0).to(tl.float32)
-    start = (tl.program_id(0) % shares).to(tl.int64) * ROWS
-    for first in range(start, outer, shares * ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = (row < outer)[:, None] & (column < channels)[None, :]
-        at = row[:, None] * channels + column[None, :]
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, _value(x, hardness[None, :], BASE).to(out_ptr.dtype.element_ty), mask=inside)
+    hardness, row = hardness[None, :], tl.arange(0, ROWS)[:, None]
+    at, beside = row * channels + column[None, :], (column < channels)[None, :]
+    for first in range((tl.program_id(0) % shares).to(tl.int64) * ROWS, outer, shares * ROWS):
+        start = first * channels
+        inside = (row < tl.minimum(outer - first, ROWS)) & beside
+        x = tl.load(x_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + start + at, _value(x, hardness, BASE).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -138,16 +145,17 @@ def backward_columns(
 ):
     column = (tl.program_id(0) // shares) * WIDTH + tl.arange(0, WIDTH)
     hardness = tl.load(hardness_ptr + column, mask=column < channels, other=1.0).to(tl.float32)
+    hardness, row = hardness[None, :], tl.arange(0, ROWS)[:, None]
+    at, beside = row * channels + column[None, :], (column < channels)[None, :]
     share = (tl.program_id(0) % shares).to(tl.int64)
     total = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
     for first in range(share * ROWS, outer, shares * ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = (row < outer)[:, None] & (column < channels)[None, :]
-        at = row[:, None] * channels + column[None, :]
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        by_x, by_hardness = _gradients(x, grad, hardness[None, :], BASE)
-        tl.store(out_ptr + at, by_x.to(out_ptr.dtype.element_ty), mask=inside)
+        start = first * channels
+        inside = (row < tl.minimum(outer - first, ROWS)) & beside
+        x = tl.load(x_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
+        by_x, by_hardness = _gradients(x, grad, hardness, BASE)
+        tl.store(out_ptr + start + at, by_x.to(out_ptr.dtype.element_ty), mask=inside)
         total += by_hardness
     tl.store(sum_ptr + share * channels + column, tl.sum(total, 0), mask=column < channels)
 

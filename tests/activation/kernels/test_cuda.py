@@ -42,12 +42,14 @@ def test_triton() -> None:
                     assert by_hardness.dtype is torch.float32
                     torch.testing.assert_close(by_hardness.double(), exact_hardness, rtol=1e-5, atol=2e-5)
         nan = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
-        print(cuda.forward(nan, torch.tensor(2.0), "gelu").tolist())
+        for name in BASES:
+            nan_value, largest, least, zero = cuda.forward(nan, torch.tensor(2.0), name).tolist()
+            assert nan_value != nan_value and (largest, least, zero) == (float("inf"), 0.0, 0.0), name
         x, grad, one = torch.randn(5000), torch.randn(5000), torch.tensor(3.0)
         first, second = (cuda.backward(grad, x, one, "gelu")[1] for _ in range(2))
         assert torch.equal(first, second)
     """
-    assert in_fresh_process(code, TRITON_INTERPRET="1").strip() == "[nan, inf, -0.0, -0.0]"
+    in_fresh_process(code, TRITON_INTERPRET="1")
 
 
 def test_triton_for_a_device() -> None:
