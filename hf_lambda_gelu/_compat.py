@@ -31,6 +31,7 @@ __all__ = [
     "attention_implementation",
     "auto_mapping",
     "compile_stance",
+    "dispatch_modes",
     "finish_current_push",
     "forward_before_accelerate",
     "function_modes",
@@ -54,6 +55,9 @@ functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 # How many function modes are on, each of which sees every operation. Not wrapped either.
 function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+
+# How many dispatch modes are on, each of which sees every operator.
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 def without_torch_function() -> AbstractContextManager[Any]:

@@ -44,6 +44,12 @@ def asset() -> Callable[[str], Path]:
     return find
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `cuda` are skipped where there is no such device."""
+    if "cuda" in item.keywords and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Two workers share two cores, and tensors of these sizes are slower on two threads."""
