@@ -30,6 +30,7 @@ __all__ = [
     "TorchDispatchMode",
     "attention_implementation",
     "auto_mapping",
+    "collator_of",
     "compile_stance",
     "finish_current_push",
     "forward_before_accelerate",
@@ -149,6 +150,11 @@ def generation_config_in_config(folder: Path, config_name: str) -> GenerationCon
 def finish_current_push(trainer: Trainer) -> None:
     """Waits for the push to the Hub that the trainer has under way."""
     trainer._finish_current_push()
+
+
+def collator_of(trainer: Trainer) -> Callable[[list[Any]], Any]:
+    """The trainer's collator, which leaves out the columns that the model does not take, if its arguments say so."""
+    return trainer._get_collator_with_removed_columns(trainer.data_collator, description="Evaluation")
 
 
 def write_beside_bars(text: str) -> None:
