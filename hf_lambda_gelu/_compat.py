@@ -23,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig, Trainer
+    from transformers import GenerationConfig, Trainer
 
 __all__ = [
     "OpOverload",
     "TorchDispatchMode",
-    "attention_implementation",
+    "attention_implementations",
     "auto_mapping",
     "collator_of",
     "compile_stance",
@@ -130,9 +130,14 @@ def has_peft_config(model: nn.Module) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-def attention_implementation(config: PreTrainedConfig) -> str:
-    """What computes attention ("sdpa", "eager" …), "" if the config does not say."""
-    return getattr(config, "_attn_implementation", None) or ""
+def attention_implementations(model: nn.Module) -> dict[str, str]:
+    """{module name: what computes attention ("sdpa", "eager" …)} by the modules' configs; parts may have another than the
+    whole."""
+    found = {
+        name: getattr(getattr(module, "config", None), "_attn_implementation", None)
+        for name, module in model.named_modules()
+    }
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def auto_mapping(auto: object) -> Mapping[str, str | Sequence[str]]:

@@ -171,9 +171,15 @@ def check_relu(model: PreTrainedModel) -> None:
     keys = [f"config.{path} = {value!r}" for path, value in activation_attributes(model.config) if value in LAMBDA_KEYS]
     if keys:
         raise ValueError(f"{', '.join(keys)}: stock transformers does not know this key. Call relu_ize(model) first")
-    smooth = [f"config.{a.path} = {a.value!r}" for a in governed_modules(model) if a.modules]
+    smooth = [a for a in governed_modules(model) if a.modules]
     if smooth:
-        raise ValueError(f"{', '.join(smooth)}: the model is smooth. Call convert(model), train, and relu_ize(model) first")
+        named = ", ".join(f"config.{a.path} = {a.value!r}" for a in smooth)
+        if report_left_on(model) is None:
+            raise ValueError(f"{named}: the model is smooth. Call convert(model), train, and relu_ize(model) first")
+        raise ValueError(
+            f"{named}: relu_ize has left {sum(len(a.modules) for a in smooth)} smooth activations, {smooth[0].modules[0]} "
+            "the first of them, and its report says why. A model that is ReLU in part is saved by model.save_pretrained"
+        )
     other = other_activations(model)
     if other and not any(isinstance(module, _RELUS) for module in model.modules()):
         raise ValueError(

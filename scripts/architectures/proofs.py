@@ -108,7 +108,8 @@ def _child(model_type: str, auto: str, pipe: Connection) -> None:
             _prove(row, model_type, auto, Path(scratch, "relu"))
         row["verdict"] = "proven"
     except Exception as error:
-        row |= {"verdict": "failed", "reason": f"{type(error).__name__}: {error}"}
+        refused = isinstance(error, ValueError) and not isinstance(error, hlg.CheckpointError)
+        row |= {"verdict": "refused" if refused else "failed", "reason": f"{type(error).__name__}: {error}"}
     pipe.send(row)
 
 
