@@ -9,10 +9,10 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 # a name that ends in, or has as one of its words, what secrets are called: hub_token, --api-key, HF_TOKEN, authToken;
-# not tokenizer_name or chat_tokens
+# not tokenizer_name or chat_tokens; bounded, so that a long text takes no time
 _NAME = (
-    r"(?:[a-z0-9]+[-_.])*[a-z0-9]*(?:token|key|api_?keys|secrets?|passwords?|passwd|pwd|passphrase|credentials?|bearer|auth"
-    r"|authorization)(?:[-_.][a-z0-9]+)*(?![a-z0-9])"
+    r"(?:[a-z0-9]{1,40}[-_.]){0,9}[a-z0-9]{0,40}(?:token|key|api_?keys|secrets?|passwords?|passwd|pwd|passphrase|credentials?|bearer|auth"
+    r"|authorization)(?:[-_.][a-z0-9]{1,40}){0,9}(?![a-z0-9])"
 )
 _WORD = r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^\s'"\\])+"""  # of a shell
 _START = r"(?:(?<=\s)|^)"

@@ -19,7 +19,7 @@ from .._compat import generation_config_in_config
 from ..activation.module import hardness_sites
 from ..activation.older_checkpoints import NAME
 
-_COUNTED = re.compile("layer|block|depth|expert")
+_COUNTED = re.compile("^(?!.*theta).*(layer|block|depth|expert)")  # not layer_rope_theta, which is a wavelength
 _MOST = 10_000  # of layers, or of experts in one: no network has as many
 
 
