@@ -89,7 +89,7 @@ def test_comparison_and_table(rows: dict[str, dict[str, str]]) -> None:
 
 
 def test_the_table_of_proofs() -> None:
-    """Every architecture that converts is proven without inputs, to the bit, in memory and from its folder; or it is known why
+    """Every architecture that converts is proven without inputs, in memory and from its folder; or it is known why
     it is not."""
     exact = {(row["model_type"], row["auto"]) for row in read(RESULTS) if row["verdict"] == "exact"}
     proofs = {(row["model_type"], row["auto"]): row for row in read(RESULTS.with_name("proofs.csv"))}
