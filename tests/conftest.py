@@ -19,11 +19,11 @@ import pytest
 import torch
 from support.hub_server import HubServer
 from support.publishing import TOKEN
-from support.warm_stock import run_in_stock
 from transformers.utils import logging
 
 from hf_lambda_gelu.checkpoints import stock_process
 from scripts.tools.assets import available
+from scripts.tools.warm_stock import run_in_stock
 
 _RUN_APART = stock_process.run_apart
 

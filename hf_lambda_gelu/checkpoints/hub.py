@@ -25,6 +25,7 @@ from ..surgery.report import SubstitutionReport
 from .card import REPORT_NAME, CardDetails
 from .compression import quantisation
 from .manifest import FileEntry, Manifest
+from .processors import has_processor
 from .published_files import published_files
 from .save import check_relu, save_relu_pretrained
 from .stock_process import VerificationError
@@ -77,7 +78,7 @@ def push_relu_to_hub(
         details, learned, history, report: as for `save_relu_pretrained`; not for a folder, which has them. Where the details
             name a base model and no licence, the licence is asked of the Hub.
         folder: where to keep the saved model; by default a temporary folder, which stays only where the upload failed.
-        inputs: a batch for the comparison; by default a small one made to fit the model.
+        inputs: a batch for the comparison; by default a small one, as for `verify_relu_pretrained`.
         private: create the repository as private; an existing one keeps its visibility.
         revision, tag, create_pr: branch to commit to; name to give the commit, such as "v1"; open a pull request instead.
         token, api: by default what `hf auth login` saved, and the Hub. A token is never stored or shown.
@@ -245,12 +246,6 @@ def _licensed(api: HfApi, details: CardDetails, token: str | None) -> CardDetail
     except Exception:  # gated, gone, or no network: a card may lack its licence
         return details
     return dataclasses.replace(details, license=card.get("license") if card else None)
-
-
-def has_processor(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer, an image processor or a feature extractor."""
-    names = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
-    return any((folder / name).is_file() for name in names)
 
 
 def _check_alone(*given: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..activation.module import hardness_sites
@@ -181,22 +181,34 @@ def check_relu(model: PreTrainedModel) -> None:
     keys = [f"config.{path} = {value!r}" for path, value in activation_attributes(model.config) if value in LAMBDA_KEYS]
     if keys:
         raise ValueError(f"{', '.join(keys)}: stock transformers does not know this key. Call relu_ize(model) first")
-    smooth = [f"config.{a.path} = {a.value!r}" for a in governed_modules(model) if a.modules]
+    smooth = [a for a in governed_modules(model) if a.modules]
     if smooth:
-        raise ValueError(f"{', '.join(smooth)}: the model is smooth. Call convert(model), train, and relu_ize(model) first")
+        named = ", ".join(f"config.{a.path} = {a.value!r}" for a in smooth)
+        if report_left_on(model) is None:
+            raise ValueError(f"{named}: the model is smooth. Call convert(model), train, and relu_ize(model) first")
+        raise ValueError(
+            f"{named}: relu_ize has left {sum(len(a.modules) for a in smooth)} smooth activations, {smooth[0].modules[0]} "
+            "the first of them, and its report says why. A model that is ReLU in part is saved by model.save_pretrained"
+        )
     other = other_activations(model)
     if other and not any(isinstance(module, _RELUS) for module in model.modules()):
         raise ValueError(
             f"{', '.join(f'config.{a.path} = {a.value!r}' for a in other)}: no activation of the model is ReLU, so it is no "
             "ReLU network. λ-GELU leads from GELU and SiLU to ReLU alone"
         )
-    broken = [
-        name
-        for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
-    ]
+    broken = [name for name, tensor in model.state_dict().items() if _diverged(model, name, tensor)]
     if broken:
         raise ValueError(f"{len(broken)} tensors hold NaN or infinity, e.g. {broken[0]}: the training diverged; not saved")
+
+
+def _diverged(model: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of the state dict holds NaN, or infinity where no architecture puts it on purpose: as the bound of a
+    clipping or in a mask, which are buffers."""
+    if not tensor.is_floating_point():
+        return False
+    home, _, leaf = name.rpartition(".")
+    bound = leaf in dict(model.get_submodule(home).named_buffers(recurse=False)) and not leaf.startswith("running_")
+    return bool((torch.isnan(tensor) if bound else ~torch.isfinite(tensor)).any())
 
 
 def pipeline_tag(model: PreTrainedModel) -> str | None:

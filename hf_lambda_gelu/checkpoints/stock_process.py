@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._compat import attention_implementation
+from .._compat import attention_implementations
 from ..structure.scratch import scratch_folder
 from .carried_code import auto_of
 from .redaction import is_secret_name
@@ -39,18 +39,27 @@ sys.path += [place for place in sys.argv[1].split(os.pathsep) if place and place
 sys.modules["hf_lambda_gelu"] = None  # any import of it fails
 import hashlib, json, random, numpy, torch, transformers
 from safetensors.torch import load_file, save_file
-folder, inputs, outputs, name, attention, threads, trusted = sys.argv[2:]
+folder, inputs, outputs, name, wanted, threads, trusted = sys.argv[2:]
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(int(threads))
-extra = {"attn_implementation": attention} if attention else {}
-model, info = getattr(transformers, name).from_pretrained(
-    folder, output_loading_info=True, trust_remote_code=trusted == "trusted", **extra
-)
+def load(**extra):
+    trust = trusted == "trusted"
+    return getattr(transformers, name).from_pretrained(folder, output_loading_info=True, trust_remote_code=trust, **extra)
+def attention(model):  # as `attention_implementations` finds it
+    found = {n: getattr(getattr(m, "config", None), "_attn_implementation", None) for n, m in model.named_modules()}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
+model, info = load()
+wanted = json.loads(wanted)
+if attention(model) != wanted:
+    model, info = load(attn_implementation=wanted[""]) if "" in wanted else (model, info)
+    for part, module in model.named_modules():  # parts that have another one than the whole
+        if part in wanted:
+            module.config._attn_implementation = wanted[part]
 wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(map(str, info["mismatched_keys"]))
 if wrong:
     sys.exit("keys that do not fit: " + ", ".join(wrong[:5]))
-for parameter in model.parameters():  # mapped memory is aligned otherwise, which can change the last bit of a product
-    parameter.data = parameter.data.clone()
+for tensor in [*model.parameters(), *model.buffers()]:  # as `_with_memory_of_its_own` does
+    tensor.data = tensor.data.clone()
 torch.manual_seed(0); random.seed(0); numpy.random.seed(0)  # as `same_random_numbers` does
 with torch.no_grad():
     output = model.eval()(**load_file(inputs))
@@ -90,7 +99,7 @@ def reloaded(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor],
         os.mkdir(empty)
         source, result = os.path.join(scratch, "inputs.safetensors"), os.path.join(scratch, "outputs.safetensors")
         save_file({k: v.contiguous() for k, v in inputs.items()}, source)
-        attention, threads = attention_implementation(model.config), str(torch.get_num_threads())
+        attention, threads = json.dumps(attention_implementations(model)), str(torch.get_num_threads())
         trusted = "trusted" if trust_remote_code else "not trusted"
         arguments = [os.path.abspath(folder), source, result, auto or name, attention, threads, trusted]
         process = run_apart(_RELOAD, [_homes_of_packages(folder), *arguments], empty, _isolated_environment(empty))

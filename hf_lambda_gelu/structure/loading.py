@@ -20,7 +20,7 @@ from ..activation.module import hardness_sites
 from ..activation.older_checkpoints import NAME
 from .own_code import own_model_class, refusal
 
-_COUNTED = re.compile("layer|block|depth|expert")
+_COUNTED = re.compile("^(?!.*theta).*(layer|block|depth|expert)")  # not layer_rope_theta, which is a wavelength
 _MOST = 10_000  # of layers, or of experts in one: no network has as many
 
 

@@ -236,6 +236,7 @@ class LambdaGELUTrainer(Trainer):
         *,
         relu: bool = True,
         details: CardDetails | None = None,
+        inputs: dict[str, torch.Tensor] | None = None,
         trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -248,6 +249,9 @@ class LambdaGELUTrainer(Trainer):
             blocking: only without `relu`, which always waits.
             details: what the card of the ReLU network shall say; training arguments are added, and the last evaluation
                 where it has no results.
+            inputs: a batch of what the model's forward takes, for the proof; by default a few examples of the evaluation
+                set, or of the training set, by the trainer's collator and `calibration_inputs`; where forward does not take
+                these, as for `verify_relu_pretrained`.
             trust_remote_code: of a model with code of its own, run that code to prove the ReLU network, and upload it.
             kwargs: without `relu`, as for `Trainer.push_to_hub`.
 
@@ -267,6 +271,7 @@ class LambdaGELUTrainer(Trainer):
             token=token,
             revision=revision,
             private=private,
+            inputs=inputs,
             trust_remote_code=trust_remote_code,
         )
 

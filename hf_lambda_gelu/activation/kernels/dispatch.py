@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..._compat import dispatch_modes, function_modes
+from ..._compat import dispatch_modes, function_modes, jit_traces
 from ..bases import get_base
 from . import cpu, eager
 from .layout import view
@@ -118,7 +118,7 @@ class LambdaGELUFunction(torch.autograd.Function):
 
 def _unseen() -> bool:
     # no one is there to see an operator; to call one takes longer than a small kernel does
-    return not (dispatch_modes() or function_modes() or torch.jit.is_tracing())
+    return not (dispatch_modes() or function_modes() or jit_traces())
 
 
 def _operators(x: Tensor) -> bool:
