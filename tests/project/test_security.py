@@ -54,4 +54,6 @@ def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
         load_saved(tmp_path / "model")
     with pytest.raises(hlg.CheckpointError, match="as a pickle"):
         hlg.convert_checkpoint(tmp_path / "model", tmp_path / "out")
+    with pytest.raises(hlg.CheckpointError, match="Weights only load failed"):
+        hlg.audit(tmp_path / "model")
     assert not (tmp_path / "ran").exists()
