@@ -200,6 +200,7 @@ class Refit:
                         "another batch. Let every batch hold the same inputs, or leave out those that differ"
                     )
                 evidence.add(given, wanted, examples)
+        evidence.finish()
         return evidence
 
 

@@ -14,7 +14,11 @@ from ...measurement.towers import Note
 from ...structure.linear_maps import LinearMap
 from .held_out import Examples, split
 from .meeting_point import MapCall, Meeting, Observed, Stream
-from .ridge import Moments
+from .ridge import PIECE, Moments, Pieces
+
+
+# rows of one map that are worth a pass over its sums, where many maps (experts) have rows that wait
+_FEWEST = 256
 
 
 class MeetingError(Exception):
@@ -34,6 +38,8 @@ class Evidence:
         sums: label of the map → moments of the rows to fit on, and of those to judge by.
         norm: Σ‖smooth output‖² over the rows to judge by, of all maps.
         seen: tokens and padding among the rows, of all maps.
+
+    The sums and the norm are there once `finish` was called.
     """
 
     site: str
@@ -46,6 +52,9 @@ class Evidence:
 
     def __post_init__(self) -> None:
         self.sums = {linear.label: (_empty(linear), _empty(linear)) for linear in self.maps}
+        rows = max(_FEWEST, PIECE // max(1, len(self.maps)))
+        self._pieces = {label: [Pieces(moments, rows) for moments in pair] for label, pair in self.sums.items()}
+        self._norms: list[Tensor] = []
 
     @property
     def scale(self) -> Tensor | None:
@@ -88,12 +97,20 @@ class Evidence:
             fit, held_out = split(seen, examples)
             wanted = change[start : start + len(call.input)]
             start += len(call.input)
-            for part, moments in zip((fit, held_out), self.sums[linear.label], strict=True):
-                rows = part.to(call.input.device)
-                moments.add(call.input[rows], wanted[rows])
-            judged = output.output[held_out.to(call.input.device)].double()
-            self.norm += float((judged if self.scale is None else judged * self.scale).square().sum())
+            for part, pieces in zip((fit, held_out), self._pieces[linear.label], strict=True):
+                rows = part.nonzero()[:, 0].to(call.input.device)  # found on the CPU: no wait for the device
+                pieces.add(call.input.index_select(0, rows), wanted.index_select(0, rows))
+            judged = output.output.index_select(0, rows).double()
+            self._norms.append((judged if self.scale is None else judged * self.scale).square().sum())
             self.seen.add(seen)
+
+    def finish(self) -> None:
+        """All runs were added."""
+        for pair in self._pieces.values():
+            for pieces in pair:
+                pieces.finish()
+        if self._norms:
+            self.norm = float(torch.stack(self._norms).sum())
 
     def check_finite(self) -> None:
         """CalibrationError unless all sums are finite."""
