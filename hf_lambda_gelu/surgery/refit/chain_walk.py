@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ..._compat import pytree
 from ...reports import progress
@@ -19,7 +20,10 @@ from .capture import Call, Sample, capture
 from .chains import Chain
 from .meeting_point import Meeting, find_meeting
 from .runs import Run
+from .skipping import LookedAtError, can_be_skipped, capture_skipping
 from .two_networks import Network, TwoNetworks
+
+logger = logging.get_logger(__name__)
 
 
 class DependentError(Exception):
@@ -61,8 +65,14 @@ class ChainWalk:
 
     def _capture(self) -> None:
         networks = self.networks
-        for index in progress(range(networks.count), "Running both networks"):
+        for index in range(networks.count):
             networks.store.discard(_key(Network.SMOOTH, "next", index))  # of the last block of another chain
+        if len(self.chain.blocks) > 1 and not self.pooled:
+            try:
+                return self._capture_skipping()
+            except LookedAtError as error:
+                logger.info(f"{self.chain.blocks[0]} … {self.chain.blocks[-1]} are run to see what they get ({error})")
+        for index in progress(range(networks.count), "Running both networks"):
             with networks.smooth():
                 count = self._keep_calls(Network.SMOOTH, index)
             self.pooled = self.pooled or count > len(self.chain.blocks)
@@ -70,6 +80,64 @@ class ChainWalk:
             for index in range(networks.count):
                 self._keep_substituted(index)
                 self.aligned = self.aligned and self._is_aligned(index)
+
+    def _capture_skipping(self) -> None:
+        """Find what the blocks get without running them, but for the smooth network's on the first batch and the last.
+
+        These show that what is found so is what the blocks get, and what they put out is what they give when they are run
+        again. The last batch comes last: what the model leaves behind there is what blocks that remember find.
+
+        Raises:
+            LookedAtError: the blocks have to be run on every batch.
+        """
+        networks, last = self.networks, self.networks.count - 1
+        with networks.smooth():
+            whole, known = self._run_all(0)
+        for index in progress(range(last + 1), "Running both networks"):
+            forward = partial(capture_skipping, networks.model, self.chain, towers=networks.towers, samples=known)
+            with networks.smooth():
+                calls = forward(networks.forward(index))
+            if index == 0:
+                _check_others(calls, whole)
+            hidden = calls[0].hidden
+            assert hidden is not None
+            self._keep_samples(index, [Sample(hidden.shape, hidden.dtype, hidden.device)] * len(calls))
+            self._put(Network.SMOOTH, index, calls)
+            if networks.hard or networks.originals:
+                with networks.substituted():
+                    calls = forward(networks.forward(index))
+            self._put(Network.SUBSTITUTED, index, calls)
+            self.aligned = self.aligned and self._is_aligned(index)
+        self._keep_samples(0, known)
+        with networks.smooth():
+            whole, known = self._run_all(last)
+        found = networks.store.get(_key(Network.SMOOTH, "calls", last))
+        _check_others([Call(*parts) for parts in found], whole)
+        self._keep_samples(last, known)
+
+    def _run_all(self, index: int) -> tuple[list[Call], list[Sample | None]]:
+        """The calls of a chain of several blocks, run on a batch, and samples of what they put out.
+
+        Raises:
+            LookedAtError: a block cannot be skipped.
+        """
+        networks = self.networks
+        names, calls, samples = capture(
+            networks.model, self.chain, networks.forward(index), networks.towers, outputs=True
+        )
+        if names != self.chain.blocks:
+            raise DependentError
+        if not can_be_skipped(calls, samples):
+            raise LookedAtError("what a block puts out is not like its hidden state")
+        return calls, samples
+
+    def _keep_samples(self, index: int, samples: list[Sample | None]) -> None:
+        self._samples.update({(index, step): [sample] for step, sample in enumerate(samples)})
+
+    def _put(self, network: Network, index: int, calls: list[Call]) -> None:
+        """Keep the calls of a chain of several blocks, of which the first one's hidden state counts."""
+        self.networks.store.put(_key(network, "hidden", index), calls[0].hidden)
+        self.networks.store.put(_key(network, "calls", index), _others(calls))
 
     def _keep_substituted(self, index: int) -> None:
         """What its first block gets does not depend on the chain's own sites; nor may whatever else the others get."""
@@ -92,11 +160,11 @@ class ChainWalk:
         if len(self.chain.blocks) > 1 and names != self.chain.blocks:
             raise DependentError
         if len(self.chain.blocks) > 1:
-            store.put(_key(network, "hidden", index), calls[0].hidden)
-            calls = [call.without_hidden() for call in calls]
-        store.put(_key(network, "calls", index), [call.parts for call in calls])
+            self._put(network, index, calls)
+        else:
+            store.put(_key(network, "calls", index), [call.parts for call in calls])
         if smooth and len(self.chain.blocks) > 1:
-            self._samples.update({(index, step): [sample] for step, sample in enumerate(samples)})
+            self._keep_samples(index, samples)
         elif smooth:
             self._samples[index, 0] = samples
         return len(calls)
@@ -181,6 +249,16 @@ class ChainWalk:
 
 def _key(network: Network, what: str, index: int) -> str:
     return f"{network.value}-{what}-{index}"
+
+
+def _others(calls: list[Call]) -> list[Any]:
+    """What blocks are called with besides the hidden state."""
+    return [call.without_hidden().parts for call in calls]
+
+
+def _check_others(calls: list[Call], others: list[Call]) -> None:
+    if not _equal(_others(calls), _others(others)):
+        raise LookedAtError("what blocks get besides hidden states depends on these")
 
 
 def _equal(first: Any, second: Any) -> bool:
