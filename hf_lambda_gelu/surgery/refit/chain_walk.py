@@ -18,8 +18,10 @@ from ...reports import progress
 from ...structure.linear_maps import LinearMap
 from .capture import Call, Sample, capture
 from .chains import Chain
-from .meeting_point import Meeting, find_meeting
+from .meeting_point import Meeting, Observed, find_meeting
+from .ridge import Correction
 from .runs import Run
+from .shift import Shift, features_of
 from .skipping import LookedAtError, can_be_skipped, capture_skipping
 from .two_networks import Network, TwoNetworks
 
@@ -47,6 +49,7 @@ class ChainWalk:
         self.networks, self.chain = networks, chain
         self.pooled, self.aligned = chain.pooled, True
         self._step = 0
+        self._shift: Shift | None = None  # of the substituted network's output, as it was before the last refit
         self._samples: dict[tuple[int, int], list[Sample | None]] = {}  # (batch, step) → of each call, smooth
         if not self.whole:
             self._capture()
@@ -233,18 +236,49 @@ class ChainWalk:
         if hidden is not None:
             self.networks.store.put(_key(network, "next", index), hidden)
 
+    def forget_given(self) -> None:
+        """A site is refit: what the block of the substituted network puts out will be another."""
+        self._shift = None
+        for index in range(self.networks.count):
+            self.networks.store.discard(_key(Network.SUBSTITUTED, "next", index))
+
+    def keep_given(self, index: int, given: Observed, linear: LinearMap, meeting: Meeting) -> None:
+        """Keep what the block put out before its map is refit, where `advance` can do with that."""
+        features = features_of(given, linear.label, meeting) if self._step + 1 < len(self.chain.blocks) else None
+        if features is not None:
+            self.keep_next(Network.SUBSTITUTED, index, given.hidden)
+            self.networks.store.put(_key(Network.SUBSTITUTED, "features", index), features)
+
+    def correct(self, correction: Correction, meeting: Meeting | None) -> None:
+        """The map before the meeting point was corrected."""
+        self._shift = None if meeting is None else Shift(correction, meeting.scale)
+
     def advance(self) -> None:
         """Go to the next block: what this one puts out is the hidden state there, in both networks."""
-        store = self.networks.store
-        contexts = {Network.SMOOTH: self.networks.smooth, Network.SUBSTITUTED: self.networks.substituted}
-        for index in range(self.networks.count):
-            for network, context in contexts.items():
-                if _key(network, "next", index) not in store:
-                    with context():
-                        (run,) = self.runs(network, index)
-                        self.keep_next(network, index, run())
+        store, count = self.networks.store, self.networks.count
+        shifts = all(_key(Network.SUBSTITUTED, "next", index) in store for index in range(count))
+        for index in range(count):
+            self._run_on(Network.SMOOTH, index)
+            kept, shifted = _key(Network.SUBSTITUTED, "next", index), None
+            if shifts and self._shift is not None:
+                shifted = self._shift.applied(store.get(kept), store.get(_key(Network.SUBSTITUTED, "features", index)))
+            store.discard(kept)
+            if shifted is not None and index > 0:
+                self.keep_next(Network.SUBSTITUTED, index, shifted)
+            self._run_on(Network.SUBSTITUTED, index)
+            if shifted is not None and index == 0:  # the first batch proves it
+                ran = Sample.of(store.get(kept))
+                shifts = ran is not None and ran.matches(Sample.of(shifted))
+            for network in Network:
                 store.rename(_key(network, "next", index), _key(network, "hidden", index))
         self._step += 1
+
+    def _run_on(self, network: Network, index: int) -> None:
+        """Keep what the block puts out, unless that was kept before."""
+        if _key(network, "next", index) not in self.networks.store:
+            with self.networks.smooth() if network is Network.SMOOTH else self.networks.substituted():
+                (run,) = self.runs(network, index)
+                self.keep_next(network, index, run())
 
 
 def _key(network: Network, what: str, index: int) -> str:
