@@ -121,7 +121,7 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
         made = torch.empty(0, requires_grad=True)
         kept.append(made)
         leaves[id(made)] = site
-        made_by: Tensor = _MadeBy.apply(made, output.detach())
+        made_by: Tensor = _MadeBy.apply(made, output.detach())  # type: ignore[no-untyped-call]
         return made_by
 
     def on_site(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -170,7 +170,7 @@ class _MadeBy(torch.autograd.Function):
 def _graph_alone() -> AbstractContextManager[None]:
     """Within the block, autograd's graph keeps none of the numbers that a backward pass would need."""
 
-    def forget(tensor: Tensor) -> None:
+    def forget(tensor: Any) -> Any:
         return None
 
     hooks: AbstractContextManager[None] = torch.autograd.graph.saved_tensors_hooks(forget, forget)

@@ -125,9 +125,7 @@ class ChainWalk:
             LookedAtError: a block cannot be skipped.
         """
         networks = self.networks
-        names, calls, samples = capture(
-            networks.model, self.chain, networks.forward(index), networks.towers, outputs=True
-        )
+        names, calls, samples = capture(networks.model, self.chain, networks.forward(index), networks.towers, outputs=True)
         if names != self.chain.blocks:
             raise DependentError
         if not can_be_skipped(calls, samples):

@@ -16,7 +16,6 @@ from .held_out import Examples, split
 from .meeting_point import MapCall, Meeting, Observed, Stream
 from .ridge import PIECE, Moments, Pieces
 
-
 # rows of one map that are worth a pass over its sums, where many maps (experts) have rows that wait
 _FEWEST = 256
 
@@ -97,10 +96,11 @@ class Evidence:
             fit, held_out = split(seen, examples)
             wanted = change[start : start + len(call.input)]
             start += len(call.input)
-            for part, pieces in zip((fit, held_out), self._pieces[linear.label], strict=True):
-                rows = part.nonzero()[:, 0].to(call.input.device)  # found on the CPU: no wait for the device
+            device = call.input.device
+            fitted, judged_by = (part.cpu().nonzero()[:, 0].to(device) for part in (fit, held_out))  # no wait for the device
+            for rows, pieces in zip((fitted, judged_by), self._pieces[linear.label], strict=True):
                 pieces.add(call.input.index_select(0, rows), wanted.index_select(0, rows))
-            judged = output.output.index_select(0, rows).double()
+            judged = output.output.index_select(0, judged_by).double()
             self._norms.append((judged if self.scale is None else judged * self.scale).square().sum())
             self.seen.add(seen)
 

@@ -1,8 +1,8 @@
 """What a block puts out once its last map is refit, without running it again.
 
-Where the map's output y has become part of the block's output T, T + scale ⊙ (r ΔW + c) is what it puts out with W + ΔW: a
-product with the features r in place of the block's attention and all of its maps. Only in fp32 and fp64, where that differs by
-rounding that is small beside the states. [derived]
+Where the map's output y has become part of the block's output T, T + scale ⊙ (r ΔW + c) is what the block puts out with W + ΔW:
+a product with the features r in place of attention and all maps. Only in fp32 and fp64, where that differs by rounding that is
+small beside the states. [derived]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the blocks of a chain are called with besides the hidden state, from a forward pass that runs none of them.
 
-The first block's hidden state is real. What a skipped block puts out has a shape and no values: whoever looks at them ends the
-pass, so that what the later blocks get is shown not to depend on any hidden state.
+The first block's hidden state is real. What a skipped block puts out has a shape and no values: whoever looks at these ends
+the pass, so that what the later blocks get is shown not to depend on any hidden state.
 """
 
 from __future__ import annotations
@@ -39,14 +39,17 @@ class _Unknown(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _KNOWN:
             raise LookedAtError(getattr(func, "__name__", func))
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 def can_be_skipped(calls: Sequence[Call], samples: Sequence[Sample | None]) -> bool:
     """Whether each block put out one tensor, like the hidden state that it got."""
     hidden = [call.hidden for call in calls]
     return all(
-        h is not None and s is not None and s.around is not None and (s.shape, s.dtype, s.device) == (h.shape, h.dtype, h.device)
+        h is not None
+        and s is not None
+        and s.around is not None
+        and (s.shape, s.dtype, s.device) == (h.shape, h.dtype, h.device)
         for h, s in zip(hidden, samples, strict=True)
     )
 
@@ -80,7 +83,8 @@ def capture_skipping(
 
     def skip(name: str, *args: Any, **kwargs: Any) -> Any:
         hidden, make = hidden_in(args, kwargs), around[name]
-        assert hidden is not None and make is not None
+        assert hidden is not None
+        assert make is not None
         return make(hidden if isinstance(hidden, _Unknown) else hidden.detach().as_subclass(_Unknown))
 
     stubs = {modules[name]: partial(skip, name) for name in chain.blocks[:-1]}
