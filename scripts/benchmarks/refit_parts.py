@@ -3,9 +3,10 @@
     python -m scripts.benchmarks.refit_parts                 # SmolLM2-135M, 20,480 tokens, two threads, three rounds
     python -m scripts.benchmarks.refit_parts --layers 6 --tokens 4096 --threads 1
 
-The floor is what a plain refit with the stream as its target takes: three passes of the blocks and, for each map, the products
-of features and wanted changes, as plain matmuls. Times are CPU seconds, which other work on the machine moves less than the
-clock. Each run is a process of its own, which gives its peak memory; rounds are interleaved. A row of the results is one run.
+The floor is what a plain refit with the stream as its target takes: three passes of the blocks and, for each map, the
+products of features and wanted changes, as plain matmuls. Times are CPU seconds, which other work moves less than the clock.
+Each run is a process of its own, which gives its peak memory; rounds are interleaved. A row of the results is
+one run.
 """
 
 from __future__ import annotations

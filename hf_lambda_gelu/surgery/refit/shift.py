@@ -1,8 +1,7 @@
 """What a block puts out once its last map is refit, without running it again.
 
-Where the map's output y has become part of the block's output T, T + scale ⊙ (r ΔW + c) is what the block puts out with W + ΔW:
-a product with the features r in place of attention and all maps. Only in fp32 and fp64, where that differs by rounding that is
-small beside the states. [derived]
+Where the map's output y has become part of the block's output T, the block puts out T + scale ⊙ (r ΔW + c) with W + ΔW: a
+product with the features r in place of attention and all maps. Only in fp32 and fp64, whose rounding is small. [derived]
 """
 
 from __future__ import annotations
