@@ -1,8 +1,8 @@
 """A walk along a chain of blocks: both networks' hidden states before the block that it has come to, on every batch.
 
-A block is run apart from the model's forward only where that gives what the forward gave: what it put out there is sampled, and
-runs of the smooth network's block are compared with it (`ReplayError`). What fails is run whole. The forward runs the blocks on
-two batches where what they get does not depend on hidden states, else on each.
+A block is run apart from the model's forward only where that gives what the forward gave: what it put out there is
+sampled, and runs of the smooth network's block are compared with it (`ReplayError`). What fails is run whole. The forward
+runs the blocks on two batches where what they get does not depend on hidden states, else on each.
 """
 
 from __future__ import annotations
