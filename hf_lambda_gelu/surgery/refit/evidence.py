@@ -14,11 +14,7 @@ from ...measurement.towers import Note
 from ...structure.linear_maps import LinearMap
 from .held_out import Examples, split
 from .meeting_point import MapCall, Meeting, Observed, Stream
-from .ridge import PIECE, Moments, Pieces
-
-# rows of one map that are worth a pass over its sums, where many maps (experts) have rows that wait
-_FEWEST = 256
-
+from .ridge import FEW, PIECE, Moments, Pieces
 
 class MeetingError(Exception):
     """What is at the meeting point are not the rows of the map on every batch. Never leaves the package."""
@@ -51,7 +47,7 @@ class Evidence:
 
     def __post_init__(self) -> None:
         self.sums = {linear.label: (_empty(linear), _empty(linear)) for linear in self.maps}
-        rows = max(_FEWEST, PIECE // max(1, len(self.maps)))
+        rows = max(FEW, PIECE // max(1, len(self.maps)))
         self._pieces = {label: [Pieces(moments, rows) for moments in pair] for label, pair in self.sums.items()}
         self._norms: list[Tensor] = []
 

@@ -18,6 +18,8 @@ from .pruned import solve_on
 RIDGES = (0.001, 0.01, 0.1, 1.0)
 # rows are multiplied in their own precision in pieces of so many and the products summed in fp64
 PIECE = 4096
+# fewer rows are multiplied in fp64: it costs little, and a fit to few rows shows rounding most
+FEW = 256
 # columns of a symmetric product that are multiplied at a time: of each block and its mirror image one is computed
 _PANEL = 256
 
@@ -55,7 +57,8 @@ class Moments:
             return
         for start in range(0, len(features), PIECE):
             pieces = features[start : start + PIECE], wanted[start : start + PIECE]
-            r, e = (t.to(self.r.device, torch.promote_types(t.dtype, torch.float32)) for t in pieces)
+            least = torch.float64 if len(pieces[0]) < FEW else torch.float32
+            r, e = (t.to(self.r.device, torch.promote_types(t.dtype, least)) for t in pieces)
             self.count += len(r)
             self.ee += e.double().square().sum(0)
             # products of what is left without the mean: beside a large mean, fp32 would lose the rest
