@@ -16,6 +16,7 @@ from .held_out import Examples, split
 from .meeting_point import MapCall, Meeting, Observed, Stream
 from .ridge import FEW, PIECE, Moments, Pieces
 
+
 class MeetingError(Exception):
     """What is at the meeting point are not the rows of the map on every batch. Never leaves the package."""
 

@@ -6,6 +6,7 @@ of it is derived; the paper (arXiv 2603.21991) does not compensate.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,8 +52,8 @@ class Moments:
         rr, re = (torch.zeros(features, n, dtype=torch.float64, device=device) for n in (features, outputs))
         return cls(0, r, e, rr, re, ee)
 
-    def add(self, features: Tensor, wanted: Tensor) -> None:
-        """Take in rows: features (n, d) and wanted changes (n, k)."""
+    def add(self, features: Tensor, wanted: Tensor, consume: bool = False) -> None:
+        """Take in rows: features (n, d) and wanted changes (n, k), which may be overwritten if `consume`."""
         if not len(features):
             return
         for start in range(0, len(features), PIECE):
@@ -63,7 +64,7 @@ class Moments:
             self.ee += e.double().square().sum(0)
             # products of what is left without the mean: beside a large mean, fp32 would lose the rest
             mean_r, mean_e = r.mean(0), e.mean(0)
-            r, e = r - mean_r, e - mean_e
+            r, e = (r.sub_(mean_r), e.sub_(mean_e)) if consume else (r - mean_r, e - mean_e)
             self.rr += _symmetric_product(r)
             self.re += r.T @ e
             mean_r, mean_e = mean_r.double(), mean_e.double()
@@ -121,11 +122,16 @@ class Pieces:
             self._hand_on(self._count)
 
     def _hand_on(self, count: int) -> None:
-        features, wanted = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        first = self._waiting[0]
+        features, wanted = (part.new_empty(self._count, part.shape[1]) for part in first)
+        start = 0
+        for r, e in _drained(self._waiting):
+            features[start : start + len(r)], wanted[start : start + len(r)] = r, e
+            start += len(r)
         self._count -= count
-        # copies, so that the rows that are summed are not kept in memory by those that wait
-        self._waiting = [(features[count:].clone(), wanted[count:].clone())] if self._count else []
-        self.moments.add(features[:count], wanted[:count])
+        if self._count:  # copies, so that the rows that are summed are not kept in memory by those that wait
+            self._waiting.append((features[count:].clone(), wanted[count:].clone()))
+        self.moments.add(features[:count], wanted[:count], consume=True)
 
 
 @dataclass(frozen=True)
@@ -211,6 +217,12 @@ def solve(
 def effective_rank(moments: Moments, ridge: float, biased: bool = True) -> float:
     """tr C (C + ρI)⁻¹, C the features' covariance: how many parameters an output of the ridge fit has in effect."""
     return Ridge(moments, biased).effective_rank(ridge)
+
+
+def _drained(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs, each of which the list has no more."""
+    while pairs:
+        yield pairs.pop(0)
 
 
 def _symmetric_product(rows: Tensor) -> Tensor:
