@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -112,15 +113,16 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
     """What one forward pass shows."""
     leaves: dict[int, str | None] = {}  # id of a leaf → the site that put it out, None for a linear map
     kept: list[Tensor] = []
-    uses, seen = Uses(parameters.names), _Seen()
+    uses, seen, nothing = Uses(parameters.names), _Seen(), torch.empty(0)
 
     def leaf(output: Tensor, site: str | None) -> Tensor | None:
         if not output.is_floating_point():
             return None
-        made = output.detach().requires_grad_()
+        made = torch.empty(0, requires_grad=True)
         kept.append(made)
         leaves[id(made)] = site
-        return made.clone()  # the model may change it in place, which a leaf does not allow
+        made_by: Tensor = _MadeBy.apply(made, output.detach())  # type: ignore[no-untyped-call]
+        return made_by
 
     def on_site(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         seen.reached.setdefault(sites[module], [])
@@ -135,13 +137,13 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
     def on_linear(call: LinearCall) -> Tensor | None:
         seen.ways.setdefault(call.key, set()).add(call.lies_transposed)
         for site in sources(call.input):
-            seen.reached[site].append(call)
+            seen.reached[site].append(replace(call, input=nothing, output=nothing))
         return leaf(call.output, None)
 
     with Hooks() as hooks:
         for site in sites:
             hooks.after(site, on_site)
-        with torch.enable_grad(), differentiable(model), watch_linears(on_linear, uses):
+        with torch.enable_grad(), differentiable(model), watch_linears(on_linear, uses), _graph_alone():
             output = forward()
     for tensor in pytree.tree_leaves(dict(output) if isinstance(output, dict) else output):
         if isinstance(tensor, Tensor):
@@ -150,6 +152,29 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
         seen.unread.update({site: name for tensor in tensors for site in sources(tensor)})
     seen.elsewhere = {p: f"{sorted(names)[0]} uses it too" for p, names in uses.operations.items()}
     return seen
+
+
+class _MadeBy(torch.autograd.Function):
+    """Lets a tensor have come from a leaf, without a copy; the model may change it in place, which a leaf does not allow."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, tensor: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("a graph that was made to be followed has no backward pass")
+
+
+def _graph_alone() -> AbstractContextManager[None]:
+    """Within the block, autograd's graph keeps none of the numbers that a backward pass would need."""
+
+    def forget(tensor: Any) -> Any:
+        return None
+
+    hooks: AbstractContextManager[None] = torch.autograd.graph.saved_tensors_hooks(forget, forget)
+    return hooks
 
 
 def ancestors(start: Any) -> Iterator[Any]:

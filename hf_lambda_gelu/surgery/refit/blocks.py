@@ -51,6 +51,11 @@ def without_hidden(arguments: Arguments) -> tuple[Arguments, Tensor]:
     return (tuple(args), kwargs), hidden
 
 
+def has_mark(arguments: Arguments) -> bool:
+    """Whether a mark stands in place of the hidden state."""
+    return any(value is _HIDDEN for value in (*arguments[0], *arguments[1].values()))
+
+
 def with_hidden(arguments: Arguments, hidden: Tensor) -> Arguments:
     """The arguments with `hidden` where the mark is."""
     args, kwargs = arguments

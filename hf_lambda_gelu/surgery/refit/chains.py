@@ -38,18 +38,17 @@ class Chain:
 
 @dataclass
 class _Calls:
-    """What was seen of a module: how often it ran, when first, and its hidden state going in and coming out."""
+    """What was seen of a module.
+
+    Attributes:
+        count: how often it ran.
+        first: when it did so first.
+        before: the module of the same list that ran before it, where the hidden state that went in is what that one put out.
+    """
 
     count: int = 0
     first: int = 0
-    entered: Tensor | None = None
-    left: Tensor | None = None
-
-    def continues(self, before: _Calls) -> bool:
-        """Whether the hidden state that went in is what the other module put out."""
-        if self.entered is None or before.left is None or self.entered.shape != before.left.shape:
-            return False
-        return torch.equal(before.left, self.entered)
+    before: str | None = None
 
 
 def find_chains(
@@ -64,7 +63,8 @@ def find_chains(
     lists = {parent for names in around.values() for name in names if _in_list(modules, parent := _parent(name), name)}
     children = {parent: [_joined(parent, child) for child, _ in modules[parent].named_children()] for parent in lists}
     watched = {name for names in (*around.values(), *children.values()) for name in names}
-    calls = _watch({name: modules[name] for name in watched}, (forward, *others))
+    listed = {child: parent for parent, names in children.items() for child in names}
+    calls = _watch({name: modules[name] for name in watched}, listed, (forward, *others))
 
     runs: dict[str, list[str]] = {}  # block → the blocks of its run
     for names in children.values():
@@ -119,12 +119,19 @@ def _in_list(modules: dict[str, nn.Module], parent: str, name: str) -> bool:
     return bool(name) and isinstance(modules[parent], (nn.ModuleList, nn.Sequential))
 
 
-def _watch(modules: dict[str, nn.Module], forwards: Iterable[Callable[[], Any]]) -> dict[str, _Calls]:
-    """What is seen of the modules, each in the first pass that reaches it; counts are the largest of a pass."""
+def _watch(
+    modules: dict[str, nn.Module], listed: Mapping[str, str], forwards: Iterable[Callable[[], Any]]
+) -> dict[str, _Calls]:
+    """What is seen of the modules, each in the first pass that reaches it; counts are the largest of a pass.
+
+    Args:
+        listed: module → the list that it is in. Of each list one hidden state is kept at a time.
+    """
     calls = {name: _Calls() for name in modules}
     clock = index = 0
     now: dict[str, int] = {}  # calls in this pass
     first_pass: dict[str, int] = {}
+    left: dict[str, tuple[str, Tensor]] = {}  # list → the module of it that ended last, and what it put out
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal clock
@@ -134,13 +141,16 @@ def _watch(modules: dict[str, nn.Module], forwards: Iterable[Callable[[], Any]])
         seen.count = max(seen.count, now[name])
         if name not in first_pass:
             first_pass[name] = index
+            seen.first = clock
+            last, put_out = left.pop(listed[name], (None, None)) if name in listed else (None, None)
             hidden = hidden_in(args, kwargs)
-            seen.first, seen.entered = clock, None if hidden is None else hidden.clone()  # the block may write into it
+            if hidden is not None and put_out is not None and hidden.shape == put_out.shape and torch.equal(put_out, hidden):
+                seen.before = last
 
     def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if first_pass[name] == index:
-            left = hidden_of(output)
-            calls[name].left = None if left is None else left.clone()
+        put_out = hidden_of(output) if name in listed and first_pass[name] == index else None
+        if put_out is not None:
+            left[listed[name]] = name, put_out.clone()  # the next block may write into it
 
     with Hooks() as hooks:
         for name, module in modules.items():
@@ -149,6 +159,7 @@ def _watch(modules: dict[str, nn.Module], forwards: Iterable[Callable[[], Any]])
         for run, forward in enumerate(forwards):
             index = run
             now.clear()
+            left.clear()
             forward()
     return calls
 
@@ -156,7 +167,7 @@ def _watch(modules: dict[str, nn.Module], forwards: Iterable[Callable[[], Any]])
 def _runs(children: list[str], calls: dict[str, _Calls]) -> list[list[str]]:
     runs: list[list[str]] = []
     for child in children:
-        if runs and calls[child].continues(calls[runs[-1][-1]]):
+        if runs and calls[child].before == runs[-1][-1]:
             runs[-1].append(child)
         else:
             runs.append([child])
