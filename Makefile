@@ -10,7 +10,7 @@ STAMP = $(VENV)/.installed
 DOCS = $(VENV)/.docs
 OLDEST = .venv-oldest
 
-.PHONY: help demo demo-vision cards downstream test test-oldest assets lint coverage coverage-latest fuzz matrix bench docs clean
+.PHONY: help demo demo-vision cards downstream test test-oldest assets lint coverage coverage-latest fuzz matrix bench bench-gpu docs clean
 
 help:
 	@echo "make demo          MiniLM on movie reviews: fine-tune, harden, substitute, reload in stock transformers"
@@ -24,6 +24,7 @@ help:
 	@echo "make fuzz          the refit of every architecture against a slow reference, what is not done yet; 5,000 damaged folders"
 	@echo "make matrix        optimizer × precision × engine × trainer: λ against its twin, or the refusal; what is not done yet"
 	@echo "make bench         what λ-GELU costs, as ratios to F.gelu: activation, torch.compile, training steps, conversion"
+	@echo "make bench-gpu     on a machine with a CUDA device: the tests that need one, the kernels' bandwidth, and make bench"
 	@echo "make lint          ruff, the direction of imports, types"
 	@echo "make docs          the documentation into site/, strictly: names, links and anchors must hold"
 
@@ -95,6 +96,12 @@ matrix:
 
 bench: $(STAMP)
 	$(BIN)/python -m scripts.benchmarks.run
+
+# what needs a CUDA device; where torch was installed without CUDA, the first command skips all and the second says so
+bench-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m cuda --numprocesses 0
+	$(BIN)/python -m scripts.benchmarks.cuda_kernels
+	$(BIN)/python -m scripts.benchmarks.run --devices cuda
 
 $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'

@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SHOWN = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
-    "security.md": "SECURITY.md",
 }
 PAGES = {shown: page for page, shown in SHOWN.items()} | {"README.md": "index.md"}
 _LINK = re.compile(

@@ -23,14 +23,16 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig, Trainer
+    from transformers import GenerationConfig, PreTrainedModel, Trainer
 
 __all__ = [
     "OpOverload",
     "TorchDispatchMode",
-    "attention_implementation",
+    "attention_implementations",
     "auto_mapping",
+    "collator_of",
     "compile_stance",
+    "dispatch_modes",
     "finish_current_push",
     "forward_before_accelerate",
     "function_modes",
@@ -38,6 +40,7 @@ __all__ = [
     "generation_config_in_config",
     "has_peft_config",
     "is_compiled",
+    "jit_traces",
     "mode_stack",
     "operator_schema",
     "put_compile_stance",
@@ -54,6 +57,12 @@ functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 # How many function modes are on, each of which sees every operation. Not wrapped either.
 function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+
+# How many dispatch modes are on, each of which sees every operator.
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+
+# Whether torch.jit.trace records what runs.
+jit_traces: Callable[[], bool] = torch._C._is_tracing
 
 
 def without_torch_function() -> AbstractContextManager[Any]:
@@ -129,9 +138,14 @@ def has_peft_config(model: nn.Module) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-def attention_implementation(config: PreTrainedConfig) -> str:
-    """What computes attention ("sdpa", "eager" …), "" if the config does not say."""
-    return getattr(config, "_attn_implementation", None) or ""
+def attention_implementations(model: nn.Module) -> dict[str, str]:
+    """{module name: what computes attention ("sdpa", "eager" …)} by the modules' configs; parts may have another than the
+    whole."""
+    found = {
+        name: getattr(getattr(module, "config", None), "_attn_implementation", None)
+        for name, module in model.named_modules()
+    }
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def auto_mapping(auto: object) -> Mapping[str, str | Sequence[str]]:
@@ -146,9 +160,26 @@ def generation_config_in_config(folder: Path, config_name: str) -> GenerationCon
     return GenerationConfig.from_pretrained(folder, config_file_name=config_name, _from_model_config=True)
 
 
+def with_generation(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A model class of a checkpoint's own code, with `generate` where it is older than transformers' own way to say so."""
+    from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+
+    return add_generation_mixin_to_remote_model(cls)  # type: ignore[no-any-return]
+
+
+def own_code_of(thing: object) -> bool:
+    """Whether `save_pretrained` of this model, config, tokenizer or processor writes the code of its class too."""
+    return getattr(thing, "_auto_class", None) is not None
+
+
 def finish_current_push(trainer: Trainer) -> None:
     """Waits for the push to the Hub that the trainer has under way."""
     trainer._finish_current_push()
+
+
+def collator_of(trainer: Trainer) -> Callable[[list[Any]], Any]:
+    """The trainer's collator, which leaves out the columns that the model does not take, if its arguments say so."""
+    return trainer._get_collator_with_removed_columns(trainer.data_collator, description="Evaluation")
 
 
 def write_beside_bars(text: str) -> None:

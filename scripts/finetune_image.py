@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if data.image_column not in train.column_names:
         raise ValueError(f"no column {data.image_column!r} in {train.column_names}: name it with --image_column")
 
-    processor = AutoImageProcessor.from_pretrained(model_arguments.model_name_or_path)
+    trusted = model_arguments.trust_remote_code
+    processor = AutoImageProcessor.from_pretrained(model_arguments.model_name_or_path, trust_remote_code=trusted)
     if data.image_size is not None:
         # set on the processor, so that the saved one prepares images as the training did
         processor.size = {"height": data.image_size, "width": data.image_size}
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         id2label=dict(enumerate(names)),
         label2id={n: i for i, n in enumerate(names)},
         ignore_mismatched_sizes=True,
+        trust_remote_code=trusted,
     )
     prepare(model, model_arguments)
 

@@ -56,12 +56,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if column is not None and column not in train.column_names:
             raise ValueError(f"no column {column!r} in {train.column_names}: name it with --{option}")
 
-    tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path)
+    trusted = model_arguments.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path, trust_remote_code=trusted)
     # set on the tokenizer, so that the saved one cuts texts as the training did
     tokenizer.model_max_length = min(tokenizer.model_max_length, data.max_seq_length)
     names = train.features[data.label_column].names
     model = AutoModelForSequenceClassification.from_pretrained(
-        model_arguments.model_name_or_path, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}
+        model_arguments.model_name_or_path,
+        id2label=dict(enumerate(names)),
+        label2id={n: i for i, n in enumerate(names)},
+        trust_remote_code=trusted,
     )
     prepare(model, model_arguments)
 

@@ -68,6 +68,10 @@ class ModelArguments:
         default=300, metadata={"help": "So many training examples are used to compensate the substitution."}
     )
     init_hardness: float = field(default=1.0, metadata={"help": "λ to start from; 1 keeps the pretrained function."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that lies beside the model, and save and publish it too. Only if you trust it."},
+    )
 
 
 @dataclass
@@ -203,7 +207,8 @@ def run(
             results["compensation"] = report.compensation.to_dict()
         name = trainer.hub_model_id or f"{Path(model_arguments.model_name_or_path).name}-relu"
         details = _details(trainer, model_arguments, data, metrics)
-        results["stock_difference"] = _publish(trainer, name, details, processor, results.get("learned_hardness"))
+        learned, trusted = results.get("learned_hardness"), model_arguments.trust_remote_code
+        results["stock_difference"] = _publish(trainer, name, details, processor, learned, trusted)
     results |= {
         "steps": trainer.state.global_step,
         "seconds": round(time.time() - start, 1),
@@ -257,7 +262,12 @@ def _details(
 
 
 def _publish(
-    trainer: Trainer, name: str, details: hlg.CardDetails, processor: Any, learned: dict[str, float] | None
+    trainer: Trainer,
+    name: str,
+    details: hlg.CardDetails,
+    processor: Any,
+    learned: dict[str, float] | None,
+    trusted: bool,
 ) -> float:
     """Save the ReLU network, prove it by stock transformers, push it if that is asked for; how far stock differs."""
     arguments, model, output = trainer.args, trainer.model, Path(trainer.args.output_dir)
@@ -270,13 +280,15 @@ def _publish(
         learned=learned,
         history=trainer.state.log_history,
         overwrite=True,
+        trust_remote_code=trusted,
     )
-    difference = hlg.verify_relu_pretrained(model, folder)
+    difference = hlg.verify_relu_pretrained(model, folder, trust_remote_code=trusted)
     if learned:
         hlg.plot_hardness(learned, output / "hardness.png", trainer.state.log_history)
     print(f"saved in {folder}; stock transformers reproduces it to {difference:g}")
     if arguments.push_to_hub:
-        target = {"private": bool(arguments.hub_private_repo), "revision": arguments.hub_revision}
+        private, revision = bool(arguments.hub_private_repo), arguments.hub_revision
+        target = {"private": private, "revision": revision, "trust_remote_code": trusted}
         commit = hlg.push_relu_to_hub(folder, trainer.hub_model_id, processor=(), token=arguments.hub_token, **target)
         print(commit.commit_url)
     return difference

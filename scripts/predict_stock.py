@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--label_column", default="label", help="a ClassLabel column, with the model's own label names")
     parser.add_argument("--max_samples", type=int)
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that lies beside the model")
     options = parser.parse_args()
 
     data = datasets.load_dataset(options.dataset_name, options.dataset_config_name, split=options.split)
@@ -39,7 +40,7 @@ def main() -> None:
     images = options.image_column in data.column_names
     column = options.image_column if images else options.text_column
     task = "image-classification" if images else "text-classification"
-    classify = pipeline(task, model=options.model)
+    classify = pipeline(task, model=options.model, trust_remote_code=options.trust_remote_code)
     if images:
         inputs = [image.convert("RGB") for image in data[column]]
         answers = [answer[0]["label"] for answer in classify(inputs, batch_size=options.batch_size, top_k=1)]

@@ -82,6 +82,10 @@ class Arguments:
     compensate: str = field(default="least_squares", metadata={"help": "least_squares or bias; see relu_ize."})
     steps: int = field(default=0, metadata={"help": "Optimizer steps after the refit, a batch each."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Of these steps."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that lies beside the model, and save and publish it too. Only if you trust it."},
+    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -89,8 +93,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     output = Path(options.output_dir)
     check_writable(output)
     name = options.model_name_or_path or str(asset("smollm2"))
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name).eval()
+    trusted = options.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trusted).eval()
     test = windows(options, tokenizer, "test", options.evaluation_tokens)
     train = windows(options, tokenizer, "train", options.calibration_tokens)
     results: dict[str, Any] = {
@@ -113,10 +118,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     scores["compensated"] = perplexity(model, test, options)
     print(scores, flush=True)
     if options.steps:
-        hlg.save_relu_pretrained(model, output / "untrained", processor=tokenizer, overwrite=True)
+        hlg.save_relu_pretrained(model, output / "untrained", processor=tokenizer, overwrite=True, trust_remote_code=trusted)
         start = time.time()
         texts = windows(options, tokenizer, "train", 2 * options.steps * options.batch_size * options.length)
-        learn(model, AutoModelForCausalLM.from_pretrained(name).eval(), texts, written, options)
+        teacher = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trusted).eval()
+        learn(model, teacher, texts, written, options)
         results["seconds_of_steps"] = round(time.time() - start, 1)
         scores["trained"] = perplexity(model, test, options)
     results["zeros"] = zeros(model, test, options)
@@ -124,7 +130,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results["compensation"] = report.compensation.to_dict()
     results["versions"] = package_versions()
     (output / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    hlg.save_relu_pretrained(model, output / "relu", processor=tokenizer, overwrite=True)
+    hlg.save_relu_pretrained(model, output / "relu", processor=tokenizer, overwrite=True, trust_remote_code=trusted)
     print(json.dumps({key: results[key] for key in ("perplexity", "seconds", "replies")}, indent=2, ensure_ascii=False))
     return results
 

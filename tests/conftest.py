@@ -19,11 +19,11 @@ import pytest
 import torch
 from support.hub_server import HubServer
 from support.publishing import TOKEN
-from support.warm_stock import run_in_stock
 from transformers.utils import logging
 
 from hf_lambda_gelu.checkpoints import stock_process
 from scripts.tools.assets import available
+from scripts.tools.warm_stock import run_in_stock
 
 _RUN_APART = stock_process.run_apart
 
@@ -42,6 +42,12 @@ def asset() -> Callable[[str], Path]:
         return folder
 
     return find
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `cuda` are skipped where there is no such device."""
+    if "cuda" in item.keywords and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .._compat import was_loaded
+from .._compat import functorch_active, was_loaded
 from .bases import get_base
 from .copies import change, is_here, whole
 from .functional import lambda_gelu
@@ -75,7 +75,10 @@ class LambdaGELU(nn.Module):
     def hardness(self) -> Tensor:
         """λ = max(`unclipped_hardness`, 1), shape (1,), with a derivative of 1 everywhere."""
         free = self.unclipped_hardness
-        return free.detach().clamp(min=1.0) + (free - free.detach())
+        if torch.compiler.is_compiling() or functorch_active():  # which know torch's operations
+            return free.detach().clamp(min=1.0) + (free - free.detach())
+        clipped: Tensor = _Clipped.apply(free)  # type: ignore[no-untyped-call]
+        return clipped
 
     @property
     def raw_hardness(self) -> nn.Parameter:
@@ -142,6 +145,18 @@ class LambdaGELU(nn.Module):
             raw.data = kept.to(raw.device)
             raw.grad = None if grad is None else grad.to(raw.device)
         return self
+
+
+class _Clipped(torch.autograd.Function):
+    """max(λ, 1) with a derivative of 1 everywhere, in one operation: a model's launches cost as much as its activations."""
+
+    @staticmethod
+    def forward(ctx: Any, free: Tensor) -> Tensor:
+        return free.clamp(min=1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 def _fill(held: Tensor, value: float) -> None:

@@ -95,6 +95,7 @@ def card_record(
     plot: str | None = None,
     compression: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
+    code: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that is known of a ReLU-ized model, as JSON can hold it: what `render_card` makes the card of."""
     record: dict[str, Any] = {
@@ -108,6 +109,7 @@ def card_record(
         "plot": plot,
         "compression": compression,
         "warnings": list(warnings),
+        "own_code": code,
         "versions": versions,
     }
     plain: dict[str, Any] = json.loads(json.dumps(record, default=_plain))
@@ -139,7 +141,7 @@ def render_card(record: Mapping[str, Any]) -> ModelCard:
         metrics=sorted(metrics) or None,
         library_name="transformers",
         pipeline_tag=task,
-        tags=["relu", "lambda-gelu", f"arxiv:{PAPER}"],
+        tags=["relu", "lambda-gelu", f"arxiv:{PAPER}", *(["custom_code"] if record.get("own_code") else [])],
         eval_results=[
             EvalResult(
                 task_type=task or "other",
@@ -157,7 +159,7 @@ def render_card(record: Mapping[str, Any]) -> ModelCard:
     card: ModelCard = ModelCard.from_template(
         data,
         template_str=(files(__package__) / "templates" / "card.md").read_text(encoding="utf-8"),
-        **{"compression": None, "warnings": [], **record, "report": report},  # records of before have neither
+        **{"compression": None, "warnings": [], "own_code": None, **record, "report": report},  # older records lack these
         results_table=_results_table(details),
         formula="x Φ(λx)" if erf else "a(λx)/λ with a its own activation",
         sites_table=_sites_table(report) if report else "",

@@ -25,6 +25,7 @@ from ..surgery.report import SubstitutionReport
 from .card import REPORT_NAME, CardDetails
 from .compression import quantisation
 from .manifest import FileEntry, Manifest
+from .processors import has_processor
 from .published_files import published_files
 from .save import check_relu, save_relu_pretrained
 from .stock_process import VerificationError
@@ -64,6 +65,7 @@ def push_relu_to_hub(
     commit_message: str | None = "Upload ReLU-ized model",
     token: str | None = None,
     api: HfApi | None = None,
+    trust_remote_code: bool = False,
 ) -> CommitInfo:
     """Publishes a ReLU-ized model: saves it, proves by `verify_relu_pretrained` that stock transformers computes the same
     without this package, and only then uploads, in one commit, whose `CommitInfo` it returns. Only what the model's and its
@@ -76,14 +78,15 @@ def push_relu_to_hub(
         details, learned, history, report: as for `save_relu_pretrained`; not for a folder, which has them. Where the details
             name a base model and no licence, the licence is asked of the Hub.
         folder: where to keep the saved model; by default a temporary folder, which stays only where the upload failed.
-        inputs: a batch for the comparison; by default a small one made to fit the model.
+        inputs: a batch for the comparison; by default a small one, as for `verify_relu_pretrained`.
         private: create the repository as private; an existing one keeps its visibility.
         revision, tag, create_pr: branch to commit to; name to give the commit, such as "v1"; open a pull request instead.
         token, api: by default what `hf auth login` saved, and the Hub. A token is never stored or shown.
+        trust_remote_code: run the model's own code to prove it, and upload it; without it such a model is refused.
 
     Raises:
-        ValueError: bad repo id, no token, offline, no processor, no finite ReLU network, a card that holds a token or hides
-            that the weights are quantised.
+        ValueError: bad repo id, no token, offline, no processor, no finite ReLU network, code that is not trusted, a card
+            that holds a token or hides that the weights are quantised.
         VerificationError: stock transformers computes something else. Nothing is uploaded.
         PushError: the upload failed; the folder is kept. Or the model is up and the tag was refused; the message says so.
 
@@ -92,19 +95,17 @@ def push_relu_to_hub(
         >>> hlg.push_relu_to_hub(model, "you/bert-relu", processor=tokenizer).commit_url  # doctest: +SKIP
     """
     api = api or HfApi(token=token)
-    upload = _Upload(api, repo_id, token, commit_message, private=private, revision=revision, tag=tag, create_pr=create_pr)
+    upload = _Upload(api, repo_id, token, commit_message, private, revision, tag, create_pr, trust_remote_code)
     check_target(api, repo_id, token, tag, create_pr)
-    if processor is None:
-        check_processor(model)
+    check_processor(model, processor)
     if isinstance(model, (str, os.PathLike)):
-        if processor or details or learned or history or report or folder:
-            raise ValueError("a saved folder is uploaded as it is: change its card and files there, and pass it alone")
-        return upload.set_tag(upload.send(Path(model), _proven(Path(model), inputs)))
+        _check_alone(processor, details, learned, history, report, folder)
+        return upload.set_tag(upload.send(Path(model), _proven(Path(model), inputs, trust_remote_code)))
     with _place_to_save(folder, repo_id) as place:
-        details = _licensed(api, details or CardDetails(), token)
         save = partial(save_relu_pretrained, processor=processor, model_name=repo_id, learned=learned, history=history)
-        saved = save(model, place, details=details, report=report)
-        commit = upload.send(saved, prove(model, saved, inputs).files)
+        details = _licensed(api, details or CardDetails(), token)
+        saved = save(model, place, details=details, report=report, trust_remote_code=trust_remote_code)
+        commit = upload.send(saved, prove(model, saved, inputs, trust_remote_code).files)
     return upload.set_tag(commit)
 
 
@@ -120,6 +121,7 @@ class _Upload:
     revision: str | None
     tag: str | None
     create_pr: bool
+    trust_remote_code: bool
 
     def send(self, folder: Path, proven: Manifest) -> CommitInfo:
         """Uploads the folder's `published_files` in one commit: the bytes that were proven.
@@ -128,7 +130,7 @@ class _Upload:
             VerificationError: a file is another by now.
             PushError: the upload failed, whatever the reason is.
         """
-        files = published_files(folder)
+        files = published_files(folder, self.trust_remote_code)
         operations = _operations(folder, files.names, proven)
         if files.left_out:
             logger.warning(f"Not uploaded of {str(folder)!r}: {files}")
@@ -167,6 +169,7 @@ class _Upload:
         options = [*(["--private"] if self.private else []), *(["--create-pr"] if self.create_pr else [])]
         options += [f"--{name}={value}" for name, value in (("revision", self.revision), ("tag", self.tag)) if value]
         options += [] if has_processor(folder) else ["--no-processor"]
+        options += ["--trust-remote-code"] if self.trust_remote_code else []
         return ["hf-lambda-gelu", "push", str(folder), "--repo-id", self.repo_id, *options]
 
 
@@ -184,12 +187,12 @@ def _operations(folder: Path, names: list[str], proven: Manifest) -> list[Commit
     return operations
 
 
-def _proven(folder: Path, inputs: dict[str, Tensor] | None) -> Manifest:
+def _proven(folder: Path, inputs: dict[str, Tensor] | None, trust_remote_code: bool) -> Manifest:
     """The folder's files, after it was loaded and found to be a ReLU network that stock transformers computes alike."""
-    model = load_saved(folder)
+    model = load_saved(folder, trust_remote_code=trust_remote_code)
     check_relu(model)
     check_card(folder)
-    return prove(model, folder, inputs).files
+    return prove(model, folder, inputs, trust_remote_code).files
 
 
 def check_card(folder: Path) -> None:
@@ -245,14 +248,15 @@ def _licensed(api: HfApi, details: CardDetails, token: str | None) -> CardDetail
     return dataclasses.replace(details, license=card.get("license") if card else None)
 
 
-def has_processor(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer, an image processor or a feature extractor."""
-    names = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
-    return any((folder / name).is_file() for name in names)
+def _check_alone(*given: Any) -> None:
+    if any(given):
+        raise ValueError("a saved folder is uploaded as it is: change its card and files there, and pass it alone")
 
 
-def check_processor(model: PreTrainedModel | str | os.PathLike[str]) -> None:
-    """Raises ValueError unless `model` is a folder with a tokenizer, an image processor or a feature extractor."""
+def check_processor(model: PreTrainedModel | str | os.PathLike[str], processor: Any = None) -> None:
+    """Raises ValueError unless one is given, or `model` is a folder with a tokenizer, image or other processor."""
+    if processor is not None:
+        return
     folder = Path(model) if isinstance(model, (str, os.PathLike)) else None
     if folder is None or not has_processor(folder):
         what = "pass processor=…, its" if folder is None else f"{str(model)!r} holds no"

@@ -23,9 +23,9 @@ class FileEntry(TypedDict):
 Manifest = dict[str, FileEntry]
 
 
-def manifest(folder: Path) -> Manifest:
-    """Of all files that a push would upload but the record, which the manifest is part of."""
-    names = [name for name in listed_files(folder).names if name != REPORT_NAME]
+def manifest(folder: Path, trust_remote_code: bool = False) -> Manifest:
+    """Of all files that a push would upload but the record, which the manifest is part of; of code too, with trust."""
+    names = [name for name in listed_files(folder, trust_remote_code).names if name != REPORT_NAME]
     return {name: FileEntry(size=(folder / name).stat().st_size, sha256=_sha256(folder / name)) for name in names}
 
 

@@ -32,7 +32,6 @@ from .card import PLOT_NAME, REPORT_NAME, CardDetails
 from .folders import whole_folder
 from .on_disk_files import Source, WrittenFiles
 from .on_disk_refit import Streamed, refit_streamed, usable_device
-from .remote_code import CODE_NAME
 from .save import write_card
 from .shards import Shard
 
@@ -74,6 +73,7 @@ def convert_checkpoint(
     *,
     only: Callable[[str, nn.Module], bool] | None = None,
     link: bool = True,
+    trust_remote_code: bool = False,
 ) -> CheckpointReport:
     """Makes of the folder of a GELU or SiLU checkpoint that of the λ-GELU model: config rewritten, λ added in a small file.
 
@@ -89,13 +89,14 @@ def convert_checkpoint(
         dst: the folder to make; not in `src`.
         init_hardness, only: as for `convert`. The modules that `only` sees are on the meta device.
         link: False copies the weight files, so that `dst` can be changed in place.
+        trust_remote_code: run code of its own that `src` has, which then comes along. Without it such a folder is refused.
 
     Returns:
         The report of `convert`, and what became of the files.
 
     Raises:
         CheckpointError: `src` is no such folder, is a Hub name, or holds pickles only; files are missing or damaged; there
-            is no room for a copy.
+            is no room for a copy; code that is not trusted.
         ConversionError: as `convert` raises it.
         ValueError: `dst` is in use or cannot be written, or a bad `init_hardness`.
 
@@ -109,7 +110,7 @@ def convert_checkpoint(
         converted 1 activations to λ-GELU at λ = 1
         ...
     """
-    source = Source(src, dst)
+    source = Source(src, dst, trust_remote_code=trust_remote_code)
     model = source.load()
     report = convert(model, init_hardness, only=only)
     for site in hardness_sites(model).values():
@@ -122,7 +123,8 @@ def convert_checkpoint(
                 f"the weights hold {there[0]} already, of which {CONFIG_NAME} says nothing: restore the config that they "
                 "were saved with"
             )
-        written = source.finish(temporary, model, added=hardness, link=link)
+        links = source.carry_along(temporary, (), link)
+        written = source.finish(temporary, model, links, added=hardness, link=link)
     return _report(source, report, written)
 
 
@@ -141,6 +143,7 @@ def relu_ize_checkpoint(
     details: CardDetails | None = None,
     link: bool = True,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> CheckpointReport:
     """Makes of the folder of a λ-GELU checkpoint that of the ReLU model, which stock transformers loads.
 
@@ -157,6 +160,7 @@ def relu_ize_checkpoint(
         device: where blocks run, and what lies outside of them (embeddings, head) is.
         details: what the model card, a new one, should say.
         link, overwrite: False copies the weight files; True puts `dst` in the place of a saved model that is there.
+        trust_remote_code: run code of its own that `src` has, which then comes along. Without it such a folder is refused.
 
     Returns:
         The report of `relu_ize`, and what became of the files.
@@ -178,7 +182,7 @@ def relu_ize_checkpoint(
         ...
     """
     check_options(calibration, compensate)
-    place, source = usable_device(device), Source(src, dst, overwrite)
+    place, source = usable_device(device), Source(src, dst, overwrite, trust_remote_code=trust_remote_code)
     if calibration is not None:
         streamed = Streamed(source, place)
         with refit_streamed(streamed, calibration, force, tolerance, targets, compensate, compute_metrics) as report:
@@ -201,19 +205,14 @@ def _write_relu(
 ) -> CheckpointReport:
     """The folder of the ReLU model."""
     left_out = {"README.md", REPORT_NAME, PLOT_NAME}
-    code = getattr(model.config, "auto_map", None) or {}
-    if any(str(place).startswith(CODE_NAME.removesuffix("py")) for place in code.values()):
-        del model.config.auto_map  # of save_with_code: a ReLU model needs none
-        left_out.add(CODE_NAME)
     with whole_folder(source.target, overwrite) as temporary:
         added, replaced = {}, {}
         if streamed is not None:
             added, replaced, dropped = streamed.added(), streamed.changed(), streamed.hardness
         added = save_parts(model, temporary, added)
+        links = source.carry_along(temporary, left_out, link)
         write_card(model, temporary, source.target.name, report, details or CardDetails())
-        written = source.finish(
-            temporary, model, added=added, dropped=dropped, replaced=replaced, left_out=left_out, link=link
-        )
+        written = source.finish(temporary, model, links, added=added, dropped=dropped, replaced=replaced, link=link)
         if streamed is not None:
             streamed.check_unchanged()
     return _report(source, report, written)

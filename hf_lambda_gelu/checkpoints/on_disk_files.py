@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..structure.loading import CheckpointError, load_without_reading, saved_class
+from ..structure.own_code import code_files
+from .carried_code import settle_code
 from .folders import check_new
 from .shards import Shard, can_link, put, read_shards, shard_names, side_files, write_changed, write_index
 
@@ -46,9 +48,17 @@ class WrittenFiles:
 class Source:
     """A checkpoint folder that was found to be whole, and the folder to make of it."""
 
-    def __init__(self, src: str | os.PathLike[str], dst: str | os.PathLike[str], overwrite: bool | None = None) -> None:
+    def __init__(
+        self,
+        src: str | os.PathLike[str],
+        dst: str | os.PathLike[str],
+        overwrite: bool | None = None,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
         self.folder, self.target = Path(src), Path(os.path.abspath(dst))
-        self.config, self.cls = saved_class(self.folder)
+        self.trust_remote_code = trust_remote_code
+        self.config, self.cls = saved_class(self.folder, trust_remote_code=trust_remote_code)
         if self.folder.resolve() in (self.target.resolve(), *self.target.resolve().parents):
             raise ValueError(f"{str(self.target)!r} is {str(self.folder)!r} or lies in it: choose another folder")
         check_new(self.target, overwrite)
@@ -63,19 +73,19 @@ class Source:
         self,
         temporary: Path,
         model: PreTrainedModel,
+        links: set[str],
         *,
         added: Mapping[str, Tensor] | None = None,
         dropped: Collection[str] = (),
         replaced: Mapping[str, Path] | None = None,
-        left_out: Collection[str] = (),
         link: bool,
     ) -> WrittenFiles:
-        """Fills the temporary folder with the weight files, their index and what else is carried along.
+        """Fills the temporary folder with the weight files and their index.
 
         Args:
+            links: what of the folder are hard links already.
             added, dropped: λ, or biases, to write into a file of its own; names of tensors to leave out of the weight files.
             replaced: {tensor: file with its new bytes}.
-            left_out: other files that do not come along, as paths in the folder.
             link: make hard links where nothing changes.
         """
         replaced = replaced or {}
@@ -96,7 +106,7 @@ class Source:
         if len(weights) + bool(added) > 1:
             size = sum(tensor.nbytes for tensor in tensors.values())
             write_index(temporary, places, {"total_parameters": model.num_parameters(), "total_size": size})
-        links = {file.name for file in weights if file.way == "linked"} | self._carry_along(temporary, left_out, link)
+        links = links | {file.name for file in weights if file.way == "linked"}
         files = [path for path in temporary.rglob("*") if path.is_file() and str(path.relative_to(temporary)) not in links]
         return WrittenFiles(
             linked=_names(weights, "linked"),
@@ -117,16 +127,25 @@ class Source:
             weights.append(WeightFile(shard, name, "rewritten" if changed else "linked" if linked else "copied"))
         return weights
 
-    def _carry_along(self, temporary: Path, left_out: Collection[str], link: bool) -> set[str]:
-        """Puts the tokenizer and whatever else belongs to the checkpoint into the folder; the paths that are links."""
+    def carry_along(self, temporary: Path, left_out: Collection[str], link: bool) -> set[str]:
+        """Puts the tokenizer and whatever else belongs to the checkpoint into the folder; the paths that are links.
+
+        Of Python files, with trust alone, those that loading it would run; the config then names these and no others.
+
+        Args:
+            left_out: files that do not come along, as paths in the folder.
+            link: make hard links where nothing changes.
+        """
         links: set[str] = set()
+        code = code_files(self.folder) if self.trust_remote_code else []
         for path in side_files(self.folder):
-            if str(path) not in left_out:
+            if str(path) not in left_out and (path.suffix != ".py" or path.as_posix() in code):
                 (temporary / path).parent.mkdir(parents=True, exist_ok=True)
                 # weights of a module of its own, such as the Dense layer after a sentence transformer
                 linked = link and path.suffix == ".safetensors" and can_link(self.folder / path, temporary)
                 put(self.folder / path, temporary / path, linked)
                 links |= {str(path)} if linked else set()
+        settle_code(temporary, self.trust_remote_code)
         return links
 
 

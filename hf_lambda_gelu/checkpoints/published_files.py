@@ -10,6 +10,7 @@ from pathlib import Path
 import transformers
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..structure.own_code import code_files, references
 from .card import PLOT_NAME, REPORT_NAME
 from .folders import of_the_cache
 from .redaction import holds_hub_token
@@ -60,22 +61,27 @@ class PublishedFiles:
         return ", ".join(f"{name} ({reason})" for name, reason in self.left_out.items())
 
 
-def published_files(folder: Path) -> PublishedFiles:
+def published_files(folder: Path, trust_remote_code: bool = False) -> PublishedFiles:
     """The files of `folder` that a model's own save, its processor's and this package write; links are not followed.
 
-    Links into the Hub's own cache, which its snapshots are made of, count as files.
+    Links into the Hub's own cache, which its snapshots are made of, count as files. Of Python files, with trust alone, those
+    that loading the model would run.
 
     Raises:
-        ValueError: the config or weights are missing or lie behind a link, or the card holds a token of the Hub.
+        ValueError: the config, weights or code are missing or lie behind a link, or the card holds a token of the Hub.
     """
-    found = listed_files(folder)
+    found = listed_files(folder, trust_remote_code)
     _check_complete(folder, found.names, found.left_out)
+    if trust_remote_code:
+        _check_code(folder, found)
     return found
 
 
-def listed_files(folder: Path) -> PublishedFiles:
+def listed_files(folder: Path, trust_remote_code: bool = False) -> PublishedFiles:
     """As `published_files`, whether they make a model or not."""
-    allowed = {*_MODEL, *_PACKAGE, *_weights(folder), *_processor_files(folder)}
+    all_code = set(code_files(folder))
+    code = all_code if trust_remote_code else set()
+    allowed = {*_MODEL, *_PACKAGE, *_weights(folder), *_processor_files(folder), *code}
     names: list[str] = []
     left_out: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
@@ -84,10 +90,26 @@ def listed_files(folder: Path) -> PublishedFiles:
             for inner in sorted(path.iterdir()):
                 is_known = inner.suffix == ".jinja" if path.name == _TEMPLATES else inner.name in of_processor
                 _sort(f"{path.name}/{inner.name}", inner, is_known, names, left_out)
+        elif path.is_dir() and not path.is_symlink() and any(name.startswith(f"{path.name}/") for name in code):
+            for inner in sorted(path.iterdir()):
+                _sort(f"{path.name}/{inner.name}", inner, f"{path.name}/{inner.name}" in code, names, left_out)
         else:
             name = path.name + ("/" if path.is_dir() and not path.is_symlink() else "")
             _sort(name, path, name in allowed, names, left_out)
+    for name in all_code - code:
+        left_out.update({name: "code, which goes up with trust_remote_code=True alone"} if name in left_out else {})
     return PublishedFiles(names, left_out)
+
+
+def _check_code(folder: Path, found: PublishedFiles) -> None:
+    """ValueError unless all code that loading would run goes up."""
+    named = {f"{reference.module}.py": f"which {reference.file} names" for reference in references(folder)}
+    for name, why in {**dict.fromkeys(code_files(folder), "which other code imports"), **named}.items():
+        if name not in found.names:
+            raise ValueError(
+                f"{str(folder)!r} cannot be published: {name}, {why}, is {found.left_out.get(name, 'missing')}. Save the "
+                "model anew by save_relu_pretrained(model, folder)"
+            )
 
 
 def _sort(name: str, path: Path, is_known: bool, names: list[str], left_out: dict[str, str]) -> None:

@@ -9,10 +9,10 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 # a name that ends in, or has as one of its words, what secrets are called: hub_token, --api-key, HF_TOKEN, authToken;
-# not tokenizer_name or chat_tokens
+# not tokenizer_name or chat_tokens; bounded, so that a long text takes no time
 _NAME = (
-    r"(?:[a-z0-9]+[-_.])*[a-z0-9]*(?:token|key|secrets?|passwords?|passwd|passphrase|credentials?)(?:[-_.][a-z0-9]+)*"
-    r"(?![a-z0-9])"
+    r"(?:[a-z0-9]{1,40}[-_.]){0,9}[a-z0-9]{0,40}(?:token|key|api_?keys|secrets?|passwords?|passwd|pwd|passphrase|credentials?|bearer|auth"
+    r"|authorization)(?:[-_.][a-z0-9]{1,40}){0,9}(?![a-z0-9])"
 )
 _WORD = r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^\s'"\\])+"""  # of a shell
 _START = r"(?:(?<=\s)|^)"
@@ -26,10 +26,18 @@ _SECRETS = (
     ),
     re.compile(rf"(?P<quote>\\?['\"]){_NAME}(?P=quote)\s*:\s*(?:{_WORD}?(?=[,}}])|{_WORD}),?[ \t]*", re.IGNORECASE),
 )
+# within a word or a value: of an address, a header, a list of settings
+_REST = r"(?:(?:Bearer|Basic|Token)[ \t]+)?[^\s,;&'\"})\]]+"
+_WITHIN = (
+    re.compile(rf"(?:(?<=[{{'\"])[ \t]*|(?<=[?&,;=:(])){_NAME}(?:=|:[ \t]*){_REST}", re.IGNORECASE),
+    re.compile(rf"{_START}-{{0,2}}{_NAME}:(?=[^\s/]){_REST}", re.IGNORECASE),
+)
 _HUB_TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf_|api_org_)(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[a-z]{20,})")
 _USER_OF_ADDRESS = re.compile(r"(?<=://)[^\s/@'\"]+@")
-# an absolute path begins a word or a value; the // of an address, "a/b" and "1 / 2" are none
-_BEGINS = r"(?:(?<=[\s='\"`(,;\[{@|>])|^|(?<=:)(?!//)|(?<=file://))"
+# an absolute path begins a word or a value, or follows a short option; the // of an address, "a/b" and "1 / 2" are none
+_BEGINS = (
+    r"(?:(?<=[\s='\"`(,;\[{@|>+&!*“‘—])|^|(?<=:)(?!//)|(?<=file://)|(?<=\s-[A-Za-z])|(?<=^-[A-Za-z])|(?<=\s['\"]-[A-Za-z]))"
+)
 _ROOT = r"(?:/+|[A-Za-z]:[\\/]+|\\\\)"
 _PATH = re.compile(
     rf"(?:file://)?{_BEGINS}(?:(?<=')(?P<single>{_ROOT}[^'\n]+)(?=')|(?<=\")(?P<double>{_ROOT}[^\"\n]+)(?=\")"
@@ -65,7 +73,7 @@ def cleaned_command(command: str) -> str:
         >>> cleaned_command("HF_TOKEN=abc python train.py --hub_token abc --file=/data/a.json --seed 0")
         'python train.py --file=a.json --seed 0'
     """
-    for pattern in _SECRETS:
+    for pattern in (*_WITHIN, *_SECRETS):
         command = pattern.sub("", command)
     return cleaned_text(command).strip()
 
@@ -100,8 +108,9 @@ def stated_command(program: str, arguments: Sequence[str], options: Collection[s
 
 
 def cleaned_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments without those that are named like secrets; texts are cleaned, mappings and lists within them too."""
-    return {name: _cleaned(value) for name, value in arguments.items() if not is_secret_name(str(name))}
+    """The arguments without those that are named like secrets; texts are cleaned, names, mappings and lists too."""
+    kept = {name: value for name, value in arguments.items() if not is_secret_name(str(name))}
+    return {_cleaned_value(name) if isinstance(name, str) else name: _cleaned(value) for name, value in kept.items()}
 
 
 def cleaned_record(record: Mapping[str, Any]) -> dict[str, Any]:

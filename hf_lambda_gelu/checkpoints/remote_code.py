@@ -8,16 +8,15 @@ from importlib import resources
 from pathlib import Path
 
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
-from .._compat import auto_mapping
 from ..activation.module import hardness_sites
 from ..structure.config_probe import hard_coded_sites
 from ..structure.modules import has_adapters
+from ..structure.own_code import LAMBDA_CODE, auto_classes
 from ..structure.transaction import transaction
 from .folders import check_new, whole_folder
 
-CODE_NAME = "modeling_lambda_gelu.py"
+CODE_NAME = f"{LAMBDA_CODE}.py"
 
 
 @transaction
@@ -67,16 +66,6 @@ def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str], *, ov
         (temporary / CODE_NAME).write_text(code, encoding="utf-8")
         path = temporary / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["auto_map"] = {auto: f"{CODE_NAME.removesuffix('.py')}.LambdaGELU{name}" for auto in autos}
+        config["auto_map"] = dict.fromkeys(autos, f"{LAMBDA_CODE}.LambdaGELU{name}")
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
-
-
-def auto_classes(name: str) -> list[str]:
-    """The Auto classes of transformers that make a model of the class called `name`."""
-    found = []
-    for auto, cls in vars(modeling_auto).items():
-        values = auto_mapping(cls).values() if auto.startswith("AutoModel") else ()
-        if name in (n for value in values for n in ([value] if isinstance(value, str) else value)):
-            found.append(auto)
-    return found

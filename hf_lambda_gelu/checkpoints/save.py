@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..activation.module import hardness_sites
@@ -22,6 +22,7 @@ from ..structure.smooth_activations import smooth_activations, smooth_modules
 from ..structure.transaction import transaction
 from ..surgery.report import SubstitutionReport
 from .card import PLOT_NAME, CardDetails, card_record, package_versions, render_card, write_record
+from .carried_code import check_code_may_go, loading_lines, settle_code
 from .compression import compression, pruned_maps
 from .folders import check_new, whole_folder
 
@@ -40,6 +41,7 @@ def save_relu_pretrained(
     history: list[dict[str, Any]] | None = None,
     report: SubstitutionReport | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Writes weights (safetensors), a stock config, the processor, a model card and the λ profile; whole or not at all.
 
@@ -52,15 +54,15 @@ def save_relu_pretrained(
         model_name: the name in the card, e.g. the Hub id; by default the folder's.
         learned: λ per site as learned, before the ramp (`trainer.learned_hardness`): plotted and kept in `lambda_gelu.json`.
         history: `trainer.state.log_history`, for the plot of λ over training.
-        report: what `relu_ize` returned for this model; by default what it left on the model itself. Merged adapters make
-            another model, which has none.
+        report: what `relu_ize` returned; by default what it left on the model. Merged adapters make another, without one.
+        trust_remote_code: write also the code of its own that model, tokenizer or processor has; else that is refused.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: smooth gates left in model or config, tensors that are not finite, an existing or unwritable folder,
-            a model that was loaded from compressed weights or is saved with another config. Nothing is written.
+            a model from compressed weights or saved with another config, code that is not trusted. Nothing is written.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -73,6 +75,8 @@ def save_relu_pretrained(
     folder = Path(os.path.abspath(folder))
     check_relu(model)
     _check_not_loaded_compressed(model)
+    processors = processor if isinstance(processor, (list, tuple)) else [processor]
+    check_code_may_go([model, model.config, *processors], trust_remote_code)
     check_new(folder, overwrite)
     report = report or report_left_on(model)
     smooth = smooth_modules(model)
@@ -82,11 +86,16 @@ def save_relu_pretrained(
     with whole_folder(folder, overwrite) as temporary:
         model.save_pretrained(temporary)
         _check_saved_config(model, temporary)
-        for item in processor if isinstance(processor, (list, tuple)) else [processor]:
-            if item is not None:
-                item.save_pretrained(temporary)
+        _save_processors(processors, temporary)
+        settle_code(temporary, trust_remote_code)
         write_card(model, temporary, model_name or folder.name, report, details or CardDetails(), learned, history, pruned)
     return folder
+
+
+def _save_processors(processors: Sequence[Any], folder: Path) -> None:
+    for item in processors:
+        if item is not None:
+            item.save_pretrained(folder)
 
 
 def _check_saved_config(model: PreTrainedModel, folder: Path) -> None:
@@ -145,6 +154,7 @@ def write_card(
         plot,
         compression(folder, pruned),
         runtime_warnings(model),
+        loading_lines(folder, type(model).__name__),
     )
     write_record(folder, record)
     render_card(record).save(folder / "README.md")
@@ -171,22 +181,34 @@ def check_relu(model: PreTrainedModel) -> None:
     keys = [f"config.{path} = {value!r}" for path, value in activation_attributes(model.config) if value in LAMBDA_KEYS]
     if keys:
         raise ValueError(f"{', '.join(keys)}: stock transformers does not know this key. Call relu_ize(model) first")
-    smooth = [f"config.{a.path} = {a.value!r}" for a in governed_modules(model) if a.modules]
+    smooth = [a for a in governed_modules(model) if a.modules]
     if smooth:
-        raise ValueError(f"{', '.join(smooth)}: the model is smooth. Call convert(model), train, and relu_ize(model) first")
+        named = ", ".join(f"config.{a.path} = {a.value!r}" for a in smooth)
+        if report_left_on(model) is None:
+            raise ValueError(f"{named}: the model is smooth. Call convert(model), train, and relu_ize(model) first")
+        raise ValueError(
+            f"{named}: relu_ize has left {sum(len(a.modules) for a in smooth)} smooth activations, {smooth[0].modules[0]} "
+            "the first of them, and its report says why. A model that is ReLU in part is saved by model.save_pretrained"
+        )
     other = other_activations(model)
     if other and not any(isinstance(module, _RELUS) for module in model.modules()):
         raise ValueError(
             f"{', '.join(f'config.{a.path} = {a.value!r}' for a in other)}: no activation of the model is ReLU, so it is no "
             "ReLU network. λ-GELU leads from GELU and SiLU to ReLU alone"
         )
-    broken = [
-        name
-        for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
-    ]
+    broken = [name for name, tensor in model.state_dict().items() if _diverged(model, name, tensor)]
     if broken:
         raise ValueError(f"{len(broken)} tensors hold NaN or infinity, e.g. {broken[0]}: the training diverged; not saved")
+
+
+def _diverged(model: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of the state dict holds NaN, or infinity where no architecture puts it on purpose: as the bound of a
+    clipping or in a mask, which are buffers."""
+    if not tensor.is_floating_point():
+        return False
+    home, _, leaf = name.rpartition(".")
+    bound = leaf in dict(model.get_submodule(home).named_buffers(recurse=False)) and not leaf.startswith("running_")
+    return bool((torch.isnan(tensor) if bound else ~torch.isfinite(tensor)).any())
 
 
 def pipeline_tag(model: PreTrainedModel) -> str | None:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._compat import attention_implementation
+from .._compat import attention_implementations
 from ..structure.scratch import scratch_folder
+from .carried_code import auto_of
 from .redaction import is_secret_name
 
 
@@ -37,18 +39,27 @@ sys.path += [place for place in sys.argv[1].split(os.pathsep) if place and place
 sys.modules["hf_lambda_gelu"] = None  # any import of it fails
 import hashlib, json, random, numpy, torch, transformers
 from safetensors.torch import load_file, save_file
-folder, inputs, outputs, name, attention, threads = sys.argv[2:]
+folder, inputs, outputs, name, wanted, threads, trusted = sys.argv[2:]
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(int(threads))
-extra = {"attn_implementation": attention} if attention else {}
-model, info = getattr(transformers, name).from_pretrained(
-    folder, output_loading_info=True, trust_remote_code=False, **extra
-)
+def load(**extra):
+    trust = trusted == "trusted"
+    return getattr(transformers, name).from_pretrained(folder, output_loading_info=True, trust_remote_code=trust, **extra)
+def attention(model):  # as `attention_implementations` finds it
+    found = {n: getattr(getattr(m, "config", None), "_attn_implementation", None) for n, m in model.named_modules()}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
+model, info = load()
+wanted = json.loads(wanted)
+if attention(model) != wanted:
+    model, info = load(attn_implementation=wanted[""]) if "" in wanted else (model, info)
+    for part, module in model.named_modules():  # parts that have another one than the whole
+        if part in wanted:
+            module.config._attn_implementation = wanted[part]
 wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(map(str, info["mismatched_keys"]))
 if wrong:
     sys.exit("keys that do not fit: " + ", ".join(wrong[:5]))
-for parameter in model.parameters():  # mapped memory is aligned otherwise, which can change the last bit of a product
-    parameter.data = parameter.data.clone()
+for tensor in [*model.parameters(), *model.buffers()]:  # as `_with_memory_of_its_own` does
+    tensor.data = tensor.data.clone()
 torch.manual_seed(0); random.seed(0); numpy.random.seed(0)  # as `same_random_numbers` does
 with torch.no_grad():
     output = model.eval()(**load_file(inputs))
@@ -68,19 +79,29 @@ class Stock(NamedTuple):
     digests: dict[str, str]
 
 
-def reloaded(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor]) -> Stock:
+def reloaded(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor], trust_remote_code: bool = False) -> Stock:
     """Runs the folder's model in another process, as the class and with the attention of `model`, on as many threads.
 
     The process imports nothing from the current folder, the checkpoint's or PYTHONPATH: -I leaves them off the path, and it
-    starts in an empty folder. Its environment holds no secret.
+    starts in an empty folder. Its environment holds no secret. With trust the code that the folder's config names runs: that
+    of the folder, as the process has a cache of modules of its own, which is empty.
     """
+    name = type(model).__name__
+    auto = auto_of(folder, name) if trust_remote_code else None
+    if auto is None and not hasattr(transformers, name):
+        raise VerificationError(
+            f"stock transformers has no class {name!r}, and {str(folder)!r} holds no code that makes it: keep the class in "
+            f"a Python file of its own, call {name}.register_for_auto_class('AutoModel'), and the same without argument of "
+            "its config class, and save the model again with trust_remote_code=True"
+        )
     with scratch_folder() as scratch:
         empty = os.path.join(scratch, "empty")
         os.mkdir(empty)
         source, result = os.path.join(scratch, "inputs.safetensors"), os.path.join(scratch, "outputs.safetensors")
         save_file({k: v.contiguous() for k, v in inputs.items()}, source)
-        attention = attention_implementation(model.config)
-        arguments = [os.path.abspath(folder), source, result, type(model).__name__, attention, str(torch.get_num_threads())]
+        attention, threads = json.dumps(attention_implementations(model)), str(torch.get_num_threads())
+        trusted = "trusted" if trust_remote_code else "not trusted"
+        arguments = [os.path.abspath(folder), source, result, auto or name, attention, threads, trusted]
         process = run_apart(_RELOAD, [_homes_of_packages(folder), *arguments], empty, _isolated_environment(empty))
         if process.returncode:
             lines = process.stderr.strip().splitlines() or ["no message"]
@@ -116,7 +137,7 @@ def _isolated_environment(empty: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         "HF_TOKEN_PATH": os.path.join(empty, "none"),
-        "HF_MODULES_CACHE": os.path.join(empty, "none"),
+        "HF_MODULES_CACHE": os.path.join(empty, "modules"),
         "USE_HUB_KERNELS": "NO",
         "TRANSFORMERS_VERBOSITY": "error",
     }

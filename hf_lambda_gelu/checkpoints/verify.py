@@ -19,17 +19,22 @@ from .._compat import pytree
 from ..measurement.audit.audit import audit
 from ..measurement.examples.choice import example_inputs
 from ..measurement.forward import evaluating, in_own_precision, same_random_numbers
-from ..structure.loading import checkpoint_errors
+from ..structure.loading import check_trusted, checkpoint_errors
 from ..structure.offloading import check_not_offloaded
 from ..structure.smooth_activations import smooth_activations
 from ..structure.transaction import transaction
 from .card import REPORT_NAME, write_record
 from .manifest import Manifest, changed_files, manifest
+from .processors import saved_processor
 from .stock_process import VerificationError, reloaded
 
 
 def verify_relu_pretrained(
-    model: PreTrainedModel, folder: str | os.PathLike[str], inputs: dict[str, Tensor] | None = None
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    inputs: dict[str, Tensor] | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> float:
     """Loads `folder` by stock transformers in a new process that cannot import this package, and compares the outputs.
 
@@ -39,14 +44,17 @@ def verify_relu_pretrained(
     Args:
         model: the model in memory that the folder must reproduce, on the CPU (a copy is made of one that is elsewhere).
         folder: what `save_relu_pretrained` wrote.
-        inputs: a batch for the model's forward; by default a small one made to fit it.
+        inputs: a batch for the model's forward; by default a small one, made by the folder's tokenizer or processor, or else
+            to fit the model's architecture.
+        trust_remote_code: run code of its own that the folder has, in the other process: that of the folder, of which each
+            file is among those of the proof. Without it such a folder is refused.
 
     Returns:
         max |difference| over all floating point tensors of the output: 0.0 on the same machine.
 
     Raises:
         VerificationError: it does not load, keys do not fit, or outputs differ by more than 1e-6 of their scale.
-        CheckpointError: the folder's lambda_gelu.json is damaged.
+        CheckpointError: the folder's lambda_gelu.json is damaged, or it has code that is not trusted.
         ValueError: weights are offloaded, or no batch can be made for such a model: pass inputs.
 
     Examples:
@@ -57,7 +65,7 @@ def verify_relu_pretrained(
         >>> hlg.verify_relu_pretrained(model, hlg.save_relu_pretrained(model, "runs/proven-relu"))
         0.0
     """
-    return prove(model, Path(folder), inputs).difference
+    return prove(model, Path(folder), inputs, trust_remote_code).difference
 
 
 class Proof(NamedTuple):
@@ -69,7 +77,9 @@ class Proof(NamedTuple):
 
 @transaction
 @torch.no_grad()
-def prove(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor] | None = None) -> Proof:
+def prove(
+    model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor] | None = None, trust_remote_code: bool = False
+) -> Proof:
     """As `verify_relu_pretrained`.
 
     Raises:
@@ -78,16 +88,21 @@ def prove(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor] | N
     check_not_offloaded(model)
     if not folder.is_dir():
         raise VerificationError(f"there is no folder {str(folder)!r}: save_relu_pretrained makes one")
-    record, files, state = _record(folder), manifest(folder), _states(folder)
+    check_trusted(folder, trust_remote_code)
+    record, files, state = _record(folder), manifest(folder, trust_remote_code), _states(folder)
     if model.device.type != "cpu":
         model = copy.deepcopy(model).cpu()
-    inputs = {k: v.cpu() for k, v in (inputs or example_inputs(model)).items()}
-    with evaluating(model), in_own_precision(model), same_random_numbers(model):
-        expected = _tensors(model(**inputs))
-    stock = reloaded(model, folder, inputs)
-    difference, scale = _compare(expected, stock.outputs, folder)
+    inputs = inputs or example_inputs(model, saved_processor(folder, trust_remote_code))
+    inputs = {k: v.cpu() for k, v in inputs.items()}
+    expected, stock = _outputs(model, inputs), reloaded(model, folder, inputs, trust_remote_code)
     # what the batch does not reach, such as most rows of an embedding, is compared too
     other = [name for name, tensor in model.state_dict().items() if stock.digests.get(name) != _digest(tensor)]
+    try:
+        difference, scale = _compare(expected, stock.outputs, folder)
+    except VerificationError:
+        if other:
+            raise
+        difference, scale = _compare(_outputs(_with_memory_of_its_own(model), inputs), stock.outputs, folder)
     if other:
         raise VerificationError(
             f"{str(folder)!r} computes something else in stock transformers: {len(other)} tensors differ, e.g. {other[0]}"
@@ -97,6 +112,7 @@ def prove(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor] | N
     if record is not None:
         compared = {"largest_difference_of_outputs": difference, "scale_of_outputs": scale}
         checks = _checks(model, inputs, {**compared, "identical_tensors": len(stock.digests)})
+        checks["code_that_was_trusted"] = [name for name in files if name.endswith(".py")]
         write_record(folder, record | {"checks": {**checks, "files": files}})
     return Proof(difference, files)
 
@@ -113,7 +129,7 @@ def check_as_proven(folder: Path) -> bool:
     proven = checks.get("files") if isinstance(checks, dict) else None
     if not isinstance(proven, dict):
         return False
-    changed = changed_files(proven, manifest(folder))
+    changed = changed_files(proven, manifest(folder, trust_remote_code=True))  # code is only read here
     if changed:
         raise VerificationError(
             f"{str(folder)!r} is not what its {REPORT_NAME} says was proven: {changed[0]}, {len(changed)} such files. "
@@ -124,6 +140,20 @@ def check_as_proven(folder: Path) -> bool:
 
 def _states(folder: Path) -> list[tuple[str, int, int]]:
     return sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file())
+
+
+def _with_memory_of_its_own(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy, of which no tensor lies in a mapped file: where that puts one can change the last bit of a product, of which a
+    deep network, or one that chooses the largest, may make more."""
+    model = copy.deepcopy(model)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def _outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    with evaluating(model), in_own_precision(model), same_random_numbers(model):
+        return _tensors(model(**{name: value.clone() for name, value in inputs.items()}))  # it may write into them
 
 
 def _tensors(output: Mapping[str, Any]) -> list[Tensor]:
@@ -174,6 +204,7 @@ def _checks(model: PreTrainedModel, inputs: dict[str, Tensor], compared: dict[st
     """What was compared, and which activations ran."""
     return {
         "reloaded_by": f"transformers {version('transformers')}, in a process without hf_lambda_gelu",
+        "inputs": {name: list(tensor.shape) for name, tensor in inputs.items()},
         **compared,
         "smooth_activations_left": [item.name for item in smooth_activations(model)],
         "activations_that_ran": audit(model, inputs).counts,

@@ -32,6 +32,7 @@ class Batch:
     details: dict[str, Any]
     tolerance: float
     force: bool
+    trust_remote_code: bool = False
 
     def names(self) -> dict[str, str]:
         """Folder → repository; UsageError if two would be the same."""
@@ -59,7 +60,7 @@ class Batch:
     def as_relu(self, folder: str, scratch: Path, repo_id: str) -> Path:
         """The folder of a ReLU network: `folder`, or one in `scratch` that is made of its λ-GELU."""
         source = resolved(folder)
-        model = loaded(source)
+        model = loaded(source, self.trust_remote_code)
         if not hlg.hardness_sites(model):
             given = [f"--{name.replace('_', '-')}" for name, value in self.details.items() if value is not None]
             if given:
@@ -73,9 +74,10 @@ class Batch:
         return hlg.save_relu_pretrained(
             model,
             scratch / "relu",
-            processor=processors(source),
+            processor=processors(source, self.trust_remote_code),
             details=hlg.CardDetails(**self.details),
             model_name=repo_id,
+            trust_remote_code=self.trust_remote_code,
         )
 
 
@@ -89,7 +91,7 @@ def pushed(batch: Batch, target: dict[str, Any], collection: str | None, dry_run
         UsageError, ValueError: what can be known to fail, before anything is loaded.
         PushError: an upload failed; then the folder that its message names is kept.
     """
-    names, kept = batch.names(), batch.kept()
+    names, kept, trust_remote_code = batch.names(), batch.kept(), batch.trust_remote_code
     api = HfApi()
     if not dry_run:
         for repo_id in names.values():
@@ -103,9 +105,10 @@ def pushed(batch: Batch, target: dict[str, Any], collection: str | None, dry_run
             if not batch.no_processor:
                 check_processor(path)
             if dry_run or kept or len(names) > 1:  # all before the first upload; a single one is proven by the push
-                hlg.verify_relu_pretrained(loaded(path), path)
+                network = loaded(path, trust_remote_code)
+                hlg.verify_relu_pretrained(network, path, trust_remote_code=trust_remote_code)
             saved[repo_id] = path
-        found = {repo_id: published_files(path) for repo_id, path in saved.items()}
+        found = {repo_id: published_files(path, trust_remote_code) for repo_id, path in saved.items()}
         value: dict[str, Any] = {
             "dry_run": dry_run,
             "metrics": metrics(saved),
@@ -120,7 +123,7 @@ def pushed(batch: Batch, target: dict[str, Any], collection: str | None, dry_run
             (batch.save_to / "results.md").write_text(text + "\n", encoding="utf-8")
         if dry_run:
             return value, f"{text}\n{contents(value['files'])}{stays(value['left_out'])}"
-        value["urls"] = urls = upload(saved, api, target)
+        value["urls"] = urls = upload(saved, api, {**target, "trust_remote_code": trust_remote_code})
         text += "".join(f"\n{url}" for url in urls.values()) + stays(value["left_out"])
     if collection:
         value["collection"] = collect(api, collection, list(names.values()), target["private"])

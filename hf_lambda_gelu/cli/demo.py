@@ -58,12 +58,15 @@ def demo(
             folder = tiny(scratch / "tiny") if model is None else resolved(model)
             network = loaded(folder, trust_remote_code)
             fed = batches(found, data, network, folder, trust_remote_code)
-            value = way(network, fed, save_to or scratch / "relu", processors(folder, trust_remote_code))
+            carried = processors(folder, trust_remote_code)
+            value = way(network, fed, save_to or scratch / "relu", carried, trust_remote_code)
         value["folder"] = None if save_to is None else str(save_to)
         result.set(value, shown(value))
 
 
-def way(model: PreTrainedModel, fed: Batches, target: Path, carried: list[Any]) -> dict[str, Any]:
+def way(
+    model: PreTrainedModel, fed: Batches, target: Path, carried: list[Any], trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Take the model to ReLU, step by step; what each step changed."""
     import hf_lambda_gelu as hlg
 
@@ -86,12 +89,12 @@ def way(model: PreTrainedModel, fed: Batches, target: Path, carried: list[Any]) 
         step("ReLU swapped in, unprepared")
     hlg.relu_ize(model, calibration=learned, compensate="least_squares")
     step("ReLU, the maps after it refit")
-    hlg.save_relu_pretrained(model, target, processor=carried)
+    hlg.save_relu_pretrained(model, target, processor=carried, trust_remote_code=trust_remote_code)
     return {
         "model": type(model).__name__,
         "examples": {"refit": len(halves[0].items), "held_out": len(halves[1].items)},
         "steps": steps,
-        "stock_difference": hlg.verify_relu_pretrained(model, target),
+        "stock_difference": hlg.verify_relu_pretrained(model, target, trust_remote_code=trust_remote_code),
     }
 
 

@@ -6,6 +6,7 @@ Imports torch: commands import it when run.
 from __future__ import annotations
 
 from ..checkpoints.card import REPORT_NAME
+from ..checkpoints.carried_code import settle_code
 from ..checkpoints.folders import check_new, whole_folder
 from ..checkpoints.hub import check_processor, check_target
 from ..checkpoints.on_disk_files import Source
@@ -15,7 +16,8 @@ from ..checkpoints.verify import check_as_proven
 from ..downstream.onnx.files import check_new_file
 from ..measurement.batches import model_batches, rows, token_mask
 from ..measurement.forward import call, main_output
-from ..structure.loading import load_saved
+from ..structure.loading import check_trusted, load_saved
+from ..structure.own_code import references
 from ..structure.scratch import scratch_folder
 
 __all__ = [
@@ -28,12 +30,15 @@ __all__ = [
     "check_processor",
     "check_relu",
     "check_target",
+    "check_trusted",
     "load_saved",
     "main_output",
     "model_batches",
     "published_files",
+    "references",
     "rows",
     "scratch_folder",
+    "settle_code",
     "token_mask",
     "whole_folder",
 ]

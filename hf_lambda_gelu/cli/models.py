@@ -95,7 +95,7 @@ def loaded(folder: Path, trust_remote_code: bool = False, device: str = "cpu") -
     from .inner import load_saved
 
     try:
-        model = _own_class(folder) if trust_remote_code else load_saved(folder)
+        model = load_saved(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise WorkFailed(f"no model could be loaded from {str(folder)!r}: {error}") from error
     try:
@@ -104,28 +104,11 @@ def loaded(folder: Path, trust_remote_code: bool = False, device: str = "cpu") -
         raise UsageError(f"the model cannot go to the device {device!r}: {error}") from error
 
 
-def _own_class(folder: Path) -> PreTrainedModel:
-    """By the code beside the weights, if config.json names any."""
-    import transformers
-    from transformers import AutoConfig
-
-    from .inner import load_saved
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    autos = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
-    if not autos:
-        return load_saved(folder)
-    wanted = (config.architectures or [""])[0]
-    auto = next((name for name in autos if config.auto_map[name].rpartition(".")[2] == wanted), autos[0])
-    model: PreTrainedModel = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
-    return model
-
-
-def without_weights(folder: Path, target: Path) -> PreTrainedModel:
+def without_weights(folder: Path, target: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model on the meta device, for those who ask what it takes: `target` is to be made of it."""
     from .inner import Source
 
-    return Source(folder, target).load()
+    return Source(folder, target, trust_remote_code=trust_remote_code).load()
 
 
 def with_hardness(model: PreTrainedModel) -> PreTrainedModel:
@@ -138,9 +121,18 @@ def with_hardness(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def processors(folder: Path, trust_remote_code: bool = False) -> list[Any]:
-    """The tokenizer, image processor and feature extractor that the folder holds."""
-    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+    """The tokenizer, image processor and feature extractor that the folder holds; or the processor that is all of them.
 
+    Raises:
+        CheckpointError: one has code of its own that is not trusted.
+    """
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    from .inner import check_trusted, references
+
+    check_trusted(folder, trust_remote_code)
+    if trust_remote_code and any(reference.auto == "AutoProcessor" for reference in references(folder)):
+        return [AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)]  # of code of its own
     found: list[Any] = []
     if any((folder / name).is_file() for name in _TOKENIZER):
         found.append(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))

@@ -14,6 +14,7 @@ from .work import FAILED, working
 
 def verify(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a ReLU checkpoint, or a Hub name.")],
+    trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -32,25 +33,26 @@ def verify(
         from .inner import scratch_folder
 
         with scratch_folder() as scratch:
-            value, text = _proof(model, scratch)
+            value, text = _proof(model, scratch, trust_remote_code)
         result.set(value, text, 0 if value["holds"] else FAILED)
 
 
-def _proof(model: str, scratch: Path) -> tuple[dict[str, Any], str]:
+def _proof(model: str, scratch: Path, trust_remote_code: bool) -> tuple[dict[str, Any], str]:
     """What `verify` found, and its text."""
     import hf_lambda_gelu as hlg
 
-    from .inner import check_as_proven, check_relu
+    from .inner import check_as_proven, check_relu, check_trusted
 
     source = resolved(model)
     folder = writable(model, source, scratch)
+    check_trusted(folder, trust_remote_code)
     value: dict[str, Any] = {"model": model, "holds": False, "largest_difference": None, "as_proven": None, "reason": None}
     try:
         if folder != source:  # a stranger's, who has proven it and says of what
             value["as_proven"] = check_as_proven(folder)
-        network = loaded(folder)
+        network = loaded(folder, trust_remote_code)
         check_relu(network)
-        difference = hlg.verify_relu_pretrained(network, folder)
+        difference = hlg.verify_relu_pretrained(network, folder, trust_remote_code=trust_remote_code)
     except (ValueError, hlg.VerificationError) as error:
         value["reason"] = " ".join(str(error).split())
         return value, f"{model} is no ReLU checkpoint of stock transformers: {value['reason']}"
@@ -83,6 +85,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
     tag: Annotated[str | None, typer.Option(help="Tag to give the commit, such as v1.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -104,6 +107,6 @@ def push(
         from .batch import Batch, pushed
 
         details = {"base_model": base_model, "dataset": dataset, "license": license}
-        batch = Batch(folders, repo_id, save_to, no_processor, details, tolerance, force)
+        batch = Batch(folders, repo_id, save_to, no_processor, details, tolerance, force, trust_remote_code)
         target = {"private": private, "revision": revision, "tag": tag, "create_pr": create_pr}
         result.set(*pushed(batch, target, collection, dry_run))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def convert(
     target: o.Target,
     init_hardness: o.InitHardness = 1.0,
     copy: o.Copy = False,
+    trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -37,7 +39,9 @@ def convert(
         import hf_lambda_gelu as hlg
 
         check_target_folder(target)
-        result.set(hlg.convert_checkpoint(resolved(source), target, init_hardness, link=not copy))
+        folder = resolved(source)
+        made = hlg.convert_checkpoint(folder, target, init_hardness, link=not copy, trust_remote_code=trust_remote_code)
+        result.set(made)
 
 
 def relu_ize(
@@ -87,19 +91,22 @@ def relu_ize(
             data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
             found, folder = examples(data), resolved(source)
             if stream:
-                fed = batches(found, data, without_weights(folder, target), folder, trust_remote_code)
-                how |= {"calibration": fed, "device": device, "details": details, "link": not copy}
+                there = without_weights(folder, target, trust_remote_code)
+                how |= {"calibration": batches(found, data, there, folder, trust_remote_code), "device": device}
+                how |= {"details": details, "link": not copy, "trust_remote_code": trust_remote_code}
                 return result.set(hlg.relu_ize_checkpoint(folder, target, **how))
             model = with_hardness(loaded(folder, trust_remote_code, device))
             fed = batches(found, data, model, folder, trust_remote_code)
             report = hlg.relu_ize(model, calibration=fed, **how)
-            saved = hlg.save_relu_pretrained(model, target, processor=processors(folder, trust_remote_code), details=details)
+            carried = processors(folder, trust_remote_code)
+            code = trust_remote_code
+            saved = hlg.save_relu_pretrained(model, target, processor=carried, details=details, trust_remote_code=code)
             result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
         elif compensate is not None or stream:
             raise UsageError(_NO_DATA.format("--stream" if compensate is None else f"--compensate {compensate}"))
         else:
-            folder = resolved(source)
-            result.set(hlg.relu_ize_checkpoint(folder, target, force, tolerance=tolerance, details=details, link=not copy))
+            make = partial(hlg.relu_ize_checkpoint, tolerance=tolerance, details=details, link=not copy)
+            result.set(make(resolved(source), target, force, trust_remote_code=trust_remote_code))
 
 
 def fold(
@@ -120,7 +127,7 @@ def fold(
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
 
-        from .inner import whole_folder
+        from .inner import settle_code, whole_folder
 
         check_target_folder(target)
         folder = resolved(source)
@@ -131,6 +138,7 @@ def fold(
             model.save_pretrained(temporary)
             for processor in processors(folder, trust_remote_code):
                 processor.save_pretrained(temporary)
+            settle_code(temporary, trust_remote_code)
         result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
 
 

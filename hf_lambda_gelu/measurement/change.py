@@ -24,6 +24,9 @@ from .site_rows import SiteRows
 if TYPE_CHECKING:
     from transformers import EvalPrediction
 
+# elements of the outputs that are compared at a time
+_PIECE = 2**20
+
 State = Callable[[], AbstractContextManager[None]]  # within the block, the model is in that state
 
 
@@ -66,6 +69,7 @@ def measure_change(
             hard = run_batch(model, batch, index)
         first = first or (batch, first_example(hard))
         comparison.add(index, batch, smooth, hard)
+        del smooth, hard  # before there are the next ones
     unreached: list[str] = []
     if first is not None:
         with before():
@@ -99,7 +103,8 @@ class _Comparison:
                 f"{tuple(before.shape)}: "
                 "the change cannot be measured. Substitute without calibration, or pass inputs that fix the length"
             )
-        for first, second in zip(before, after, strict=True):  # one by one: a language model's logits are large
+        flat = before.reshape(-1), after.reshape(-1)
+        for first, second in zip(*(side.split(_PIECE) for side in flat), strict=True):  # a language model's logits are large
             self.change += float((second.float() - first.float()).square().sum(dtype=torch.float64))
             self.norm += float(first.float().square().sum(dtype=torch.float64))
         if batch.get("labels") is None:

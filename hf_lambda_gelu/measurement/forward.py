@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -96,13 +97,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     What torch.compile made of it is not run within the block, but what it was made from: compiled code does not know hooks.
     """
     modes = {module: module.training for module in model.modules()}
+    _forget_texts(model)
     model.eval()
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
+        _forget_texts(model)
         for module, training in modes.items():
             module.training = training
+
+
+def _forget_texts(model: nn.Module) -> None:
+    """Empties what OmDet-Turbo keeps of the texts that it has read, whatever becomes of its weights and activations."""
+    for module in model.modules():
+        for kept in vars(module).values():
+            if isinstance(getattr(kept, "cache", None), OrderedDict):
+                kept.cache.clear()
 
 
 @contextlib.contextmanager

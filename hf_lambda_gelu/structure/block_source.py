@@ -62,6 +62,7 @@ class BlockSource:
     blocks: dict[nn.Module, list[nn.Parameter]] = field(default_factory=dict)
     _streamed: set[nn.Parameter] = field(default_factory=set)
     _entered: dict[nn.Module, list[list[tuple[nn.Parameter, Tensor]]]] = field(default_factory=dict)
+    _skipped: frozenset[nn.Module] = frozenset()
 
     # ------------------------------------------------------------------------------------------------- what rests
 
@@ -154,7 +155,8 @@ class BlockSource:
 
     def _enter(self, block: nn.Module, *given: Any) -> None:
         with torch.no_grad(), without_torch_function():
-            brought = [(p, p.data) for p in self.blocks[block] if self.rests(p.data)]
+            wanted = () if block in self._skipped else self.blocks[block]
+            brought = [(p, p.data) for p in wanted if self.rests(p.data)]
             for (parameter, _), data in zip(brought, self.load_all([rest for _, rest in brought]), strict=True):
                 parameter.data = data
             self._entered.setdefault(block, []).append(brought)
@@ -188,6 +190,21 @@ def source_of(model: nn.Module) -> BlockSource | None:
     """What brings the weights of this model's blocks; None if all of them are in memory."""
     found: BlockSource | None = vars(model).get(_SOURCE)
     return found
+
+
+@contextmanager
+def skipping(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, these blocks are called and do not run: nobody reads their weights."""
+    source = source_of(model)
+    if source is None:
+        yield
+        return
+    before = source._skipped
+    try:
+        source._skipped = before | frozenset(blocks)
+        yield
+    finally:
+        source._skipped = before
 
 
 def device_of(model: nn.Module) -> torch.device:

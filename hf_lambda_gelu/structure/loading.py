@@ -18,8 +18,9 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from .._compat import generation_config_in_config
 from ..activation.module import hardness_sites
 from ..activation.older_checkpoints import NAME
+from .own_code import own_model_class, refusal
 
-_COUNTED = re.compile("layer|block|depth|expert")
+_COUNTED = re.compile("^(?!.*theta).*(layer|block|depth|expert)")  # not layer_rope_theta, which is a wavelength
 _MOST = 10_000  # of layers, or of experts in one: no network has as many
 
 
@@ -36,13 +37,25 @@ class CheckpointError(ValueError):
     """
 
 
+def check_trusted(folder: Path, trust_remote_code: bool) -> None:
+    """CheckpointError where loading the folder would run code of its own and the caller has not said that it may, or where
+    that code lies elsewhere. Stands before whatever reads the folder by transformers; nothing is imported, nobody asked."""
+    reason = refusal(folder, trust_remote_code)
+    if reason is not None:
+        raise CheckpointError(reason)
+
+
 def saved_class(
-    folder: Path, otherwise: type[PreTrainedModel] | None = None
+    folder: Path, otherwise: type[PreTrainedModel] | None = None, *, trust_remote_code: bool = False
 ) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """The config of a checkpoint folder, and the class that it names; `otherwise` where transformers has no such class.
 
+    Args:
+        trust_remote_code: code that lies in the folder may run; it makes config and class, then, where the folder says so.
+
     Raises:
-        CheckpointError: not a checkpoint folder, or of a class that the installed transformers lacks.
+        CheckpointError: not a checkpoint folder, or of a class that the installed transformers lacks; code of its own that
+            is not trusted.
     """
     if not folder.exists():
         raise CheckpointError(
@@ -52,11 +65,13 @@ def saved_class(
         raise CheckpointError(f"{str(folder)!r} is a file: pass the folder that it lies in")
     if not (folder / CONFIG_NAME).is_file():
         raise CheckpointError(f"{str(folder)!r} holds no config.json: expected the folder of a saved checkpoint")
+    check_trusted(folder, trust_remote_code)
     with checkpoint_errors(f"{str(folder / CONFIG_NAME)!r} makes no config"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         _check_counts(config)
         name = (config.architectures or ["none"])[0]
-        cls = getattr(transformers, name, otherwise)
+        own = own_model_class(folder, config) if trust_remote_code else None
+        cls = own[1] if own else getattr(transformers, name, otherwise)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)) and cls is not otherwise:
         cls = None
     if cls is None:
@@ -85,24 +100,31 @@ def _check_counts(config: PreTrainedConfig) -> None:
                 raise CheckpointError(f"{CONFIG_NAME} has {key} = {value!r}: expected at most {_MOST:,}")
 
 
-def load_saved(folder: str | os.PathLike[str], *, otherwise: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+def load_saved(
+    folder: str | os.PathLike[str],
+    *,
+    otherwise: type[PreTrainedModel] | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """Loads the model of a checkpoint folder, in eval mode, by the class that its config names.
 
-    The one way in which the package loads a folder: nothing comes from a network, and no code of the folder runs.
+    The one way in which the package loads a folder: nothing comes from a network, and no code of the folder runs unless it
+    is trusted.
 
     Args:
         folder: what `save_pretrained` wrote.
         otherwise: the class to load (`AutoModel`) where the config names none, or one that the installed transformers lacks.
+        trust_remote_code: run code that lies in the folder, where its files name it.
 
     Raises:
-        CheckpointError: not a checkpoint folder, of a class that the installed transformers lacks, or with weights that
-            are missing or do not fit.
+        CheckpointError: not a checkpoint folder, of a class that the installed transformers lacks, with weights that are
+            missing or do not fit, or with code of its own that is not trusted.
     """
-    config, cls = saved_class(Path(folder), otherwise)
+    config, cls = saved_class(Path(folder), otherwise, trust_remote_code=trust_remote_code)
     expected = "expected a folder with config.json and weights, as save_pretrained writes it"
     with checkpoint_errors(f"{cls.__name__} does not load {str(folder)!r}, {expected}"):
         loaded: Any = cls.from_pretrained(
-            folder, config=config, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            folder, config=config, local_files_only=True, trust_remote_code=trust_remote_code, output_loading_info=True
         )
         model: PreTrainedModel = loaded[0]
     if cls is not otherwise:  # a part of a network lacks what is not its own

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from .computed_weights import why_no_parameter
 from .hooks import Hooks
 from .linear_calls import Key, LinearCall
 from .linear_maps import LinearMap, Parameters, all_experts, watch_linears
-from .unread_maps import Origins, Uses, differentiable, origins
+from .unread_maps import Uses, differentiable, origins
 
 
 @dataclass
@@ -120,74 +120,71 @@ class _Seen:
 
 def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Parameters, forward: Callable[[], Any]) -> _Seen:
     """What one forward pass shows."""
-    source = source_of(model)
-    leaves, uses, seen = _Leaves(), Uses(parameters.names, source), _Seen()
+    leaves: dict[int, str | None] = {}  # id of a leaf → the site that put it out, None for a linear map
+    kept: list[Tensor] = []
+    uses, seen = Uses(parameters.names, source_of(model)), _Seen()
+
+    def leaf(output: Tensor, site: str | None) -> Tensor | None:
+        if not output.is_floating_point():
+            return None
+        made = torch.empty(0, requires_grad=True)
+        kept.append(made)
+        leaves[id(made)] = site
+        made_by: Tensor = _MadeBy.apply(made, output.detach())  # type: ignore[no-untyped-call]
+        return made_by
 
     def on_site(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         seen.reached.setdefault(sites[module], {})
         seen.leading[sites[module]] = with_more(seen.leading.get(sites[module]), output.shape[:-1])
-        return leaves.cut(output, {sites[module]})
+        return leaf(output, sites[module])
 
-    def sources(tensor: Tensor) -> Origins:
-        found = origins(tensor, leaves.sites, parameters.names.keys())
+    def sources(tensor: Tensor) -> set[str]:
+        found = origins(tensor, leaves, parameters.names.keys())
         seen.unread.update(found.unread)
-        return found
+        return found.sites
 
     def on_linear(call: LinearCall) -> Tensor | None:
         place = parameters.place(call)
         seen.ways.setdefault(place, set()).add(call.lies_transposed)
-        for site in sources(call.input).sites:
+        for site in sources(call.input):
             seen.reached[site][place] = _Taken(parameters.find(call), call.obstacle)
-        return leaves.cut(call.output, ())
-
-    def on_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """What enters a block is cut off too, so that the memory of the blocks before it is free."""
-
-        def cut(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.grad_fn is None:
-                return value
-            found = sources(value)
-            made = None if found.constant else leaves.cut(value, found.sites)
-            return value if made is None else made
-
-        return pytree.tree_map(cut, args), pytree.tree_map(cut, kwargs)
+        return leaf(call.output, None)
 
     with Hooks() as hooks:
         for site in sites:
             hooks.after(site, on_site)
-        for block in () if source is None else source.blocks:
-            hooks.before(block, on_block)
-        with torch.enable_grad(), differentiable(model), watch_linears(on_linear, uses):
+        with torch.enable_grad(), differentiable(model), watch_linears(on_linear, uses), _graph_alone():
             output = forward()
     for tensor in pytree.tree_leaves(dict(output) if isinstance(output, dict) else output):
         if isinstance(tensor, Tensor):
             sources(tensor)
     for name, tensors in uses.detached:
-        seen.unread.update({site: name for tensor in tensors for site in sources(tensor).sites})
+        seen.unread.update({site: name for tensor in tensors for site in sources(tensor)})
     seen.elsewhere = {p: f"{sorted(names)[0]} uses it too" for p, names in uses.operations.items()}
     return seen
 
 
-class _Leaves:
-    """Tensors that are cut off from what made them.
+class _MadeBy(torch.autograd.Function):
+    """Lets a tensor have come from a leaf, without a copy; the model may change it in place, which a leaf does not allow."""
 
-    Attributes:
-        sites: id of a leaf that is still there → the sites whose output is in it.
-    """
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, tensor: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
 
-    def __init__(self) -> None:
-        self.sites: dict[int, frozenset[str]] = {}
-        self._watched: list[weakref.ref[Tensor]] = []
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("a graph that was made to be followed has no backward pass")
 
-    def cut(self, output: Tensor, sites: Iterable[str]) -> Tensor | None:
-        """The tensor without what made it; None for one that has no gradients."""
-        if not output.is_floating_point():
-            return None
-        made = output.detach().requires_grad_()
-        key = id(made)  # another object may get it when this one is gone, and not before
-        self.sites[key] = frozenset(sites)
-        self._watched.append(weakref.ref(made, lambda _: self.sites.pop(key, None)))
-        return made.clone()  # the model may change it in place, which a leaf does not allow
+
+def _graph_alone() -> AbstractContextManager[None]:
+    """Within the block, autograd's graph keeps none of the numbers that a backward pass would need."""
+
+    def forget(tensor: Any) -> Any:
+        return None
+
+    hooks: AbstractContextManager[None] = torch.autograd.graph.saved_tensors_hooks(forget, forget)
+    return hooks
 
 
 def ancestors(start: Any) -> Iterator[Any]:

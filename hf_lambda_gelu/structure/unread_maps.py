@@ -44,8 +44,8 @@ class Origins:
     matrix: bool = False
 
 
-def origins(tensor: Tensor, leaves: Mapping[int, Collection[str]], parameters: Collection[nn.Parameter]) -> Origins:
-    """Follow the graph back from `tensor` to the leaves: {id of a leaf: the sites whose output is in it}."""
+def origins(tensor: Tensor, leaves: Mapping[int, str | None], parameters: Collection[nn.Parameter]) -> Origins:
+    """Follow the graph back from `tensor` to the leaves: {id of a leaf: the site that put it out, None for a linear map}."""
     if tensor.grad_fn is None:
         return Origins()
     known: dict[Any, Origins] = {}
@@ -68,9 +68,10 @@ def origins(tensor: Tensor, leaves: Mapping[int, Collection[str]], parameters: C
     return known[tensor.grad_fn]
 
 
-def _of_leaf(variable: Tensor, leaves: Mapping[int, Collection[str]], parameters: Collection[nn.Parameter]) -> Origins:
+def _of_leaf(variable: Tensor, leaves: Mapping[int, str | None], parameters: Collection[nn.Parameter]) -> Origins:
     if id(variable) in leaves:
-        return Origins(set(leaves[id(variable)]))
+        site = leaves[id(variable)]
+        return Origins(set() if site is None else {site})
     constant = isinstance(variable, nn.Parameter) and variable in parameters
     return Origins(constant=constant, matrix=constant and variable.dim() > 1)
 

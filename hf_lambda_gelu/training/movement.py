@@ -35,6 +35,8 @@ class Movement:
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, *_: object) -> None:
         """To be called by the optimizer after its step, while gradients are there and before λ is clipped."""
+        if not self._calls:
+            return
         self._steps += 1
         rates = {parameter: group.get("lr", 0.0) for group in optimizer.param_groups for parameter in group["params"]}
         for parameter, before in self._before.items():

@@ -8,7 +8,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from .._compat import finish_current_push
@@ -17,6 +17,7 @@ from ..checkpoints.card import CardDetails
 from ..checkpoints.hub import push_relu_to_hub
 from ..surgery.report import SubstitutionReport
 from ..surgery.substitution import relu_ize
+from .proof_inputs import own_examples
 
 if TYPE_CHECKING:
     from .trainer import LambdaGELUTrainer
@@ -34,6 +35,8 @@ def push_relu(
     token: str | None,
     revision: str | None,
     private: bool | None,
+    inputs: dict[str, Tensor] | None,
+    trust_remote_code: bool = False,
 ) -> CommitInfo | None:
     """`push_trained` by the first process, to the trainer's repository, after what is still being pushed."""
     args = trainer.args
@@ -45,7 +48,16 @@ def push_relu(
     finish_current_push(trainer)
     private = bool(private if private is not None else args.hub_private_repo)
     revision = revision or args.hub_revision
-    return push_trained(trainer, commit_message, details, private=private, revision=revision, token=token)
+    return push_trained(
+        trainer,
+        commit_message,
+        details,
+        private=private,
+        revision=revision,
+        token=token,
+        inputs=inputs,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def push_trained(
@@ -57,13 +69,16 @@ def push_trained(
     private: bool = False,
     revision: str | None = None,
     token: str | None = None,
+    inputs: dict[str, Tensor] | None = None,
+    trust_remote_code: bool = False,
 ) -> CommitInfo:
     """Publishes what a trainer has made as a ReLU network; the trainer's own model stays as it is.
 
     Args:
         details: what the card shall say; training arguments and the last evaluation are added where it says nothing.
         report: of a model that is ReLU already, what `relu_ize` returned; by default what it left on the model.
-        private, revision, token: as for `push_relu_to_hub`.
+        private, revision, token, trust_remote_code: as for `push_relu_to_hub`.
+        inputs: a batch for the proof; by default a few of the trainer's own examples, see `own_examples`.
 
     Raises:
         SoftGateError: gates are too soft for their targets: training has not finished, or brought back an early checkpoint.
@@ -92,6 +107,8 @@ def push_trained(
         revision=revision,
         commit_message=commit_message,
         token=token,
+        inputs=inputs or own_examples(trainer, model),
+        trust_remote_code=trust_remote_code,
     )
 
 

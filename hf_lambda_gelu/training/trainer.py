@@ -236,6 +236,8 @@ class LambdaGELUTrainer(Trainer):
         *,
         relu: bool = True,
         details: CardDetails | None = None,
+        inputs: dict[str, torch.Tensor] | None = None,
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Publishes the model as the ReLU network that it has become; `relu=False` publishes it with its λ, as Trainer does.
@@ -247,6 +249,10 @@ class LambdaGELUTrainer(Trainer):
             blocking: only without `relu`, which always waits.
             details: what the card of the ReLU network shall say; training arguments are added, and the last evaluation
                 where it has no results.
+            inputs: a batch of what the model's forward takes, for the proof; by default a few examples of the evaluation
+                set, or of the training set, by the trainer's collator and `calibration_inputs`; where forward does not take
+                these, as for `verify_relu_pretrained`.
+            trust_remote_code: of a model with code of its own, run that code to prove the ReLU network, and upload it.
             kwargs: without `relu`, as for `Trainer.push_to_hub`.
 
         Raises:
@@ -258,7 +264,16 @@ class LambdaGELUTrainer(Trainer):
             return super().push_to_hub(commit_message, blocking, token, revision, private, tags=tags, **kwargs)
         if kwargs:
             raise TypeError(f"{', '.join(kwargs)}: the card of a ReLU network takes details=CardDetails(…)")
-        return push_relu(self, commit_message, details or CardDetails(), token=token, revision=revision, private=private)
+        return push_relu(
+            self,
+            commit_message,
+            details or CardDetails(),
+            token=token,
+            revision=revision,
+            private=private,
+            inputs=inputs,
+            trust_remote_code=trust_remote_code,
+        )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         check_finite(self.model, self.state, self.args, self._hardening.losses, weights=True)

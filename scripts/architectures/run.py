@@ -298,13 +298,13 @@ def _text(value: Any) -> str:
     return f"{value:.1e}" if isinstance(value, float) else " ".join(str(value).split())[:600]
 
 
-def append(results: Path, row: dict[str, str]) -> None:
+def append(results: Path, row: dict[str, str], fields: list[str] = FIELDS) -> None:
     """Add a row; one of the same model and class is replaced."""
     rows = [r for r in read(results) if (r["model_type"], r["auto"]) != (row["model_type"], row["auto"])] + [row]
     results.parent.mkdir(parents=True, exist_ok=True)
     partial = results.with_suffix(".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda r: (r["auto"] != "AutoModel", r["model_type"], r["auto"])))
     partial.replace(results)

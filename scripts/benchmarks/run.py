@@ -34,6 +34,7 @@ SECTIONS: dict[str, Callable[[str], Iterator[Result]]] = {
 @dataclass
 class Options:
     only: list[str] = field(default_factory=lambda: [*SECTIONS, "conversion"], metadata={"help": "activation, compile …"})
+    devices: list[str] = field(default_factory=lambda: ["cpu", "cuda"], metadata={"help": "of those that are there"})
     threads: int = field(default=2, metadata={"help": "of the CPU"})
     results: Path = Path(__file__).parent / "results"
     plots: Path = Path("runs")
@@ -46,7 +47,7 @@ def main() -> None:
         raise SystemExit(f"unknown section {', '.join(sorted(unknown))}: expected {', '.join(SECTIONS)} or conversion")
     torch.set_num_threads(options.threads)
     hlg.set_kernels("fused")  # a benchmark of the fallback would be a surprise
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+    for device in (d for d in options.devices if d == "cpu" or torch.cuda.is_available()):
         found: list[Result] = []
         for name in options.only:
             if name in SECTIONS:

@@ -179,7 +179,7 @@ def quantised_folder(folder: Path, **config: Any) -> Path:
 def test_push_wants_a_card_that_says_so(card: str, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that was compressed without this package, with the card of the network before it, or with none."""
     monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
-    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.load_saved", lambda _: relu_model("bert-classifier"))
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.load_saved", lambda *_, **__: relu_model("bert-classifier"))
     folder = quantised_folder(tmp_path / "model", quant_method="compressed-tensors")
     readme = folder / "README.md"
     if card == "none":

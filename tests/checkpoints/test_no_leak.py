@@ -31,6 +31,12 @@ COMMANDS = {
     "hydra": f"python train.py +logger.api_key={SECRET} --seed 4",
     "mapping": f'python train.py --logger \'{{"api_key": "{SECRET}", "name": "x"}}\' --seed 4',
     "address": f"python train.py --data https://me:{SECRET}@example.org/d --seed 4",
+    "query": f"python train.py --data 'https://example.org/x?a=1&access_token={SECRET}&b=2' --seed 4",
+    "header": f"python train.py --header='Authorization: Bearer {SECRET}' --seed 4",
+    "other header": f"python train.py -H 'X-Api-Key: {SECRET}' --seed 4",
+    "within": f"python train.py --set=api_key={SECRET} --opts a=1,token={SECRET};auth={SECRET} --seed 4",
+    "colons": f"python train.py --api-key:{SECRET} --kwargs api_key:{SECRET} --kw '{{ api_key: {SECRET} }}' --seed 4",
+    "other names": f"python train.py --auth {SECRET} --pwd {SECRET} --bearer={SECRET} --api_keys {SECRET} --seed 4",
     "by its form": f"python train.py --note {HUB_TOKEN} --seed 4",
 }
 PATHS = {
@@ -41,6 +47,7 @@ PATHS = {
     "list": "python train.py --files=/srv/private/a.json,/srv/private/rows.json",
     "address": "python train.py --train_file file:///srv/private/rows.json",
     "drive": r"python train.py --train_file D:\srv\private\rows.json",
+    "short option": "python train.py --seed 0 -f/srv/private/rows.json '-g/srv/private/my rows.json'",
     "share": r"python train.py --train_file \\srv\private\rows.json",
 }
 
@@ -90,6 +97,7 @@ def test_card_and_record(tmp_path: Path) -> None:
             "hub_token": SECRET,
             "logger": {"apikey": SECRET, "folder": Path("/srv/private/runs one")},
             "files": ["/srv/private/rows.json"],
+            "/srv/private/by name": {f"it's {HUB_TOKEN}": 1},
             "said": f"--hub_token {SECRET}",
             "learning_rate": np.float32(0.5),
             "steps": torch.tensor(7),
@@ -107,6 +115,7 @@ def test_card_and_record(tmp_path: Path) -> None:
     assert record["arguments"] == {
         "logger": {"folder": "runs one"},
         "files": ["rows.json"],
+        "by name": {"it's hf_…": 1},
         "said": "",
         "learning_rate": 0.5,
         "steps": 7,

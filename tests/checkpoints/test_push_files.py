@@ -59,7 +59,7 @@ def add(folder: Path, name: str) -> None:
 def proven(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison in another process, which takes seconds and is not what these tests are about, is left out."""
     monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
-    monkeypatch.setattr(hlg, "verify_relu_pretrained", lambda *_: 0.0)
+    monkeypatch.setattr(hlg, "verify_relu_pretrained", lambda *_, **__: 0.0)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_bytes_that_were_not_proven(hub: HubServer, tmp_path: Path, monkeypatch:
     folder, api = saved(tmp_path / "relu"), HfApi(endpoint=hub.url, token=TOKEN)
     before = (folder / name).read_bytes() if (folder / name).exists() else None
 
-    def prove(model: PreTrainedModel, place: Path, inputs: object = None) -> Proof:
+    def prove(model: PreTrainedModel, place: Path, inputs: object = None, trust: bool = False) -> Proof:
         proof = not_proven(model, place)
         with (place / name).open("ab") as file:
             file.write(b" ")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from support import tiny
 from support.models import relu_model
@@ -180,3 +181,17 @@ def test_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ValueError, match="here' exists and is the current folder: give the name of a folder to make"):
         hlg.save_relu_pretrained(relu_model(), ".")
     assert tree(tmp_path) == {"here": ""}
+
+
+def test_infinity_as_a_bound(tmp_path: Path) -> None:
+    """Buffers may hold it, as the bounds of Gemma 4's clipping do; running statistics, weights and NaN may not."""
+    model = relu_model("bert-classifier")
+    model.classifier.register_buffer("bound", torch.tensor([-torch.inf, torch.inf]))
+    hlg.save_relu_pretrained(model, tmp_path / "saved")
+    model.classifier.register_buffer("running_mean", torch.tensor(torch.inf))
+    with pytest.raises(ValueError, match=r"1 tensors hold NaN or infinity, e\.g\. classifier\.running_mean"):
+        hlg.save_relu_pretrained(model, tmp_path / "other")
+    del model.classifier.running_mean
+    model.classifier.bound[0] = torch.nan
+    with pytest.raises(ValueError, match=r"e\.g\. classifier\.bound"):
+        hlg.save_relu_pretrained(model, tmp_path / "other")

@@ -159,3 +159,26 @@ def test_verify_keeps_modes(
     with pytest.raises(error, match=message):
         hlg.verify_relu_pretrained(model, tmp_path / "here", {"input_ids": torch.full((1, 4), ids)})
     assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_attention_of_each_part_and_inputs_that_forward_writes_into(tmp_path: Path) -> None:
+    """The stock process computes attention as each part of the model does, and is given the inputs as they were."""
+    model = relu_model("clip")
+    model.config.text_config._attn_implementation = "eager"
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    folder = hlg.save_relu_pretrained(model, tmp_path / "clip")
+    assert hlg.verify_relu_pretrained(model, folder) == 0.0
+    record = json.loads((folder / "lambda_gelu.json").read_text())
+    assert record["checks"]["inputs"].keys() >= {"input_ids", "pixel_values"}
+    model = relu_model("bert-classifier")
+    folder, forward = hlg.save_relu_pretrained(model, tmp_path / "bert"), model.forward
+
+    def writing(input_ids: Tensor) -> Any:
+        output = forward(input_ids)
+        input_ids.zero_()
+        return output
+
+    model.forward = writing  # type: ignore[method-assign]
+    ids = torch.arange(5, 13)[None]
+    assert hlg.verify_relu_pretrained(model, folder, {"input_ids": ids}) == 0.0
+    assert torch.equal(ids, torch.arange(5, 13)[None])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.cli import HubServer, answer, bert, invoke, texts
+from support.publishing import hub_with_a_cache
 
 import hf_lambda_gelu as hlg
 
@@ -18,16 +19,7 @@ import hf_lambda_gelu as hlg
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """A Hub from which the commands of this process download into a cache of their own."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    with HubServer() as server:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-        monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", server.url, raising=False)
-        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield server
+    yield from hub_with_a_cache(monkeypatch, tmp_path / "cache")
 
 
 def published(hub: HubServer, folder: Path, name: str, **more: bytes) -> None:

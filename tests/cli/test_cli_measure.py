@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.cli import answer, bert, checkpoint, files, invoke, sentences, texts, tiny
+from support.own_code import trap, write_own
 from transformers import BertTokenizer
 
 import hf_lambda_gelu as hlg
@@ -75,18 +76,24 @@ def test_no_data(tmp_path: Path, command: str) -> None:
 
 def test_own_code_runs_only_when_trusted(tmp_path: Path) -> None:
     """A checkpoint with code of its own: without --trust-remote-code the file is never run."""
+    src, witness = write_own(tmp_path / "src"), tmp_path / "ran"
+    trap(src, witness, "modeling_own.py")
+    error = invoke("audit", src, code=1).stderr
+    assert "has code of its own" in error
+    assert not witness.exists()
+    assert answer("audit", src, "--trust-remote-code")["counts"] == {"gelu": 3}
+    assert witness.exists()
+
+
+def test_the_code_of_this_package_is_not_needed(tmp_path: Path) -> None:
+    """What save_with_code puts beside a model is not run here, whatever stands in it: the package has the activation."""
     model = tiny.build("bert-classifier")
     hlg.convert(model, 2.0)
     hlg.save_with_code(model, tmp_path / "src")
-    (code,) = (tmp_path / "src").glob("*.py")
-    witness = tmp_path / "ran"
-    code.write_text(
-        f"open({str(witness)!r}, 'w').close()\n" + code.read_text().replace("from __future__ import annotations", "")
-    )
-    assert answer("audit", tmp_path / "src")["counts"]["lambda_gelu"] == 2
-    assert not witness.exists()
-    assert answer("audit", tmp_path / "src", "--trust-remote-code")["counts"]
-    assert witness.exists()
+    trap(tmp_path / "src", tmp_path / "ran", "modeling_lambda_gelu.py")
+    for trust in ((), ("--trust-remote-code",)):
+        assert answer("audit", tmp_path / "src", *trust)["counts"]["lambda_gelu"] == 2
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_class_that_transformers_lacks(tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ def test_verify_that_stock_transformers_contradicts(tmp_path: Path, monkeypatch:
 
     load = publish.loaded
 
-    def edited(path: Path) -> object:
-        model = load(path)
+    def edited(path: Path, trust_remote_code: bool) -> object:
+        model = load(path, trust_remote_code)
         model.classifier.bias.data += 1.0
         return model
 
@@ -102,7 +102,7 @@ def test_several_as_a_collection(hub: HubServer, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     dry = invoke(*line, "--dry-run", "--save-to", tmp_path / "kept").stdout
     assert not hub.requests
-    monkeypatch.setattr(hlg, "verify_relu_pretrained", lambda *_: 0.0)  # slow, and proven by the dry run
+    monkeypatch.setattr(hlg, "verify_relu_pretrained", lambda *_, **__: 0.0)  # slow, and proven by the dry run
     monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
     first = answer(*line)
     expected = ["| tester/bert-seed0 | 0.8100 |", "| tester/bert-seed1 | 0.8300 |"]

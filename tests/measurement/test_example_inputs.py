@@ -15,6 +15,7 @@ from transformers import (
     ASTConfig,
     ASTForAudioClassification,
     BertConfig,
+    BertTokenizer,
     CanineConfig,
     CanineForSequenceClassification,
     PreTrainedModel,
@@ -27,6 +28,7 @@ from transformers import (
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
+    ViTImageProcessor,
 )
 
 import hf_lambda_gelu as hlg
@@ -134,6 +136,33 @@ def test_plain_architectures_keep_their_batches() -> None:
     batch = example_inputs(tiny.build("t5"))
     assert torch.equal(batch["input_ids"], drawn(2, 8, high=99))
     assert batch["decoder_input_ids"].shape == (2, 4)
+
+
+class Odd:
+    """A processor that does not bear being called."""
+
+    def __call__(self, *_: object, **__: object) -> object:
+        raise OSError("a library is missing")
+
+
+def test_inputs_of_a_processor() -> None:
+    """What the model's own tokenizer and image processor make; where forward does not take it, as without."""
+    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "small", "one"])}
+    tokenizer = BertTokenizer(vocab=words)
+    model = tiny.build("bert")
+    batch, plain = example_inputs(model, tokenizer), example_inputs(model)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert batch["input_ids"][0, :4].tolist() == [2, 5, 6, 1]  # "A small example"
+    assert not batch["attention_mask"].all()  # padding, which the plain ones lack
+    assert torch.equal(example_inputs(model, Odd())["input_ids"], plain["input_ids"])
+    model = tiny.build("t5")
+    assert example_inputs(model, tokenizer)["decoder_input_ids"].shape == (2, 4)
+    pair = [tokenizer, ViTImageProcessor(size={"height": 32, "width": 32})]
+    shapes = {name: tuple(value.shape) for name, value in example_inputs(tiny.build("clip"), pair).items()}
+    assert shapes.items() >= {("pixel_values", (2, 3, 32, 32))}
+    assert shapes["input_ids"] == shapes["attention_mask"]
+    small = BertTokenizer(vocab={**words, **{f"w{i}": i for i in range(8, 200)}, "example": 200})
+    assert example_inputs(tiny.build("bert"), small)["input_ids"].max() < 99  # its 200 is beyond the embedding
 
 
 def test_half_precision() -> None:

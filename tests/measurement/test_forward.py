@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from transformers import (
 from transformers.utils.generic import can_return_tuple
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.measurement.forward import call
+from hf_lambda_gelu.measurement.forward import call, evaluating
 
 _SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 99}
 BATCH = {"input_ids": torch.tensor([[3, 4, 5]])}
@@ -127,3 +129,13 @@ def test_stock_models() -> None:
 
 def test_plain_module() -> None:
     assert list(call(nn.Linear(4, 4), {"input": torch.ones(1, 4)})) == ["0"]
+
+
+def test_texts_that_a_model_keeps_are_forgotten() -> None:
+    """OmDet-Turbo keeps what it made of a text, whatever becomes of its activations: not across what is measured."""
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    model[0].kept = SimpleNamespace(cache=OrderedDict({"text": 1}))
+    with evaluating(model):
+        assert not model[0].kept.cache
+        model[0].kept.cache["text"] = 2
+    assert not model[0].kept.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import math
@@ -12,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import hf_lambda_gelu as hlg
-from scripts.benchmarks import cases, run, sparse_ffn, streaming
+from scripts.benchmarks import cases, refit_parts, run, sparse_ffn, streaming
 
 
 @pytest.fixture
@@ -140,3 +141,27 @@ def test_streamed_runs_stay_small() -> None:
         assert float(row["peak_mb"]) <= allowed
         (memory,) = (r for r in rows if all(r[n] == row[n] for n in ("blocks", "repeat")) and r["way"] == "in memory")
         assert memory["relative_change"] == row["relative_change"]
+
+
+def test_refit_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refit's parts add up to its time, the floor runs each layer three times, and ratios are those of a round."""
+    config = LlamaConfig(vocab_size=50000, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    made: list[LlamaForCausalLM] = []
+    ran: list[None] = []
+
+    def load(layers: int) -> LlamaForCausalLM:
+        made.append(LlamaForCausalLM(config).eval())
+        made[-1].model.layers[0].register_forward_hook(lambda *_: ran.append(None))
+        return made[-1]
+
+    monkeypatch.setattr(refit_parts, "load", load)
+    options = argparse.Namespace(layers=2, tokens=64, length=8, batch=2)
+    floor = refit_parts.measure("floor", options)
+    assert len(ran) == 1 + 3 * 4
+    assert {"passes", "gram"} <= floor.keys()
+    found = refit_parts.measure("refit", options)
+    assert sum(found[part] for part in refit_parts.PARTS) == pytest.approx(found["seconds"], abs=0.05)
+    assert found["solves"] >= 0.0
+    rows = [{"round": n, "what": "floor", "seconds": 2.0 * (n + 1), "memory": 5} for n in range(3)]
+    rows += [{"round": n, "what": "refit", "seconds": 3.0 * (n + 1), "memory": 7} for n in range(3)]
+    assert refit_parts.table(rows).splitlines()[-1].startswith("| refit | 6 | 1.50 | 7 |")

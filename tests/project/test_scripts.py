@@ -265,7 +265,7 @@ def evaluated(folder: Path, activation: str | None, rows: list[dict[str, str]], 
 
 def test_activations_are_compared_on_equal_terms(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same head and the same batches: at λ = 1 the first losses of a λ-GELU run are those of a stock run."""
-    monkeypatch.setattr(hlg, "verify_relu_pretrained", lambda *_: 0.0)  # not the matter here, and slow
+    monkeypatch.setattr(hlg, "verify_relu_pretrained", lambda *_, **__: 0.0)  # not the matter here, and slow
     write_csv(tmp_path / "data" / "train.csv", text_rows(24, 0))
     write_csv(tmp_path / "data" / "validation.csv", text_rows(6, 1))
     losses = {}

@@ -13,7 +13,7 @@ OP = torch.ops.hf_lambda_gelu
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 2.0) -> Tensor:
     """Normal numbers, always the same for a seed."""
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
 def check(x: Tensor, hardness: Tensor, grad: Tensor, base: str, got: tuple[Tensor, Tensor, Tensor]) -> None:

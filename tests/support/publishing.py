@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from transformers import PreTrainedModel
 
 from hf_lambda_gelu.checkpoints.manifest import manifest
@@ -16,9 +18,23 @@ from support.hub_server import HubServer
 TOKEN = "hf_test"
 
 
-def not_proven(model: PreTrainedModel, folder: Path, inputs: object = None) -> Proof:
+def not_proven(model: PreTrainedModel, folder: Path, inputs: object = None, trust_remote_code: bool = False) -> Proof:
     """In the place of `prove`, which takes seconds, where the comparison is not what a test is about."""
-    return Proof(0.0, manifest(folder))
+    return Proof(0.0, manifest(folder, trust_remote_code))
+
+
+def hub_with_a_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[HubServer]:
+    """A Hub from which this process downloads into a cache of its own."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with HubServer() as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", server.url, raising=False)
+        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield server
 
 
 def run_stock(hub: HubServer, home: Path, code: str, *arguments: str) -> str:

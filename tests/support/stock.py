@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_lambda_gelu as hlg
-from support.warm_stock import run_in_stock
+from scripts.tools.warm_stock import run_in_stock
 
 _STOCK = """
 import json, sys

@@ -91,6 +91,7 @@ def test_the_relu_network(hub_server: HubServer, tmp_path: Path) -> None:
     assert before == pytest.approx(after, abs=1e-3)
     assert after == pytest.approx(measured["eval_relu_loss"], abs=1e-4)  # all 16 examples
     assert record["checks"]["largest_difference_of_outputs"] == 0.0
+    assert record["checks"]["inputs"] == {"input_ids": [4, 8]}  # the first examples of the evaluation set, without labels
     assert TOKEN.encode() not in b"".join(repo.files.values())
     run_stock(
         hub_server,

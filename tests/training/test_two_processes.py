@@ -170,7 +170,7 @@ def test_only_the_first_process_writes(runs: dict[str, Run]) -> None:
 def test_one_process_continues_the_run_of_two(runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the checkpoint in mid-ramp, by the script's own option, to the same losses and λ."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(hlg, "verify_relu_pretrained", lambda *_: 0.0)
+    monkeypatch.setattr(hlg, "verify_relu_pretrained", lambda *_, **__: 0.0)
     checkpoint = runs["two"].folder / "out0" / "checkpoint-12"
     more = ["--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", str(checkpoint)]
     results = finetune_text.main([*runs["one"].options, *more])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -11,8 +12,10 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,9 @@ _CAPABILITY_FLAGS = {
 }
 
 _HEADERS = Path(__file__).parent
+_UNFINISHED = "unfinished-"
+_LIMIT_SECONDS = 300
+_ROOM = 4 << 20  # bytes; a library has some 100 kB
 
 
 class Library:
@@ -58,8 +64,8 @@ class Library:
     @functools.cached_property  # a failure too: a compiler is not tried again at every call
     def _loaded(self) -> ctypes.CDLL | str:
         try:
-            library = ctypes.CDLL(str(_build(self._source)))
-        except (OSError, subprocess.SubprocessError) as error:
+            library = ctypes.CDLL(str(_build(self._source, list(self._functions))))
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
             return f"the C++ kernel could not be built: {error}"
         for name, (pointers, sizes, numbers) in self._functions.items():
             function = getattr(library, name)
@@ -68,7 +74,7 @@ class Library:
         return library
 
 
-def _build(source: Path) -> Path:
+def _build(source: Path, functions: Sequence[str] = ()) -> Path:
     """The shared library's path; compiled if no earlier process of the same sources, compiler and CPU has.
 
     A name holds the hash of its library's own bytes: what a full disk or a kill left of one is not loaded, but built anew.
@@ -81,22 +87,60 @@ def _build(source: Path) -> Path:
     found = next(filter(_is_whole, sorted(kept.glob(f"kernel-{key}-*.so"))), None)
     if found is not None:
         return found
-    handle, unfinished = tempfile.mkstemp(dir=kept, suffix=".so")
+    if not _has_room(kept):
+        kept = Path(_own_folder().name)
+    _sweep(kept)
+    handle, unfinished = tempfile.mkstemp(dir=kept, prefix=_UNFINISHED, suffix=".so")
     os.close(handle)
     try:
-        command = [*compiler, *flags, f"-I{_HEADERS}", str(source), "-o", unfinished]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
-        if done.returncode:
-            raise OSError(f"{compiler[0]} failed: {done.stderr.strip()[-500:]}")
-        content = Path(unfinished).read_bytes()
-        if not content:
-            raise OSError(f"{compiler[0]} reported no error and wrote nothing: {done.stderr.strip()[-500:]}")
+        _compile([*compiler, *flags, f"-I{_HEADERS}", str(source), "-o", unfinished])
+        _try_out(compiler[0], unfinished, functions)
         os.chmod(unfinished, 0o700)
-        path = kept / f"kernel-{key}-{_digest(content)}.so"
+        path = kept / f"kernel-{key}-{_digest(Path(unfinished).read_bytes())}.so"
         os.replace(unfinished, path)  # so that another process sees all of it or nothing
     finally:
         Path(unfinished).unlink(missing_ok=True)
     return path
+
+
+def _compile(command: list[str]) -> None:
+    """Runs the compiler; OSError where it fails, or says that it does not and has written nothing."""
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_LIMIT_SECONDS
+    )
+    said = done.stderr.strip()[-500:]
+    if done.returncode < 0:
+        raise OSError(f"{command[0]} was ended by signal {-done.returncode}: {said or 'it said nothing'}")
+    if done.returncode:
+        raise OSError(f"{command[0]} failed: {said or f'code {done.returncode}, and it said nothing'}")
+    if not os.path.getsize(command[-1]):
+        raise OSError(f"{command[0]} reported no error and wrote nothing: {said}")
+
+
+def _try_out(compiler: str, library: str, functions: Sequence[str]) -> None:
+    """OSError unless what a compiler wrote is a library with these functions; first in another process, as half of one may
+    end the process that loads it."""
+    command = [sys.executable, "-I", "-S", "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1])", library]
+    if sys.executable:  # which an embedded Python lacks
+        tried = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_LIMIT_SECONDS)
+        if tried.returncode < 0:
+            raise OSError(f"{compiler} reported no error, and a process that loads what it wrote dies: is the disk full?")
+    loaded = ctypes.CDLL(library)
+    for name in functions:
+        if not hasattr(loaded, name):
+            raise OSError(f"{compiler} reported no error, and what it wrote lacks {name}")
+
+
+def _has_room(place: Path) -> bool:
+    return shutil.disk_usage(place).free > _ROOM and os.access(place, os.W_OK)
+
+
+def _sweep(place: Path) -> None:
+    """Removes what processes that were killed as they compiled have left."""
+    for left in place.glob(f"{_UNFINISHED}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 2 * _LIMIT_SECONDS:
+                left.unlink()
 
 
 def _compiler() -> list[str]:
@@ -135,10 +179,12 @@ def folder() -> Path:
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "torch_extensions")
     kept = Path(root) / "hf_lambda_gelu"
     try:
+        if root.startswith("~"):  # a user without a home
+            raise FileNotFoundError(root)
         kept.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_own(kept) and kept.lstat().st_uid == os.geteuid() and not kept.is_symlink():
             kept.chmod(0o700)  # made by an earlier version, in the mode of any folder
-        if _is_own(kept) and os.access(kept, os.W_OK) and _is_safe(kept.parent):
+        if _is_own(kept) and all(map(_is_safe, kept.resolve().parents)):
             return kept
     except (OSError, AttributeError):
         pass

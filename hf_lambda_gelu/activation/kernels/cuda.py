@@ -1,4 +1,4 @@
-"""Launches the Triton kernel for CUDA devices: cpu.cpp's formulas, one launch forward, one and a small sum backward."""
+"""Launches the Triton kernel for CUDA devices: cpu.cpp's formulas, one launch forward, two backward, one for the sum."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ except ImportError:  # no CUDA build of torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_BLOCK = 4096  # elements for one program; its sum over them is fp32, the sum of these float64
-_ROWS = 64  # rows for one program where λ changes along them
+_BLOCK = 4096  # elements that a program takes at once
+_WIDTH = 512  # columns of such a block, at most
+_WARPS = 8  # of a program
+_HERE = nullcontext()
+_PROGRAMS = 1024  # that share the sums for λ: each has one in fp32, the sum of these is float64
 
 
 def forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
@@ -30,13 +33,19 @@ def forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
     if x.numel():
         outer, channels, inner = known_view(out, hardness)
         arguments = (in_layout_of(x, out), hardness.to(x.device).contiguous(), out)
+        number = BASE_NUMBERS[base]
         with _on_device(x):
             if inner == 1 and channels > 1:
-                width, grid = _columns(outer, channels)
-                programs.forward_columns[grid](*arguments, outer, channels, BASE_NUMBERS[base], _ROWS, width)
+                rows, width, blocks, shares = _columns(outer, channels)
+                programs.forward_columns[(blocks * shares,)](
+                    *arguments, outer, channels, shares, number, rows, width, num_warps=_WARPS
+                )
             else:
-                width, grid = _runs(outer * channels, inner)
-                programs.forward_runs[grid](*arguments, channels, inner, BASE_NUMBERS[base], width, num_warps=8)
+                width = min(_BLOCK, triton.next_power_of_2(inner))
+                shares = triton.cdiv(inner, width)
+                programs.forward_runs[(outer * channels * shares,)](
+                    *arguments, channels, inner, shares, number, width, num_warps=_WARPS
+                )
     return out
 
 
@@ -46,19 +55,27 @@ def backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tens
     if not x.numel():
         return grad_x, torch.zeros_like(hardness)
     outer, channels, inner = known_view(grad_x, hardness)
-    flat = hardness.to(x.device).contiguous()
-    arguments = (in_layout_of(x, grad_x), in_layout_of(grad, grad_x), flat, grad_x)
+    own = hardness.to(x.device).contiguous()
+    by_hardness = torch.empty_like(own)
+    arguments = (in_layout_of(x, grad_x), in_layout_of(grad, grad_x), own, grad_x)
+    number = BASE_NUMBERS[base]
     with _on_device(x):
         if inner == 1 and channels > 1:
-            width, grid = _columns(outer, channels)
-            sums = torch.empty(grid[1], channels, 1, dtype=torch.float32, device=x.device)
-            programs.backward_columns[grid](*arguments, sums, outer, channels, BASE_NUMBERS[base], _ROWS, width)
+            rows, width, blocks, shares = _columns(outer, channels)
+            sums = torch.empty(shares * channels, dtype=torch.float32, device=x.device)
+            programs.backward_columns[(blocks * shares,)](
+                *arguments, sums, outer, channels, shares, number, rows, width, num_warps=_WARPS
+            )
+            programs.sum_columns[(triton.cdiv(channels, 32),)](sums, by_hardness, channels, shares, 32, 32)
         else:
-            width, grid = _runs(outer * channels, inner)
-            sums = torch.empty(outer, channels, grid[1], dtype=torch.float32, device=x.device)
-            programs.backward_runs[grid](*arguments, sums, channels, inner, BASE_NUMBERS[base], width, num_warps=8)
-    grad_hardness = sums.sum((0, 2), dtype=torch.float64)
-    return grad_x, grad_hardness.to(hardness).view(hardness.shape)
+            width, runs = min(_BLOCK, triton.next_power_of_2(inner)), outer * channels
+            shares = min(triton.cdiv(inner, width), triton.cdiv(_PROGRAMS, runs))
+            sums = torch.empty(runs * shares, dtype=torch.float32, device=x.device)
+            programs.backward_runs[(runs * shares,)](
+                *arguments, sums, channels, inner, shares, number, width, num_warps=_WARPS
+            )
+            programs.sum_runs[(channels,)](sums, by_hardness, outer, channels, shares, 1024)
+    return grad_x, by_hardness if own is hardness else by_hardness.to(hardness)
 
 
 @functools.cache
@@ -75,15 +92,13 @@ def unavailable() -> str | None:
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device_of(x) if elsewhere else _HERE
 
 
-def _runs(runs: int, inner: int) -> tuple[int, tuple[int, int]]:
-    # the width of a program's block, and the grid: runs × blocks of a run
-    width = min(_BLOCK, triton.next_power_of_2(inner))
-    return width, (runs, triton.cdiv(inner, width))
-
-
-def _columns(outer: int, channels: int) -> tuple[int, tuple[int, int]]:
-    width = min(512, triton.next_power_of_2(channels))
-    return width, (triton.cdiv(channels, width), triton.cdiv(outer, _ROWS))
+def _columns(outer: int, channels: int) -> tuple[int, int, int, int]:
+    """Rows and columns of a program's block, blocks beside each other, and the programs that share the rows of one."""
+    width = min(_WIDTH, triton.next_power_of_2(channels))
+    rows = 1 if channels > 2**27 else _BLOCK // width  # places in a block are 32-bit numbers
+    blocks = triton.cdiv(channels, width)
+    return rows, width, blocks, min(triton.cdiv(outer, rows), triton.cdiv(_PROGRAMS, blocks))

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..._compat import dispatch_modes, function_modes, jit_traces
 from ..bases import get_base
 from . import cpu, eager
 from .layout import view
@@ -95,15 +96,16 @@ class LambdaGELUFunction(torch.autograd.Function):
         _save(ctx, (x, hardness, base), None)
         if not _operators(x):
             return eager.value(x, hardness, get_base(base))
-        out: Tensor = torch.ops.hf_lambda_gelu.forward(x, hardness, base)
-        return out
+        forward: Callable[..., Tensor] = _forward if _unseen() else torch.ops.hf_lambda_gelu.forward
+        return forward(x, hardness, base)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, hardness = ctx.saved_tensors
         if torch.is_grad_enabled() or not _operators(x):
             return *eager.gradients(grad, x, hardness, get_base(ctx.base)), None
-        return *torch.ops.hf_lambda_gelu.backward(grad, x, hardness, ctx.base), None
+        backward = _backward if _unseen() else torch.ops.hf_lambda_gelu.backward
+        return *backward(grad, x, hardness, ctx.base), None
 
     @staticmethod
     def symbolic(graph: Any, x: Any, hardness: Any, base: str) -> Any:
@@ -112,6 +114,11 @@ class LambdaGELUFunction(torch.autograd.Function):
             "ONNX has no operator for λ-GELU, and torch.onnx.export(dynamo=False) cannot take it apart: put λ into the "
             "weights first, by hlg.fold(model), or call hlg.export_onnx(model, path), which does so on a copy"
         )
+
+
+def _unseen() -> bool:
+    # no one is there to see an operator; to call one takes longer than a small kernel does
+    return not (dispatch_modes() or function_modes() or jit_traces())
 
 
 def _operators(x: Tensor) -> bool:

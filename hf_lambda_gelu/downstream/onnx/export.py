@@ -41,6 +41,7 @@ def export_onnx(
     cache: bool = False,
     int8: Iterable[Any] | None = None,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    trust_remote_code: bool = False,
 ) -> ExportReport:
     """Writes a network as an ONNX file, in opset 20, and compares onnxruntime with torch on inputs of two shapes.
 
@@ -48,8 +49,7 @@ def export_onnx(
     forward pass is exported, in eval mode. The model stays as it was.
 
     Args:
-        model: a network in float32; or the folder of a saved checkpoint, which is loaded in float32, and of which no code
-            runs.
+        model: a network in float32; or the folder of a saved checkpoint, which is loaded in float32.
         path: the file to make. An existing one is refused.
         inputs: what forward takes, as a tokenizer or an image processor returns it. They become the file's inputs, and are
             what it is checked on. By default a small batch made to fit a transformers model.
@@ -61,6 +61,7 @@ def export_onnx(
         dynamic: input → {dimension: name}, the sizes that may change. By default those of examples, tokens and samples, and
             height and width where the model and its file take other sizes than the config's; where the file does not
             (Swin's windows), they are fixed, with a warning in the report. `{}`: all are fixed.
+        trust_remote_code: run code of its own that the folder has; without it such a folder is refused.
 
     Returns:
         What was written, and the difference to torch.
@@ -69,8 +70,7 @@ def export_onnx(
         ImportError: onnx, onnxscript or onnxruntime is missing (`pip install 'hf_lambda_gelu[onnx]'`).
         ValueError: `path` exists or cannot be written, no inputs can be made or they do not fit, a model in another dtype,
             `dynamic` names what there is not, batches of `int8` do not fit the file, or it comes with `cache`.
-        CheckpointError: the folder is no checkpoint.
-        FoldError: λ cannot go into the weights.
+        CheckpointError, FoldError: no checkpoint, or one with code that is not trusted; λ cannot go into the weights.
         ExportError: torch cannot export the network or keep a size dynamic, onnxruntime cannot run the file, or it computes
             something else (beyond 2e-5 of the largest output).
 
@@ -87,11 +87,16 @@ def export_onnx(
     check_new_file(target)
     _check_together(cache, dynamic, int8)
     with whole_file(target) as made:
-        whole: Any = model if isinstance(model, nn.Module) else load_saved(model).float()
+        whole: Any = model if isinstance(model, nn.Module) else _of_a_folder(model, trust_remote_code)
         _check_floats(whole)
         with measuring(whole), in_own_precision(whole):
             asked = _Asked(encoder, cache, dynamic, made, target)
             return _exported(whole, inputs, asked) if int8 is None else _in_integers(whole, inputs, int8, asked)
+
+
+def _of_a_folder(folder: str | os.PathLike[str], trust_remote_code: bool) -> nn.Module:
+    model: nn.Module = load_saved(folder, trust_remote_code=trust_remote_code)
+    return model.float()
 
 
 class _Asked(NamedTuple):

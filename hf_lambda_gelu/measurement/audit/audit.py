@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.activations import LinearActivation
 
 from ..._compat import is_compiled
 from ...reports import to_dict
+from ...structure.loading import CheckpointError, load_saved
 from ...structure.modelling_code import calls_in_class
 from ...structure.modules import is_activation, probed_base
 from ...structure.offloading import check_not_offloaded
@@ -127,7 +127,9 @@ class AuditReport:
 
 
 @transaction
-def audit(model_or_path: nn.Module | str | os.PathLike[str], inputs: Any = None) -> AuditReport:
+def audit(
+    model_or_path: nn.Module | str | os.PathLike[str], inputs: Any = None, *, trust_remote_code: bool = False
+) -> AuditReport:
     """Runs the model once and tells which activations ran, whatever the modules and the config are called.
 
     Softmax, normalisation and rotary embeddings are no activations; neither is a function of parameters alone. What is seen
@@ -138,11 +140,13 @@ def audit(model_or_path: nn.Module | str | os.PathLike[str], inputs: Any = None)
             eval mode without gradients; modes, hooks and random state are afterwards as they were.
         inputs: a mapping of forward's arguments, or a tensor or tuple for positional ones; for a transformers model by
             default a small batch made to fit it. Only what they reach is audited: see `unreached`.
+        trust_remote_code: run code of its own that the folder has; without it such a folder is refused, and nothing of it
+            runs.
 
     Raises:
         TypeError: neither a module nor a path; inputs of another type.
-        ValueError: a folder without a model, a model on meta or compiled, no inputs and none to be guessed, or a
-            forward that raises.
+        ValueError: a folder without a model, or with code that is not trusted (a CheckpointError); a model on meta or
+            compiled, no inputs and none to be guessed, or a forward that raises.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -153,7 +157,7 @@ def audit(model_or_path: nn.Module | str | os.PathLike[str], inputs: Any = None)
         model = model_or_path
     elif isinstance(model_or_path, (str, os.PathLike)):
         with random_state_kept(None):
-            model = _load(os.fspath(model_or_path))
+            model = _load(model_or_path, trust_remote_code)
     else:
         raise TypeError(f"audit expects a module or the folder of a checkpoint, got {type(model_or_path).__name__}")
     _check_runnable(model)
@@ -182,16 +186,11 @@ def _entries(events: list[Event]) -> Iterator[AuditEntry]:
         yield AuditEntry(name, kind, len(events), events[0].hardness, events[0].base, zeros)
 
 
-def _load(folder: str) -> PreTrainedModel:
+def _load(folder: str | os.PathLike[str], trust_remote_code: bool) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], AutoModel)
-        return cast(PreTrainedModel, cls.from_pretrained(folder, config=config, local_files_only=True))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(
-            f"no model could be loaded from {folder!r}: {error}. Expected a folder with config.json and weights, as "
-            "save_pretrained writes it"
-        ) from error
+        return load_saved(folder, otherwise=cast("type[PreTrainedModel]", AutoModel), trust_remote_code=trust_remote_code)
+    except CheckpointError as error:
+        raise CheckpointError(f"no model could be loaded from {os.fspath(folder)!r}: {error}") from error
 
 
 def _check_runnable(model: nn.Module) -> None:

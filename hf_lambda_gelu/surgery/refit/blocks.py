@@ -51,9 +51,9 @@ def without_hidden(arguments: Arguments) -> tuple[Arguments, Tensor]:
     return (tuple(args), kwargs), hidden
 
 
-def is_whole(arguments: Arguments) -> bool:
-    """Whether the arguments have their hidden state, and no mark in its place."""
-    return not any(value is _HIDDEN for value in (*arguments[0], *arguments[1].values()))
+def has_mark(arguments: Arguments) -> bool:
+    """Whether a mark stands in place of the hidden state."""
+    return any(value is _HIDDEN for value in (*arguments[0], *arguments[1].values()))
 
 
 def with_hidden(arguments: Arguments, hidden: Tensor) -> Arguments:

@@ -15,7 +15,7 @@ from transformers import Cache
 from ...measurement.towers import Chosen, Tower, Towers
 from ...structure.autocast import Autocast
 from ...structure.hooks import Hooks
-from .blocks import Arguments, hidden_in, hidden_of, hidden_place, is_whole, with_hidden, without_hidden
+from .blocks import Arguments, has_mark, hidden_in, hidden_of, hidden_place, with_hidden, without_hidden
 from .chains import Chain
 
 # elements of a block's output that are kept, to know it again by
@@ -53,8 +53,8 @@ class Call:
         return hidden_in(*self.arguments)
 
     def without_hidden(self) -> Call:
-        """The call with a mark in place of the hidden state."""
-        return replace(self, arguments=without_hidden(self.arguments)[0])
+        """The call with a mark in place of the hidden state, if that is there."""
+        return self if has_mark(self.arguments) else replace(self, arguments=without_hidden(self.arguments)[0])
 
     def with_hidden(self, hidden: Tensor) -> Call:
         """The call with `hidden` where the mark is."""
@@ -83,26 +83,33 @@ class Sample:
     """Some elements of a block's output, by which it is known again.
 
     Attributes:
-        shape, dtype: of the output.
-        values: at most 1024 of its elements, evenly spaced, fp64 on the CPU.
+        shape, dtype, device: of the output.
+        values: at most 1024 of its elements, evenly spaced, fp64 on the CPU; None if no values are known.
+        around: makes of a hidden state what the block returns; None if that holds more than the hidden state.
     """
 
     shape: torch.Size
     dtype: torch.dtype
-    values: Tensor
+    device: torch.device
+    values: Tensor | None = None
+    around: Callable[[Tensor], Any] | None = None
 
     @classmethod
-    def of(cls, output: Tensor | None) -> Sample | None:
-        if output is None:
+    def of(cls, output: Any) -> Sample | None:
+        hidden = hidden_of(output)
+        if hidden is None:
             return None
-        flat = output.detach().reshape(-1)
+        flat = hidden.detach().reshape(-1)
         step = max(1, len(flat) // _SAMPLE)
-        return cls(output.shape, output.dtype, flat[::step].to("cpu", copy=True).double())
+        values = flat[::step].to("cpu", copy=True).double()
+        return cls(hidden.shape, hidden.dtype, hidden.device, values, _around(output))
 
     def matches(self, other: Sample | None) -> bool:
-        """Whether the other is of the same output, but for rounding."""
+        """Whether the other is of the same output, but for rounding, as far as values of both are known."""
         if other is None or (self.shape, self.dtype) != (other.shape, other.dtype):
             return False
+        if self.values is None or other.values is None:
+            return True
         finite = torch.isfinite(self.values)
         if not torch.equal(finite, torch.isfinite(other.values)):
             return False
@@ -110,8 +117,24 @@ class Sample:
         return apart <= _SAME.get(self.dtype, _SAME_FP32) * float(self.values[finite].norm())
 
 
-class _Reached(Exception):
-    """Ends a forward pass early; never leaves this module."""
+def _around(output: Any) -> Callable[[Tensor], Any] | None:
+    if isinstance(output, Tensor):
+        return _alone
+    if type(output) in (tuple, list) and all(other is None for other in output[1:]):
+        return partial(_first_of, type(output), len(output))
+    return None
+
+
+def _alone(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _first_of(kind: type, length: int, hidden: Tensor) -> Any:
+    return kind([hidden, *[None] * (length - 1)])
+
+
+class Reached(Exception):
+    """Ends a forward pass early. Never leaves the package."""
 
 
 def capture(
@@ -138,24 +161,24 @@ def capture(
         chosen = None if towers is None or hidden is None else towers.chosen(hidden)
         places.append(len(calls))
         names.append(name)
-        call = Call((args, kwargs), Autocast.now(module), tower.mask, tower.mixed, chosen)
-        several = len(chain.blocks) > 1 and len(calls) > 0 and hidden is not None
-        # of several blocks, the hidden state of the first is enough
-        calls.append(_kept(call.without_hidden()) if several else _kept(call))
+        arguments: Arguments = (args, kwargs)
+        if len(chain.blocks) > 1 and calls and hidden is not None:  # of several blocks, that of the first is enough
+            arguments = without_hidden(arguments)[0]
+        calls.append(Call(kept(*arguments), Autocast.now(module), tower.mask, tower.mixed, chosen))
         samples.append(None)
         if not outputs:
             stop()
 
     def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        samples[places.pop()] = Sample.of(hidden_of(output)) if outputs else None
+        samples[places.pop()] = Sample.of(output) if outputs else None
         if outputs:
             stop()
 
     def stop() -> None:
         if len(calls) == len(chain.blocks) and not chain.pooled and len(chain.blocks) > 1:
-            raise _Reached
+            raise Reached
 
-    with Hooks() as hooks, contextlib.suppress(_Reached):
+    with Hooks() as hooks, contextlib.suppress(Reached):
         for name in chain.blocks:
             hooks.before(modules[name], partial(keep, name))
             hooks.after(modules[name], end)
@@ -163,12 +186,11 @@ def capture(
     return names, calls, samples
 
 
-def _kept(call: Call) -> Call:
-    """The call with its arguments as they are now: blocks write into their hidden state, and into caches."""
-    args, kwargs = call.arguments
-    place = hidden_place(args, kwargs) if is_whole(call.arguments) else None
-    kept_args = tuple(_own(value, index == place) for index, value in enumerate(args))
-    return replace(call, arguments=(kept_args, {name: _own(value, name == place) for name, value in kwargs.items()}))
+def kept(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The arguments as they are now: blocks write into their hidden state, and into caches."""
+    place = None if has_mark((args, kwargs)) else hidden_place(args, kwargs)
+    own_args = tuple(_own(value, index == place) for index, value in enumerate(args))
+    return own_args, {name: _own(value, name == place) for name, value in kwargs.items()}
 
 
 def _own(value: Any, hidden: bool) -> Any:

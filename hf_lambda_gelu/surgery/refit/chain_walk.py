@@ -1,7 +1,8 @@
 """A walk along a chain of blocks: both networks' hidden states before the block that it has come to, on every batch.
 
-A block is run apart from the model's forward only where that gives what the forward gave: what it put out there is sampled
-on every batch, and each run of the smooth network's block is compared with it (`ReplayError`). What fails is run whole.
+A block is run apart from the model's forward only where that gives what the forward gave: what it put out there is
+sampled, and runs of the smooth network's block are compared with it (`ReplayError`). What fails is run whole. The forward
+runs the blocks on two batches where what they get does not depend on hidden states, else on each.
 """
 
 from __future__ import annotations
@@ -11,15 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ..._compat import pytree
 from ...reports import progress
 from ...structure.linear_maps import LinearMap
 from .capture import Call, Sample, capture
 from .chains import Chain
-from .meeting_point import Meeting, find_meeting
+from .meeting_point import Meeting, Observed, find_meeting
+from .ridge import Correction
 from .runs import Run
+from .shift import Shift, features_of
+from .skipping import LookedAtError, can_be_skipped, capture_skipping
 from .two_networks import Network, TwoNetworks
+
+logger = logging.get_logger(__name__)
 
 
 class DependentError(Exception):
@@ -43,6 +50,7 @@ class ChainWalk:
         self.networks, self.chain = networks, chain
         self.pooled, self.aligned = chain.pooled, True
         self._step = 0
+        self._shift: Shift | None = None  # of the substituted network's output, as it was before the last refit
         self._samples: dict[tuple[int, int], list[Sample | None]] = {}  # (batch, step) → of each call, smooth
         if not self.whole:
             self._capture()
@@ -61,8 +69,14 @@ class ChainWalk:
 
     def _capture(self) -> None:
         networks = self.networks
-        for index in progress(range(networks.count), "Running both networks"):
+        for index in range(networks.count):
             networks.store.discard(_key(Network.SMOOTH, "next", index))  # of the last block of another chain
+        if len(self.chain.blocks) > 1 and not self.pooled:
+            try:
+                return self._capture_skipping()
+            except LookedAtError as error:
+                logger.info(f"{self.chain.blocks[0]} … {self.chain.blocks[-1]} are run to see what they get ({error})")
+        for index in progress(range(networks.count), "Running both networks"):
             with networks.smooth():
                 count = self._keep_calls(Network.SMOOTH, index)
             self.pooled = self.pooled or count > len(self.chain.blocks)
@@ -70,6 +84,62 @@ class ChainWalk:
             for index in range(networks.count):
                 self._keep_substituted(index)
                 self.aligned = self.aligned and self._is_aligned(index)
+
+    def _capture_skipping(self) -> None:
+        """Find what the blocks get without running them, but for the smooth network's on the first batch and the last.
+
+        These show that what is found so is what the blocks get, and what they put out is what they give when they are run
+        again. The last batch comes last: what the model leaves behind there is what blocks that remember find.
+
+        Raises:
+            LookedAtError: the blocks have to be run on every batch.
+        """
+        networks, last = self.networks, self.networks.count - 1
+        with networks.smooth():
+            whole, known = self._run_all(0)
+        for index in progress(range(last + 1), "Running both networks"):
+            forward = partial(capture_skipping, networks.model, self.chain, towers=networks.towers, samples=known)
+            with networks.smooth():
+                calls = forward(networks.forward(index))
+            if index == 0:
+                _check_others(calls, whole)
+            hidden = calls[0].hidden
+            assert hidden is not None
+            self._keep_samples(index, [Sample(hidden.shape, hidden.dtype, hidden.device)] * len(calls))
+            self._put(Network.SMOOTH, index, calls)
+            if networks.hard or networks.originals:
+                with networks.substituted():
+                    calls = forward(networks.forward(index))
+            self._put(Network.SUBSTITUTED, index, calls)
+            self.aligned = self.aligned and self._is_aligned(index)
+        self._keep_samples(0, known)
+        with networks.smooth():
+            whole, known = self._run_all(last)
+        found = networks.store.get(_key(Network.SMOOTH, "calls", last))
+        _check_others([Call(*parts) for parts in found], whole)
+        self._keep_samples(last, known)
+
+    def _run_all(self, index: int) -> tuple[list[Call], list[Sample | None]]:
+        """The calls of a chain of several blocks, run on a batch, and samples of what they put out.
+
+        Raises:
+            LookedAtError: a block cannot be skipped.
+        """
+        networks = self.networks
+        names, calls, samples = capture(networks.model, self.chain, networks.forward(index), networks.towers, outputs=True)
+        if names != self.chain.blocks:
+            raise DependentError
+        if not can_be_skipped(calls, samples):
+            raise LookedAtError("what a block puts out is not like its hidden state")
+        return calls, samples
+
+    def _keep_samples(self, index: int, samples: list[Sample | None]) -> None:
+        self._samples.update({(index, step): [sample] for step, sample in enumerate(samples)})
+
+    def _put(self, network: Network, index: int, calls: list[Call]) -> None:
+        """Keep the calls of a chain of several blocks, of which the first one's hidden state counts."""
+        self.networks.store.put(_key(network, "hidden", index), calls[0].hidden)
+        self.networks.store.put(_key(network, "calls", index), _others(calls))
 
     def _keep_substituted(self, index: int) -> None:
         """What its first block gets does not depend on the chain's own sites; nor may whatever else the others get."""
@@ -92,11 +162,11 @@ class ChainWalk:
         if len(self.chain.blocks) > 1 and names != self.chain.blocks:
             raise DependentError
         if len(self.chain.blocks) > 1:
-            store.put(_key(network, "hidden", index), calls[0].hidden)
-            calls = [calls[0].without_hidden(), *calls[1:]]
-        store.put(_key(network, "calls", index), [call.parts for call in calls])
+            self._put(network, index, calls)
+        else:
+            store.put(_key(network, "calls", index), [call.parts for call in calls])
         if smooth and len(self.chain.blocks) > 1:
-            self._samples.update({(index, step): [sample] for step, sample in enumerate(samples)})
+            self._keep_samples(index, samples)
         elif smooth:
             self._samples[index, 0] = samples
         return len(calls)
@@ -165,22 +235,63 @@ class ChainWalk:
         if hidden is not None:
             self.networks.store.put(_key(network, "next", index), hidden)
 
+    def forget_given(self) -> None:
+        """A site is refit: what the block of the substituted network puts out will be another."""
+        self._shift = None
+        for index in range(self.networks.count):
+            self.networks.store.discard(_key(Network.SUBSTITUTED, "next", index))
+
+    def keep_given(self, index: int, given: Observed, linear: LinearMap, meeting: Meeting) -> None:
+        """Keep what the block put out before its map is refit, where `advance` can do with that."""
+        features = features_of(given, linear.label, meeting) if self._step + 1 < len(self.chain.blocks) else None
+        if features is not None:
+            self.keep_next(Network.SUBSTITUTED, index, given.hidden)
+            self.networks.store.put(_key(Network.SUBSTITUTED, "features", index), features)
+
+    def correct(self, correction: Correction, meeting: Meeting | None) -> None:
+        """The map before the meeting point was corrected."""
+        self._shift = None if meeting is None else Shift(correction, meeting.scale)
+
     def advance(self) -> None:
         """Go to the next block: what this one puts out is the hidden state there, in both networks."""
-        store = self.networks.store
-        contexts = {Network.SMOOTH: self.networks.smooth, Network.SUBSTITUTED: self.networks.substituted}
-        for index in range(self.networks.count):
-            for network, context in contexts.items():
-                if _key(network, "next", index) not in store:
-                    with context():
-                        (run,) = self.runs(network, index)
-                        self.keep_next(network, index, run())
+        store, count = self.networks.store, self.networks.count
+        shifts = all(_key(Network.SUBSTITUTED, "next", index) in store for index in range(count))
+        for index in range(count):
+            self._run_on(Network.SMOOTH, index)
+            kept, shifted = _key(Network.SUBSTITUTED, "next", index), None
+            if shifts and self._shift is not None:
+                shifted = self._shift.applied(store.get(kept), store.get(_key(Network.SUBSTITUTED, "features", index)))
+            store.discard(kept)
+            if shifted is not None and index > 0:
+                self.keep_next(Network.SUBSTITUTED, index, shifted)
+            self._run_on(Network.SUBSTITUTED, index)
+            if shifted is not None and index == 0:  # the first batch proves it
+                ran = Sample.of(store.get(kept))
+                shifts = ran is not None and ran.matches(Sample.of(shifted))
+            for network in Network:
                 store.rename(_key(network, "next", index), _key(network, "hidden", index))
         self._step += 1
+
+    def _run_on(self, network: Network, index: int) -> None:
+        """Keep what the block puts out, unless that was kept before."""
+        if _key(network, "next", index) not in self.networks.store:
+            with self.networks.smooth() if network is Network.SMOOTH else self.networks.substituted():
+                (run,) = self.runs(network, index)
+                self.keep_next(network, index, run())
 
 
 def _key(network: Network, what: str, index: int) -> str:
     return f"{network.value}-{what}-{index}"
+
+
+def _others(calls: list[Call]) -> list[Any]:
+    """What blocks are called with besides the hidden state."""
+    return [call.without_hidden().parts for call in calls]
+
+
+def _check_others(calls: list[Call], others: list[Call]) -> None:
+    if not _equal(_others(calls), _others(others)):
+        raise LookedAtError("what blocks get besides hidden states depends on these")
 
 
 def _equal(first: Any, second: Any) -> bool:

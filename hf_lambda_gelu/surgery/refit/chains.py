@@ -6,7 +6,6 @@ so that going through a chain costs one pass over the calibration set whatever i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,27 +38,17 @@ class Chain:
 
 @dataclass
 class _Calls:
-    """What was seen of a module: how often it ran, when first, and by what its hidden state, in and out, is known again."""
+    """What was seen of a module.
+
+    Attributes:
+        count: how often it ran.
+        first: when it did so first.
+        before: the module of the same list that ran before it, where the hidden state that went in is what that one put out.
+    """
 
     count: int = 0
     first: int = 0
-    entered: _Print | None = None
-    left: _Print | None = None
-
-    def continues(self, before: _Calls) -> bool:
-        """Whether the hidden state that went in is what the other module put out."""
-        return self.entered is not None and self.entered == before.left
-
-
-_Print = tuple[torch.Size, torch.dtype, bytes]
-
-
-def _print_of(tensor: Tensor | None) -> _Print | None:
-    """By which a tensor is known again, so that it need not be kept: shape, dtype, and a digest of its bytes."""
-    if tensor is None:
-        return None
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return tensor.shape, tensor.dtype, hashlib.blake2b(flat.numpy().data, digest_size=16).digest()
+    before: str | None = None
 
 
 def find_chains(
@@ -74,7 +63,8 @@ def find_chains(
     lists = {parent for names in around.values() for name in names if _in_list(modules, parent := _parent(name), name)}
     children = {parent: [_joined(parent, child) for child, _ in modules[parent].named_children()] for parent in lists}
     watched = {name for names in (*around.values(), *children.values()) for name in names}
-    calls = _watch({name: modules[name] for name in watched}, (forward, *others))
+    listed = {child: parent for parent, names in children.items() for child in names}
+    calls = _watch({name: modules[name] for name in watched}, listed, (forward, *others))
 
     runs: dict[str, list[str]] = {}  # block → the blocks of its run
     for names in children.values():
@@ -129,12 +119,19 @@ def _in_list(modules: dict[str, nn.Module], parent: str, name: str) -> bool:
     return bool(name) and isinstance(modules[parent], (nn.ModuleList, nn.Sequential))
 
 
-def _watch(modules: dict[str, nn.Module], forwards: Iterable[Callable[[], Any]]) -> dict[str, _Calls]:
-    """What is seen of the modules, each in the first pass that reaches it; counts are the largest of a pass."""
+def _watch(
+    modules: dict[str, nn.Module], listed: Mapping[str, str], forwards: Iterable[Callable[[], Any]]
+) -> dict[str, _Calls]:
+    """What is seen of the modules, each in the first pass that reaches it; counts are the largest of a pass.
+
+    Args:
+        listed: module → the list that it is in. Of each list one hidden state is kept at a time.
+    """
     calls = {name: _Calls() for name in modules}
     clock = index = 0
     now: dict[str, int] = {}  # calls in this pass
     first_pass: dict[str, int] = {}
+    left: dict[str, tuple[str, Tensor]] = {}  # list → the module of it that ended last, and what it put out
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal clock
@@ -144,11 +141,16 @@ def _watch(modules: dict[str, nn.Module], forwards: Iterable[Callable[[], Any]])
         seen.count = max(seen.count, now[name])
         if name not in first_pass:
             first_pass[name] = index
-            seen.first, seen.entered = clock, _print_of(hidden_in(args, kwargs))  # the block may write into it
+            seen.first = clock
+            last, put_out = left.pop(listed[name], (None, None)) if name in listed else (None, None)
+            hidden = hidden_in(args, kwargs)
+            if hidden is not None and put_out is not None and hidden.shape == put_out.shape and torch.equal(put_out, hidden):
+                seen.before = last
 
     def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if first_pass[name] == index:
-            calls[name].left = _print_of(hidden_of(output))
+        put_out = hidden_of(output) if name in listed and first_pass[name] == index else None
+        if put_out is not None:
+            left[listed[name]] = name, put_out.clone()  # the next block may write into it
 
     with Hooks() as hooks:
         for name, module in modules.items():
@@ -157,6 +159,7 @@ def _watch(modules: dict[str, nn.Module], forwards: Iterable[Callable[[], Any]])
         for run, forward in enumerate(forwards):
             index = run
             now.clear()
+            left.clear()
             forward()
     return calls
 
@@ -164,7 +167,7 @@ def _watch(modules: dict[str, nn.Module], forwards: Iterable[Callable[[], Any]])
 def _runs(children: list[str], calls: dict[str, _Calls]) -> list[list[str]]:
     runs: list[list[str]] = []
     for child in children:
-        if runs and calls[child].continues(calls[runs[-1][-1]]):
+        if runs and calls[child].before == runs[-1][-1]:
             runs[-1].append(child)
         else:
             runs.append([child])

@@ -90,22 +90,29 @@ class Refit:
     def _look(self, biases: bool, report: CompensationReport) -> tuple[Trace, list[Chain]]:
         """Where the maps are and the chains that the sites are refit along; maps are given biases."""
         networks = self.networks
+        outputs: list[Sample | None] = []  # of the smooth network on the first batch, run after run
+        first = networks.forward(0)
+
+        def run_first() -> Any:
+            output = first()
+            outputs.append(Sample.of(main_output(output)))
+            return output
+
         with networks.smooth():
-            traced = trace(networks.model, *map(networks.forward, range(networks.count)))
+            traced = trace(networks.model, run_first, *map(networks.forward, range(1, networks.count)))
         if biases:
             report.bias_attribute = networks.biases.add(m for maps in traced.maps.values() for m in maps)
         with networks.smooth(), torch.no_grad():
-            self._check_repeats()
-            forwards = [networks.forward(index) for index in traced.batches]
             maps = {site: traced.maps[site] for site in traced.order if site in traced.maps}
-            chains = find_chains(networks.model, forwards[0], maps, *forwards[1:])
+            chains = find_chains(networks.model, run_first, maps, *map(networks.forward, traced.batches[1:]))
+            if not _alike(*outputs):  # with and without a graph, perhaps by kernels that round otherwise
+                self._check_repeats()
             self._positions_first = self._turned(traced)
         return traced, chains
 
     def _check_repeats(self) -> None:
         """CalibrationError if the smooth network puts out something else each time: then there is nothing to compare."""
-        first, second = (Sample.of(main_output(self.networks.forward(0)())) for _ in range(2))
-        if first is not None and not first.matches(second):
+        if not _alike(*(Sample.of(main_output(self.networks.forward(0)())) for _ in range(2))):
             raise CalibrationError(
                 f"{type(self.networks.model).__name__}.forward puts out something else each time it runs on calibration "
                 "batch 0. Switch off what keeps state from run to run, or draws random numbers of its own"
@@ -166,6 +173,7 @@ class Refit:
                 fit, held_out, method, biased=linear.bias is not None, scale=evidence.scale, kept=support(linear)
             )
             self.networks.correct(linear, correction)
+            walk.correct(correction, evidence.meeting)
             verdicts.append(verdict)
         target = "local" if evidence.meeting is None else "stream"
         biased = all(linear.bias is not None for linear in maps)
@@ -190,6 +198,7 @@ class Refit:
         """Run the block as both networks over the calibration set, and gather what a refit of the maps needs."""
         networks = self.networks
         evidence = Evidence(site, maps, meeting, site in self._positions_first)
+        walk.forget_given()
         first = 0
         for index in range(networks.count):
             examples = Examples(first, networks.examples <= 1)
@@ -207,13 +216,19 @@ class Refit:
                     with networks.smooth():
                         wanted = observe(smooth_runs[place], maps, meeting)
                     walk.keep_next(Network.SMOOTH, index, wanted.hidden)
+                    walk.keep_given(index, given, maps[0], meeting)
                 if given.gated and not given.calls:
                     raise CalibrationError(
                         f"calibration batch {index}: {site} runs, but not {maps[0].name}, which takes up its output on "
                         "another batch. Let every batch hold the same inputs, or leave out those that differ"
                     )
                 evidence.add(given, wanted, examples)
+        evidence.finish()
         return evidence
+
+
+def _alike(first: Sample | None, second: Sample | None) -> bool:
+    return first is None or first.matches(second)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ...measurement.towers import Note
 from ...structure.linear_maps import LinearMap
 from .held_out import Examples, split
 from .meeting_point import MapCall, Meeting, Observed, Stream
-from .ridge import Moments
+from .ridge import FEW, PIECE, Moments, Pieces
 
 
 class MeetingError(Exception):
@@ -34,6 +34,8 @@ class Evidence:
         sums: label of the map → moments of the rows to fit on, and of those to judge by.
         norm: Σ‖smooth output‖² over the rows to judge by, of all maps.
         seen: tokens and padding among the rows, of all maps.
+
+    The sums and the norm are there once `finish` was called.
     """
 
     site: str
@@ -46,6 +48,9 @@ class Evidence:
 
     def __post_init__(self) -> None:
         self.sums = {linear.label: (_empty(linear), _empty(linear)) for linear in self.maps}
+        rows = max(FEW, PIECE // max(1, len(self.maps)))
+        self._pieces = {label: [Pieces(moments, rows) for moments in pair] for label, pair in self.sums.items()}
+        self._norms: list[Tensor] = []
 
     @property
     def scale(self) -> Tensor | None:
@@ -88,12 +93,21 @@ class Evidence:
             fit, held_out = split(seen, examples)
             wanted = change[start : start + len(call.input)]
             start += len(call.input)
-            for part, moments in zip((fit, held_out), self.sums[linear.label], strict=True):
-                rows = part.to(call.input.device)
-                moments.add(call.input[rows], wanted[rows])
-            judged = output.output[held_out.to(call.input.device)].double()
-            self.norm += float((judged if self.scale is None else judged * self.scale).square().sum())
+            device = call.input.device
+            fitted, judged_by = (part.cpu().nonzero()[:, 0].to(device) for part in (fit, held_out))  # no wait for the device
+            for rows, pieces in zip((fitted, judged_by), self._pieces[linear.label], strict=True):
+                pieces.add(call.input.index_select(0, rows), wanted.index_select(0, rows))
+            judged = output.output.index_select(0, judged_by).double()
+            self._norms.append((judged if self.scale is None else judged * self.scale).square().sum())
             self.seen.add(seen)
+
+    def finish(self) -> None:
+        """All runs were added."""
+        for pair in self._pieces.values():
+            for pieces in pair:
+                pieces.finish()
+        if self._norms:
+            self.norm = float(torch.stack(self._norms).sum())
 
     def check_finite(self) -> None:
         """CalibrationError unless all sums are finite."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...measurement.places import Places
-from .ridge import RIDGES, Correction, Method, Moments, effective_rank, solve
+from .ridge import RIDGES, Correction, Method, Moments, Ridge, solve
 
 # one example in so many is held out to judge by
 _HELD_OUT = 5
@@ -80,15 +80,26 @@ def choose(
         The correction; the held-out error Σ‖…‖² without it, and with what the fitting rows alone gave. "none" is among the
         candidates, so the second is never above the first.
     """
-    candidates: list[tuple[Method, float]] = [("none", RIDGES[0])]
-    if method != "none":
-        candidates.append(("bias", RIDGES[0]))
+    correction, before, after, _ = _chosen(fit, held_out, method, biased, scale, kept)
+    return correction, before, after
+
+
+def _chosen(
+    fit: Moments, held_out: Moments, method: Method, biased: bool, scale: Tensor | None, kept: Tensor | None
+) -> tuple[Correction, float, float, float | None]:
+    """What `choose` returns, and of a least squares fit the features' effective rank."""
+    simple: tuple[Method, ...] = ("none",) if method == "none" else ("none", "bias")
+    errors = [held_out.error(solve(fit, name, biased=biased), scale) for name in simple]
     if method == "least_squares":
-        candidates += [("least_squares", ridge) for ridge in RIDGES]
-    errors = [held_out.error(solve(fit, name, biased=biased, ridge=ridge, kept=kept), scale) for name, ridge in candidates]
-    best = min(range(len(candidates)), key=errors.__getitem__)
-    name, ridge = candidates[best]
-    return solve(fit + held_out, name, biased=biased, ridge=ridge, kept=kept), errors[0], errors[best]
+        fitted = Ridge(fit, biased, kept)
+        errors += [held_out.error(fitted.solve(ridge), scale) for ridge in RIDGES]
+        del fitted  # its memory is free before there is another one
+    best = min(range(len(errors)), key=errors.__getitem__)
+    every = fit + held_out
+    if best < len(simple):
+        return solve(every, simple[best], biased=biased), errors[0], errors[best], None
+    chosen, ridge = Ridge(every, biased, kept), RIDGES[best - len(simple)]
+    return chosen.solve(ridge), errors[0], errors[best], chosen.effective_rank(ridge)
 
 
 def decide(
@@ -100,8 +111,7 @@ def decide(
         none = solve(held_out, "none")
         error = held_out.error(none)
         return none, Verdict("none", rows, error, error, starved=True)
-    correction, before, after = choose(fit, held_out, method, biased=biased, scale=scale, kept=kept)
-    rank = None if correction.ridge is None else effective_rank(fit + held_out, correction.ridge, biased)
+    correction, before, after, rank = _chosen(fit, held_out, method, biased, scale, kept)
     pruned = 0.0 if kept is None or correction.weight is None else 1.0 - float(kept.double().mean())
     return correction, Verdict(correction.method, rows, before, after, rank, pruned=pruned)
 

@@ -6,6 +6,7 @@ of it is derived; the paper (arXiv 2603.21991) does not compensate.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,11 @@ from .pruned import solve_on
 # tried in units of the mean diagonal of the features' covariance; the held-out part of the calibration set chooses
 RIDGES = (0.001, 0.01, 0.1, 1.0)
 # rows are multiplied in their own precision in pieces of so many and the products summed in fp64
-_PIECE = 4096
+PIECE = 4096
+# fewer rows are multiplied in fp64: it costs little, and a fit to few rows shows rounding most
+FEW = 256
+# columns of a symmetric product that are multiplied at a time: of each block and its mirror image one is computed
+_PANEL = 256
 
 Method = Literal["none", "bias", "least_squares"]
 
@@ -47,19 +52,20 @@ class Moments:
         rr, re = (torch.zeros(features, n, dtype=torch.float64, device=device) for n in (features, outputs))
         return cls(0, r, e, rr, re, ee)
 
-    def add(self, features: Tensor, wanted: Tensor) -> None:
-        """Take in rows: features (n, d) and wanted changes (n, k)."""
+    def add(self, features: Tensor, wanted: Tensor, consume: bool = False) -> None:
+        """Take in rows: features (n, d) and wanted changes (n, k), which may be overwritten if `consume`."""
         if not len(features):
             return
-        for start in range(0, len(features), _PIECE):
-            pieces = features[start : start + _PIECE], wanted[start : start + _PIECE]
-            r, e = (t.to(self.r.device, torch.promote_types(t.dtype, torch.float32)) for t in pieces)
+        for start in range(0, len(features), PIECE):
+            pieces = features[start : start + PIECE], wanted[start : start + PIECE]
+            least = torch.float64 if len(pieces[0]) < FEW else torch.float32
+            r, e = (t.to(self.r.device, torch.promote_types(t.dtype, least)) for t in pieces)
             self.count += len(r)
             self.ee += e.double().square().sum(0)
             # products of what is left without the mean: beside a large mean, fp32 would lose the rest
             mean_r, mean_e = r.mean(0), e.mean(0)
-            r, e = r - mean_r, e - mean_e
-            self.rr += r.T @ r
+            r, e = (r.sub_(mean_r), e.sub_(mean_e)) if consume else (r - mean_r, e - mean_e)
+            self.rr += _symmetric_product(r)
             self.re += r.T @ e
             mean_r, mean_e = mean_r.double(), mean_e.double()
             rest_r, rest_e = r.sum(0, dtype=torch.float64), e.sum(0, dtype=torch.float64)  # 0 but for rounding
@@ -86,6 +92,48 @@ class Moments:
         return max(float(squares.sum()), 0.0)  # in this order NaN stays NaN
 
 
+class Pieces:
+    """Rows that wait until they make up a piece: each piece costs a pass over the sums, however few rows it has.
+
+    Attributes:
+        moments: the sums of the rows, once `finish` was called.
+    """
+
+    def __init__(self, moments: Moments, rows: int = PIECE) -> None:
+        """
+        Args:
+            rows: how many make up a piece.
+        """
+        self.moments, self._rows = moments, rows
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._count = 0
+
+    def add(self, features: Tensor, wanted: Tensor) -> None:
+        """Take in rows, as `Moments.add`; they are not copied."""
+        if len(features):
+            self._waiting.append((features, wanted))
+            self._count += len(features)
+        if self._count >= self._rows:
+            self._hand_on(self._count - self._count % self._rows)
+
+    def finish(self) -> None:
+        """Let the rows that wait be part of the sums."""
+        if self._count:
+            self._hand_on(self._count)
+
+    def _hand_on(self, count: int) -> None:
+        first = self._waiting[0]
+        features, wanted = (part.new_empty(self._count, part.shape[1]) for part in first)
+        start = 0
+        for r, e in _drained(self._waiting):
+            features[start : start + len(r)], wanted[start : start + len(r)] = r, e
+            start += len(r)
+        self._count -= count
+        if self._count:  # copies, so that the rows that are summed are not kept in memory by those that wait
+            self._waiting.append((features[count:].clone(), wanted[count:].clone()))
+        self.moments.add(features[:count], wanted[:count], consume=True)
+
+
 @dataclass(frozen=True)
 class Correction:
     """What a refit adds to a linear map: ΔW (d, k), None for no change, and c (k,)."""
@@ -94,6 +142,59 @@ class Correction:
     bias: Tensor
     method: Method
     ridge: float | None = None
+
+
+class Ridge:
+    """The corrections that sums of rows give, one ridge after the other: what they have in common is computed once."""
+
+    def __init__(self, moments: Moments, biased: bool = True, kept: Tensor | None = None) -> None:
+        """
+        Args:
+            biased, kept: as for `solve`.
+        """
+        n = max(1, moments.count)
+        self.biased, self.kept = biased, kept
+        self.mean_r, self.mean_e = moments.r / n, moments.e / n
+        self.gram, self.cross = moments.rr, moments.re
+        if biased:
+            self.gram = torch.addr(self.gram, self.mean_r, self.mean_r, alpha=-n)
+            self.cross = torch.addr(self.cross, self.mean_r, self.mean_e, alpha=-n)
+        self._mean = float(self.gram.diagonal().mean())
+        self._factor: tuple[float, Tensor] | None = None
+
+    def solve(self, ridge: float) -> Correction:
+        """The correction of that ridge, "least_squares"."""
+        if self.kept is None:
+            weight = torch.cholesky_solve(self.cross, self._factorised(ridge))
+        else:
+            weight = solve_on(self.kept, self._penalised(ridge), self.cross)
+        bias = self.mean_e - self.mean_r @ weight if self.biased else torch.zeros_like(self.mean_e)
+        return Correction(weight, bias, "least_squares", ridge)
+
+    def effective_rank(self, ridge: float) -> float:
+        """tr C (C + ρI)⁻¹ = d − ρ ‖L⁻¹‖² with C + ρI = LLᵀ, C the features' covariance."""
+        factor = self._factorised(ridge)
+        size = len(factor)
+        squares = torch.zeros((), dtype=factor.dtype, device=factor.device)
+        for start in range(0, size, _PANEL):  # columns of L⁻¹, which are 0 above the diagonal
+            width = min(_PANEL, size - start)
+            unit = torch.eye(size - start, width, dtype=factor.dtype, device=factor.device)
+            squares += torch.linalg.solve_triangular(factor[start:, start:], unit, upper=False).square().sum()
+        return size - self._penalty(ridge) * float(squares)
+
+    def _factorised(self, ridge: float) -> Tensor:
+        if self._factor is None or self._factor[0] != ridge:
+            self._factor = None  # its memory is free before there is another one
+            self._factor = ridge, torch.linalg.cholesky(self._penalised(ridge))
+        return self._factor[1]
+
+    def _penalised(self, ridge: float) -> Tensor:
+        gram = self.gram.clone()
+        gram.diagonal().add_(self._penalty(ridge))
+        return gram
+
+    def _penalty(self, ridge: float) -> float:
+        return ridge * self._mean if self._mean > 0.0 else 1.0  # features that never fire: any penalty gives ΔW = 0
 
 
 def solve(
@@ -106,41 +207,30 @@ def solve(
         kept: (d, k), False where ΔW must be 0, as the weight is pruned there; None for anywhere.
         biased: whether c is there; without it the features are not centred, and "bias" is no correction.
     """
-    n, zero = max(1, moments.count), torch.zeros_like(moments.e)
-    if method == "none" or (method == "bias" and not biased):
-        return Correction(None, zero, "none")
-    mean_r, mean_e = moments.r / n, moments.e / n
-    if method == "bias":
-        return Correction(None, mean_e, "bias")
-    gram, cross = moments.rr, moments.re
-    if biased:
-        gram = gram - n * torch.outer(mean_r, mean_r)
-        cross = cross - n * torch.outer(mean_r, mean_e)
-    if kept is None:
-        weight = torch.cholesky_solve(cross, _factor(gram, ridge))
-    else:
-        weight = solve_on(kept, _penalised(gram, ridge), cross)
-    return Correction(weight, mean_e - mean_r @ weight if biased else zero, "least_squares", ridge)
+    if method == "least_squares":
+        return Ridge(moments, biased, kept).solve(ridge)
+    if method == "none" or not biased:
+        return Correction(None, torch.zeros_like(moments.e), "none")
+    return Correction(None, moments.e / max(1, moments.count), "bias")
 
 
 def effective_rank(moments: Moments, ridge: float, biased: bool = True) -> float:
     """tr C (C + ρI)⁻¹, C the features' covariance: how many parameters an output of the ridge fit has in effect."""
-    gram = moments.rr
-    if biased:
-        gram = gram - torch.outer(moments.r, moments.r) / max(1, moments.count)
-    penalty = _penalty(gram, ridge)
-    return len(gram) - penalty * float(torch.cholesky_inverse(_factor(gram, ridge)).diagonal().sum())
+    return Ridge(moments, biased).effective_rank(ridge)
 
 
-def _penalty(gram: Tensor, ridge: float) -> float:
-    mean = float(gram.diagonal().mean())
-    return ridge * mean if mean > 0.0 else 1.0  # features that never fire: any penalty gives ΔW = 0
+def _drained(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs, each of which the list has no more."""
+    while pairs:
+        yield pairs.pop(0)
 
 
-def _factor(gram: Tensor, ridge: float) -> Tensor:
-    factor: Tensor = torch.linalg.cholesky(_penalised(gram, ridge))
-    return factor
-
-
-def _penalised(gram: Tensor, ridge: float) -> Tensor:
-    return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * _penalty(gram, ridge)
+def _symmetric_product(rows: Tensor) -> Tensor:
+    """rowsᵀ rows, of which what lies below the diagonal is copied from above."""
+    size = rows.shape[1]
+    product = rows.new_empty(size, size)
+    for start in range(0, size, _PANEL):
+        end = min(size, start + _PANEL)
+        torch.mm(rows[:, start:end].T, rows[:, start:], out=product[start:end, start:])
+        product[end:, start:end] = product[start:end, end:].T
+    return product

@@ -59,7 +59,7 @@ def test_interrupted(name: str) -> None:
     counter.remove()
     model = make().train()
     before, outputs = full_snapshot(model), tiny.outputs(model.eval(), batches[0])
-    moments = [1, 3, *range(11, total, total // 5), total - 2, total]
+    moments = [1, 3, *range(9, total, total // 5), total - 2, total]
     in_network = set()
     for at, error in zip(moments, [RuntimeError, KeyboardInterrupt] * len(moments), strict=False):
         counter = Raises(model, at, error)

@@ -20,7 +20,7 @@ _SERVER = """
 import json, os, sys, traceback
 sys.path += [place for place in sys.argv[1].split(os.pathsep) if place not in sys.path]
 import hashlib, random, numpy, torch, transformers
-import transformers.modeling_utils, transformers.models.bert.modeling_bert
+import transformers.dynamic_module_utils, transformers.modeling_utils, transformers.models.bert.modeling_bert
 from safetensors.torch import load_file, save_file
 assert "hf_lambda_gelu" not in sys.modules
 
@@ -28,6 +28,8 @@ def run(job):
     os.chdir(job["cwd"])
     os.environ.clear()
     os.environ.update(job["env"])
+    modules = job["env"].get("HF_MODULES_CACHE")  # which transformers has read when it was imported
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = modules or transformers.dynamic_module_utils.HF_MODULES_CACHE
     for number, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(job[name], os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)
