@@ -25,7 +25,7 @@ from transformers.utils import CONFIG_NAME
 from .._compat import pytree
 from ..activation.module import hardness_sites
 from ..activation.older_checkpoints import NAME, OLDER
-from ..structure.block_source import BlockSource, FileChanged, Place, check_same, file_state
+from ..structure.block_source import BlockSource, FileChanged, Place, blocks_of, check_same, file_state
 from ..structure.config_probe import hard_coded_sites
 from ..structure.loading import CheckpointError, load_without_reading
 from ..surgery.conversion import convert
@@ -218,13 +218,16 @@ class _Hashed:
 
 
 def _check_room(streamed: Streamed, tokens: int) -> None:
-    """CheckpointError if the disks have no room: for both networks' hidden states before and after a block, where the main
-    input is text, and for the new weight files."""
+    """CheckpointError if the disks have no room, where the main input is text: for both networks' hidden states before and
+    after a block, with what its map gets; for the new weight files, and the states that a killed process leaves, twice."""
     width = getattr(streamed.model.config.get_text_config(), "hidden_size", 0)
-    needed = {Path(tempfile.gettempdir()): 4 * tokens * width * (streamed.model.dtype.itemsize)}
+    each, shifts = tokens * streamed.model.dtype.itemsize, streamed.model.dtype in (torch.float32, torch.float64)
+    matrices = [p for block in blocks_of(streamed.model) for p in block.parameters() if p.dim() == 2]
+    widest = max((size for p in matrices for size in p.shape), default=0)
+    needed = {Path(tempfile.gettempdir()): each * (4 * width + (widest if shifts else 0))}
     target = next(parent for parent in streamed.files.target.parents if parent.is_dir())
     streamed.check_unchanged()
-    weights = sum(place.path.stat().st_size for place in streamed.places)
+    weights = sum(place.path.stat().st_size for place in streamed.places) + (2 * each * width if shifts else 0)
     same = target.stat().st_dev == Path(tempfile.gettempdir()).stat().st_dev
     needed = {target: weights + sum(needed.values())} if same else {**needed, target: weights}
     for folder, size in needed.items():

@@ -15,6 +15,7 @@ from support import tiny
 from support.folders import LEAF, digests, inodes, load, read, same_tensors, stored
 from support.stock import stock_outputs
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import hf_lambda_gelu as hlg
@@ -23,7 +24,7 @@ from hf_lambda_gelu.checkpoints.on_disk_files import Source
 from hf_lambda_gelu.checkpoints.on_disk_refit import Streamed
 from hf_lambda_gelu.structure import block_source
 from hf_lambda_gelu.structure.block_source import BlockSource, blocks_of, source_of
-from hf_lambda_gelu.surgery.refit import sources, store
+from hf_lambda_gelu.surgery.refit import chain_walk, sources, store
 
 # a gated FFN without biases, a head outside of the blocks, images, Conv1D, two towers, one block that runs several times
 NAMES = ["llama", "bert", "vit", "gpt2", "t5", "albert"]
@@ -122,6 +123,54 @@ def test_one_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     hlg.relu_ize_checkpoint(tmp_path / "src", tmp_path / "dst", calibration=batches("llama"), compensate="least_squares")
     assert len(seen) > 4 * len(batches("llama"))
     assert max(seen[1:]) <= 1  # beside the one that is being read
+
+
+def test_nothing_keeps_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a block is read, the memory of what was read before is free: no graph, no hook and no list holds it."""
+    tiny.build("llama", num_hidden_layers=4).save_pretrained(tmp_path / "src", max_shard_size="20KB")
+    memory: list[StorageWeakRef] = []
+    alive: list[int] = []
+    load_all = BlockSource.load_all
+
+    def watched(source: BlockSource, resting: Any) -> Any:
+        if resting:  # else the block is held, as it is worked on
+            alive.append(sum(not storage.expired() for storage in memory))
+        loaded = load_all(source, resting)
+        if any(source.streams(p) for p in source.model.parameters()):  # what lies outside of blocks is there by then
+            memory.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in loaded)
+        return loaded
+
+    monkeypatch.setattr(BlockSource, "load_all", watched)
+    hlg.relu_ize_checkpoint(tmp_path / "src", tmp_path / "dst", calibration=batches("llama"), compensate="least_squares")
+    assert len(memory) > 4 * 9 * len(batches("llama"))
+    assert max(alive) == 0
+
+
+def test_skipped_blocks_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that shows what blocks get, and runs none, reads no weights; the same blocks are read where they run."""
+    tiny.build("llama", num_hidden_layers=4).save_pretrained(tmp_path / "src", max_shard_size="20KB")
+    read_in: dict[str, list[int]] = {"skipping": [], "running": []}
+    reads: list[None] = []
+    load_all = BlockSource.load_all
+
+    def watched(source: BlockSource, resting: Any) -> Any:
+        reads.extend([None] * bool(resting))
+        return load_all(source, resting)
+
+    def counted(function: Any, where: str) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            count = len(reads)
+            result = function(*args, **kwargs)
+            read_in[where].append(len(reads) - count)
+            return result
+
+        return run
+
+    monkeypatch.setattr(BlockSource, "load_all", watched)
+    monkeypatch.setattr(chain_walk, "capture_skipping", counted(chain_walk.capture_skipping, "skipping"))
+    monkeypatch.setattr(chain_walk, "capture", counted(chain_walk.capture, "running"))
+    hlg.relu_ize_checkpoint(tmp_path / "src", tmp_path / "dst", calibration=batches("llama"), compensate="least_squares")
+    assert read_in == {"skipping": [0, 0, 0], "running": [4, 4]}
 
 
 def test_weights_come_and_go(tmp_path: Path) -> None:
@@ -239,9 +288,11 @@ def test_a_full_disk(where: str, src: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_no_room(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found out before the model has run: 4 hidden states of 32 fp32 numbers for each of 66 tokens, and the weights."""
+    """Found out before the model has run: 4 hidden states of 32 fp32 numbers for each of 66 tokens, what a map gets, the
+    weights, and 2 states for whoever goes on after a kill."""
     tokens = sum(batch["input_ids"].numel() for batch in batches("llama"))
-    size = 4 * tokens * 32 * 4 + sum(path.stat().st_size for path in src.glob("*.safetensors"))
+    inner = tiny.build("llama").config.intermediate_size
+    size = (4 * 32 + inner + 2 * 32) * tokens * 4 + sum(path.stat().st_size for path in src.glob("*.safetensors"))
     room = [size - 1]
     monkeypatch.setattr(on_disk_refit.shutil, "disk_usage", lambda _: type("usage", (), {"free": room[0]}))
     monkeypatch.setattr(on_disk_refit.tempfile, "gettempdir", lambda: str(tmp_path))

@@ -140,6 +140,7 @@ class Refit:
                 for step, sites in enumerate(chain.sites):
                     earlier = self.networks.done_earlier(sites)
                     done: list[CompensatedSite] = []
+                    shifted: list[str] = []
                     with self.networks.holding(_weights(walk, sites, traced)):
                         for made in self._refit_each(walk, sites, traced, method) if earlier is None else earlier:
                             self.networks.hard.add(made.name)
@@ -147,9 +148,11 @@ class Refit:
                             done.append(made)
                             yield made
                         if step + 1 < len(chain.sites):
-                            walk.advance()
+                            shifted = walk.advance()
                     if earlier is None:
-                        self.networks.note_done(sites, done)
+                        self.networks.note_done(sites, done, shifted)
+                    else:
+                        self.networks.take_states(sites)
             except DependentError:
                 queue.extendleft(reversed(chain.split()))
             except ReplayError as error:

@@ -1,7 +1,8 @@
 """Where the weights of a block come from and go to while a refit runs over a model that is larger than memory.
 
 What is refit is written into a folder when the walk leaves a block, and rests there from then on. A journal beside it says
-which blocks are done, so that a process that was killed is gone on with by the next one.
+which blocks are done, so that a process that was killed is gone on with by the next one; where the states after the last
+one were not found by running it, they lie there too.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from ...structure.block_source import BlockSource, Place, file_state, mapped
 from .report import CompensatedSite
 from .runs import ReplayError
+from .store import Store
 
 _JOURNAL = "journal.json"
+_STATES = "*.state"
 
 
 class RefitWeights:
@@ -45,7 +48,7 @@ class RefitWeights:
         if isinstance(found, dict) and found.get("identity") == self.source.identity:
             self.done = found["done"]
             return
-        for path in (self.folder / _JOURNAL, *self.folder.glob("*.bin")):
+        for path in (self.folder / _JOURNAL, *self.folder.glob("*.bin"), *self.folder.glob(_STATES)):
             path.unlink(missing_ok=True)
 
     # --------------------------------------------------------------------------------------------------- one block
@@ -108,10 +111,34 @@ class RefitWeights:
 
     # ------------------------------------------------------------------------------------------------- the journal
 
-    def note(self, sites: Sequence[str], made: Sequence[CompensatedSite]) -> None:
-        """Let the journal say that a block is done: its reports, and the files of its weights."""
-        self.done["\n".join(sites)] = {"sites": [asdict(site) for site in made], "files": self._written}
+    def note(self, sites: Sequence[str], made: Sequence[CompensatedSite], store: Store, states: Sequence[str]) -> None:
+        """Let the journal say that a block is done: its reports, the files of its weights, and of states after it.
+
+        States of an earlier block are not needed any more where there are such of a later one.
+        """
+        kept = self._copied(store, states)
+        if kept:
+            self.done = {name: {**entry, "states": {}} for name, entry in self.done.items()}
+        reports = [asdict(site) for site in made]
+        self.done["\n".join(sites)] = {"sites": reports, "files": self._written, "states": kept}
         self._written = {}
+        self._write_journal()
+        if kept:
+            for path in self.folder.glob(_STATES):
+                if path.name not in {file for file, _ in kept.values()}:
+                    path.unlink()
+
+    def _copied(self, store: Store, states: Sequence[str]) -> dict[str, tuple[str, list[int]]]:
+        """{name of a state in the store: the file that it is copied to, the order of its dimensions there}."""
+        kept: dict[str, tuple[str, list[int]]] = {}
+        for name in states:
+            path = self.folder / f"{len(self.done):06d}-{name}.state"
+            kept[name] = path.name, store.copy_to(name, path)
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        return kept
+
+    def _write_journal(self) -> None:
         path = self.folder / _JOURNAL
         partial = path.with_suffix(".part")
         with partial.open("w", encoding="utf-8") as file:
@@ -119,6 +146,13 @@ class RefitWeights:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+
+    def take_states(self, sites: Sequence[str], store: Store) -> None:
+        """Let the store have what an earlier process kept of the states after the block with these sites."""
+        states = self.done["\n".join(sites)].get("states", {})
+        assert isinstance(states, Mapping)
+        for name, (file, order) in states.items():
+            store.take(name, self.folder / file, order)
 
     def earlier(self, sites: Sequence[str], originals: dict[nn.Parameter, Tensor]) -> list[CompensatedSite] | None:
         """What an earlier process did in the block with these sites, whose weights are then refit; None if nothing."""

@@ -142,10 +142,19 @@ class TwoNetworks:
         """What a killed process did in the block with these sites, whose weights are refit then; None if nothing."""
         return None if self.weights is None else self.weights.earlier(sites, self.originals)
 
-    def note_done(self, sites: Sequence[str], made: Sequence[CompensatedSite]) -> None:
-        """Let whoever goes on after a kill know that the block with these sites is done."""
+    def take_states(self, sites: Sequence[str]) -> None:
+        """Let the store have the states after the block with these sites that a killed process kept, if it kept any."""
         if self.weights is not None:
-            self.weights.note(sites, made)
+            self.weights.take_states(sites, self.store)
+
+    def note_done(self, sites: Sequence[str], made: Sequence[CompensatedSite], states: Sequence[str]) -> None:
+        """Let whoever goes on after a kill know that the block with these sites is done.
+
+        Args:
+            states: the names of states in the store that are not found again, to the bit, by running the block.
+        """
+        if self.weights is not None:
+            self.weights.note(sites, made, self.store, states)
 
     def leave(self) -> None:
         """Let the model be neither network: where an interrupt came upon the end of a block, that may not have happened."""
