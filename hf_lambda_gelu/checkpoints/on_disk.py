@@ -150,8 +150,7 @@ def relu_ize_checkpoint(
     It holds what `relu_ize(model)` and `save_relu_pretrained(model, dst)` write, made as `convert_checkpoint` makes its own.
     Weight files with λ in them, or with refit weights, are rewritten in a stream; the others are hard links.
 
-    With `calibration` the model runs, one block of weights in memory after the other; it may be a GELU model. After a kill
-    the same call goes on with the block that it was at.
+    With `calibration` the model, GELU or λ-GELU, runs with one block of weights in memory; killed, it goes on there.
 
     Args:
         src: folder of a λ-GELU checkpoint in safetensors, by `save_pretrained`, a Trainer or `convert_checkpoint`.
@@ -166,11 +165,10 @@ def relu_ize_checkpoint(
         The report of `relu_ize`, and what became of the files.
 
     Raises:
+        `src` is as it was, then, and `dst` is not made.
         CheckpointError: as for `convert_checkpoint`; λ of sites that the model does not have; with `calibration`, weights
             that change meanwhile, or that the checkpoint holds in another form than the model (Mixtral's experts).
         CalibrationError, SoftGateError, ValueError: as for `relu_ize`; no such device, or `dst` cannot be made.
-
-    In every case `src` is as it was and `dst` is not made.
 
     Examples:
         >>> import hf_lambda_gelu as hlg

@@ -91,16 +91,13 @@ def relu_ize(
             data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
             found, folder = examples(data), resolved(source)
             if stream:
-                there = without_weights(folder, target, trust_remote_code)
-                how |= {"calibration": batches(found, data, there, folder, trust_remote_code), "device": device}
-                how |= {"details": details, "link": not copy, "trust_remote_code": trust_remote_code}
-                return result.set(hlg.relu_ize_checkpoint(folder, target, **how))
+                fed = batches(found, data, without_weights(folder, target, trust_remote_code), folder, trust_remote_code)
+                how |= {"calibration": fed, "device": device, "details": details, "link": not copy}
+                return result.set(hlg.relu_ize_checkpoint(folder, target, **how, trust_remote_code=trust_remote_code))
             model = with_hardness(loaded(folder, trust_remote_code, device))
-            fed = batches(found, data, model, folder, trust_remote_code)
-            report = hlg.relu_ize(model, calibration=fed, **how)
-            carried = processors(folder, trust_remote_code)
-            code = trust_remote_code
-            saved = hlg.save_relu_pretrained(model, target, processor=carried, details=details, trust_remote_code=code)
+            report = hlg.relu_ize(model, calibration=batches(found, data, model, folder, trust_remote_code), **how)
+            card: dict[str, Any] = {"processor": processors(folder, trust_remote_code), "details": details}
+            saved = hlg.save_relu_pretrained(model, target, **card, trust_remote_code=trust_remote_code)
             result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
         elif compensate is not None or stream:
             raise UsageError(_NO_DATA.format("--stream" if compensate is None else f"--compensate {compensate}"))
