@@ -14,7 +14,7 @@ from ..measurement.batches import CalibrationError, model_batches
 from ..measurement.difference import difference, float_outputs, tolerance
 from ..measurement.forward import measuring, run_batch, same_random_numbers
 from ..reports import progress, table, to_dict
-from ..structure.edits import own_config
+from ..structure.edits import own_config, reshape
 from ..structure.feed_forward import Blocks, FeedForward, feed_forwards
 from ..structure.linear_calls import Key, LinearCall
 from ..structure.linear_maps import watch_linears
@@ -204,10 +204,7 @@ def _cut(model: nn.Module, block: FeedForward, units: Tensor) -> None:
     """Keep these units alone, in the parameters and in what their modules say of their widths."""
     for parameter, dim in block.parameters:
         smaller = parameter.detach().index_select(dim, units.to(parameter.device)).contiguous()
-        parameter.grad = None
-        # autograd notes the shape of a parameter that is in a graph, and forgets it where the dtype changes, not the shape
-        parameter.data = torch.empty(0, dtype=torch.complex64, device=parameter.device)
-        parameter.data = smaller
+        reshape(parameter, smaller)
     sides = [(block.after, ("in_features", "in_channels", "nx"))]
     sides += [(made, ("out_features", "out_channels", "nf")) for made in block.before]
     for made, attributes in sides:

@@ -30,6 +30,8 @@ from ..structure.transaction import keep, transaction
 from ..structure.usable import check_usable
 from .folding import fold
 from .gates import SoftGateError, gates_as_relu
+from .hinges.wanted import Wanted, check_hinges
+from .hinges.without_data import minimax_hinges
 from .refit.engine import compensation
 from .refit.report import Compensate
 from .relu_runs import Runs, check_relu_runs, run_as_relu, runs_by_part
@@ -49,6 +51,8 @@ def relu_ize(
     calibration: Iterable[Any] | None = None,
     compensate: Compensate | None = None,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+    hinges: int = 1,
+    budget: float | None = None,
 ) -> SubstitutionReport:
     """Replace, in place, every λ-GELU, x Φ(λx), by ReLU, max(x, 0), and let the config say `relu`, which stock
     transformers loads.
@@ -69,6 +73,12 @@ def relu_ize(
             activation, so that the network computes with ReLU what it computed before; "bias" only shifts that map's bias.
             Soft gates are what it is for: `force` is not needed.
         compute_metrics: as for `Trainer`; measured before and after, on batches with labels.
+        hinges: k, how many ReLUs take the place of each gate: f(x) ≈ Σᵢ aᵢ max(x − tᵢ, 0), i = 1 … k, in layers that are k
+            times as wide; `intermediate_size` (or whatever is their width) says so in the config. With `compensate` the tᵢ lie
+            where each neuron's data want them, k up to 4; without, they are the same for all, by minimax over the whole line,
+            k up to 6, and sup |f − Σ| is in the report: no data are needed, and soft gates may go.
+        budget: the width over the width before, from 1 to 4, in place of `hinges`: each neuron has one ReLU, and the rest go
+            where they save most by the calibration data. Needs `compensate`.
 
     Returns:
         Per site λ and the bound on what changes; what was refit; the measured changes; the smooth activations that remain.
@@ -80,6 +90,8 @@ def relu_ize(
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`.
         FoldError: a hard-coded site whose weights cannot take λ up.
+        HingeError: `hinges` or `budget`, and a layer that cannot be wider: its gate has no bias and no config attribute gives
+            it one (T5, Mistral, Qwen, Gemma), or the config does not govern its width.
 
     In every case the model is as it was.
 
@@ -89,11 +101,15 @@ def relu_ize(
         >>> _ = hlg.convert(model, init_hardness=200.0)
         >>> _ = hlg.relu_ize(model)
     """
+    wanted = check_hinges(hinges, budget, compensate is not None)
     sites = check_substitutable(model, calibration, compensate)
-    soft = _soft_sites(sites, tolerance, targets, refused=not force and compensate is None)
-    report = SubstitutionReport(sites, tolerance, forced=bool(soft) and compensate is None)
+    prepared = compensate is not None or wanted is not None
+    soft = _soft_sites(sites, tolerance, targets, refused=not force and not prepared)
+    report = SubstitutionReport(sites, tolerance, forced=bool(soft) and not prepared)
     if compensate is not None and calibration is not None:
-        _refit(model, calibration, compensate, report, compute_metrics, refused=0 if force else len(soft))
+        _refit(model, calibration, compensate, report, compute_metrics, 0 if force else len(soft), wanted)
+    elif wanted is not None:
+        _widen(model, calibration, report, compute_metrics, wanted)
     else:
         _measure(model, calibration, report, compute_metrics)
     _attach_report(model, report)
@@ -107,14 +123,16 @@ def _refit(
     report: SubstitutionReport,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
     refused: int,
+    wanted: Wanted | None,
 ) -> None:
     """Refit the maps, measure what ReLU then changes, fold what stays smooth; the model is as it was if any of it fails.
 
     Args:
         refused: how many soft gates there are that only a refit makes good.
+        wanted: how wide the layers shall be; None for as wide as they are.
     """
     stay = hard_coded_sites(model)
-    with compensation(model, calibration) as work:
+    with compensation(model, calibration, wanted) as work:
         with measuring(model):
             report.compensation = work.run(compensate)
             if refused and not report.compensation.sites:
@@ -128,7 +146,30 @@ def _refit(
             change = measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics, networks.count)
             _note(report, change)
             _fold(model, stay, networks.batch(0), report)
+        if work.hinges is not None:
+            report.hinges = work.hinges.finish()
         _put_relu(model, report, _run(model, change, report))
+
+
+def _widen(
+    model: nn.Module,
+    calibration: Iterable[Any] | None,
+    report: SubstitutionReport,
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
+    wanted: Wanted,
+) -> None:
+    """Put minimax hinges in the place of the gates; measure, if there are batches to do so, what that changes."""
+    stay = hard_coded_sites(model)
+    change: MeasuredChange | None = None
+    with measuring(model), minimax_hinges(model, calibration, wanted) as work:
+        networks = work.networks
+        batches = map(networks.batch, range(networks.count))
+        if networks.count:
+            change = measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics, networks.count)
+            _note(report, change)
+        _fold(model, stay, networks.batch(0) if networks.count else None, report)
+    report.hinges = work.finish()
+    _put_relu(model, report, runs_by_part(model) if change is None else _run(model, change, report))
 
 
 def _measure(

@@ -27,6 +27,8 @@ from ...reports import length, progress
 from ...structure.linear_maps import LinearMap, eager_experts
 from ...structure.scratch import scratch_folder
 from ...structure.tracing import Trace, trace
+from ..hinges.wanted import Wanted
+from ..hinges.work import HingeWork
 from .capture import Sample
 from .chain_walk import ChainWalk, DependentError
 from .chains import Chain, find_chains
@@ -35,6 +37,7 @@ from .held_out import Examples, decide
 from .meeting_point import Meeting, observe
 from .pruned import support
 from .report import FEW_ROWS, Compensate, CompensatedSite, CompensationReport, describe
+from .row_weights import RowWeights
 from .runs import ReplayError
 from .two_networks import Network, TwoNetworks
 
@@ -44,8 +47,8 @@ logger = logging.get_logger(__name__)
 class Refit:
     """Refits the maps after the activations, site after site. `networks.undo` takes all of it back."""
 
-    def __init__(self, networks: TwoNetworks) -> None:
-        self.networks = networks
+    def __init__(self, networks: TwoNetworks, hinges: HingeWork | None = None) -> None:
+        self.networks, self.hinges = networks, hinges
         self._positions_first: Collection[str] = ()
 
     @property
@@ -62,7 +65,7 @@ class Refit:
         start = time.perf_counter()
         networks = self.networks
         with eager_experts(networks.model), networks.autocast.off.entered():
-            traced, chains = self._look(biases, report := CompensationReport())
+            traced, chains = self._look(biases, report := CompensationReport(), method)
             report.uncompensated.update(traced.obstacles)
             with torch.no_grad():
                 for site in progress(self._refit_all(chains, traced, method), "Refitting", len(traced.maps)):
@@ -82,16 +85,21 @@ class Refit:
     def rehearse(self) -> dict[str, str]:
         """Does what comes before the solving, on the calibration set; what `run` will leave uncompensated, and why."""
         with eager_experts(self.networks.model), self.networks.autocast.off.entered():
-            traced, _ = self._look(False, CompensationReport())
+            traced, _ = self._look(False, CompensationReport(), "least_squares")
         return dict(traced.obstacles)
 
-    def _look(self, biases: bool, report: CompensationReport) -> tuple[Trace, list[Chain]]:
-        """Where the maps are and the chains that the sites are refit along; maps are given biases."""
+    def _look(self, biases: bool, report: CompensationReport, method: Compensate) -> tuple[Trace, list[Chain]]:
+        """Where the maps are and the chains that the sites are refit along; what will be wider; maps are given biases."""
         networks = self.networks
         with networks.smooth():
             traced = trace(networks.model, *map(networks.forward, range(networks.count)))
+        wanting = [m for maps in traced.maps.values() for m in maps]
+        if self.hinges is not None:
+            wanting += self.hinges.plan(lambda: [networks.forward(index)() for index in traced.batches])
         if biases:
-            report.bias_attribute = networks.biases.add(m for maps in traced.maps.values() for m in maps)
+            report.bias_attribute = networks.biases.add(wanting)
+        if self.hinges is not None:
+            self.hinges.check(traced, method)
         with networks.smooth(), torch.no_grad():
             self._check_repeats()
             forwards = [networks.forward(index) for index in traced.batches]
@@ -143,7 +151,9 @@ class Refit:
                 queue.extendleft([Chain([""], [left])] if left else [])
 
     def _refit(self, walk: ChainWalk, site: str, maps: list[LinearMap], method: Compensate) -> CompensatedSite:
-        """Refit the maps after one site."""
+        """Refit the maps after one site, of a layer that is wider by then if it shall be."""
+        if self.hinges is not None:
+            self.hinges.widen(walk, site, site in self._positions_first)
         evidence = self._evidence(walk, site, maps)
         evidence.check_finite()
         verdicts = []
@@ -177,6 +187,7 @@ class Refit:
         """Run the block as both networks over the calibration set, and gather what a refit of the maps needs."""
         networks = self.networks
         evidence = Evidence(site, maps, meeting, site in self._positions_first)
+        evidence.weigh = None if self.hinges is None else RowWeights()
         first = 0
         for index in range(networks.count):
             examples = Examples(first, networks.examples <= 1)
@@ -204,13 +215,13 @@ class Refit:
 
 
 @contextmanager
-def compensation(model: nn.Module, loader: Iterable[Any]) -> Iterator[Refit]:
-    """A `Refit` that has the calibration set; the model is as it was if the block raises."""
+def compensation(model: nn.Module, loader: Iterable[Any], wanted: Wanted | None = None) -> Iterator[Refit]:
+    """A `Refit` that has the calibration set, for layers as wide as is wanted; the model is as it was if the block raises."""
     with scratch_folder() as folder:
         networks = TwoNetworks(model, folder)
         try:
             networks.keep(progress(model_batches(model, loader), "Reading the calibration set", length(loader)))
-            yield Refit(networks)
+            yield Refit(networks, None if wanted is None else HingeWork(networks, wanted))
             networks.leave()
             networks.commit()
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -85,10 +86,21 @@ def choose(
         candidates.append(("bias", RIDGES[0]))
     if method == "least_squares":
         candidates += [("least_squares", ridge) for ridge in RIDGES]
-    errors = [held_out.error(solve(fit, name, biased=biased, ridge=ridge, kept=kept), scale) for name, ridge in candidates]
+    def solved(moments: Moments, name: Method, ridge: float) -> Correction | None:
+        try:
+            return solve(moments, name, biased=biased, ridge=ridge, kept=kept)
+        except torch.linalg.LinAlgError:  # by rounding, the Gram matrix of nearly dependent features is indefinite
+            return None
+
+    tried = [solved(fit, name, ridge) for name, ridge in candidates]
+    errors = [math.inf if correction is None else held_out.error(correction, scale) for correction in tried]
     best = min(range(len(candidates)), key=errors.__getitem__)
-    name, ridge = candidates[best]
-    return solve(fit + held_out, name, biased=biased, ridge=ridge, kept=kept), errors[0], errors[best]
+    both = fit + held_out
+    for name, ridge in candidates[best:]:  # a larger ridge, where this one does not do with all rows
+        correction = solved(both, name, ridge)
+        if correction is not None:
+            return correction, errors[0], errors[best]
+    return solve(both, "none"), errors[0], errors[0]
 
 
 def decide(
