@@ -76,7 +76,7 @@ def relu_ize(
         hinges: k, how many ReLUs take the place of each gate: f(x) ≈ Σᵢ aᵢ max(x − tᵢ, 0), i = 1 … k, in layers that are k
             times as wide; `intermediate_size` (or whatever is their width) says so in the config. With `compensate` the tᵢ lie
             where each neuron's data want them, k up to 4; without, they are the same for all, by minimax over the whole line,
-            k up to 6, and sup |f − Σ| is in the report: no data are needed, and soft gates may go.
+            k from 4 to 6, and sup |f − Σ| is in the report: no data are needed, and soft gates may go.
         budget: the width over the width before, from 1 to 4, in place of `hinges`: each neuron has one ReLU, and the rest go
             where they save most by the calibration data. Needs `compensate`.
 

@@ -42,10 +42,16 @@ def check_hinges(hinges: object, budget: object, measured: bool) -> Wanted | Non
     """
     if isinstance(hinges, bool) or not isinstance(hinges, int):
         raise TypeError(f"hinges must be an integer >= 1, got {type(hinges).__name__}: {hinges!r}")
-    most = MOST if measured else max(KNOWN)
-    if not 1 <= hinges <= most:
-        how = "with a refit" if measured else "without one"
-        raise ValueError(f"hinges must be from 1 to {most} {how}, got {hinges}: 1 is one ReLU per neuron, as wide as before")
+    if not 1 <= hinges <= (MOST if measured else max(KNOWN)):
+        raise ValueError(
+            f"hinges must be from 1 to {MOST} with compensate, from 1 to {max(KNOWN)} without, got {hinges}: 1 is one ReLU per "
+            "neuron, as wide as before"
+        )
+    if not measured and hinges > 1 and hinges not in KNOWN:
+        raise ValueError(
+            f"without data {hinges} hinges follow a gate no better than one ReLU and a constant: take {KNOWN[0]} to "
+            f"{KNOWN[-1]}, or pass calibration=… and compensate='least_squares', by which two do well"
+        )
     if budget is None:
         return Wanted(hinges, measured=measured) if hinges > 1 else None
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
