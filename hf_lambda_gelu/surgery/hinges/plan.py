@@ -63,9 +63,7 @@ class Plan:
     single: dict[str, str] = field(default_factory=dict)
 
 
-def plan_hinges(
-    model: nn.Module, sites: Mapping[str, LambdaGELU], forward: Callable[[], Any], wanted: Wanted
-) -> Plan:
+def plan_hinges(model: nn.Module, sites: Mapping[str, LambdaGELU], forward: Callable[[], Any], wanted: Wanted) -> Plan:
     """Which layers will be wider; `forward` runs the model, with its gates as ReLU, on what reaches all sites.
 
     Raises:

@@ -73,7 +73,9 @@ class HingeWork:
             found = traced.maps.get(name, [])
             if [linear.parameter for linear in found] != [site.block.after.parameter]:
                 reason = traced.obstacles.get(name, "it is not the map that takes up its output")
-                raise HingeError(f"{name}: the map after it cannot be refit ({reason}), so its layer cannot be wider: use hinges=1")
+                raise HingeError(
+                    f"{name}: the map after it cannot be refit ({reason}), so its layer cannot be wider: use hinges=1"
+                )
             rows = math.prod(traced.leading[name]) * networks.examples // max(1, networks.sizes[0])
             if method == "least_squares" and rows < site.units:
                 raise CalibrationError(
@@ -92,9 +94,7 @@ class HingeWork:
         histogram = self._measured(walk, name, site, positions_first)
         gate, block = self.networks.sites[name], site.block
         shifted = block.up is None and block.after.bias is not None
-        found = place(
-            histogram, BASES[gate.base].activation, self.wanted.most, shifted=shifted, activity=_ACTIVITY
-        )
+        found = place(histogram, BASES[gate.base].activation, self.wanted.most, shifted=shifted, activity=_ACTIVITY)
         gain = histogram.weight.sum(1) * column_norms(block.after).to(histogram.device)
         gain = gain / torch.as_tensor(histogram.hardness, device=gain.device).double().square()
         self._put(name, site, spent(found, gain, site.units))

@@ -86,6 +86,7 @@ def choose(
         candidates.append(("bias", RIDGES[0]))
     if method == "least_squares":
         candidates += [("least_squares", ridge) for ridge in RIDGES]
+
     def solved(moments: Moments, name: Method, ridge: float) -> Correction | None:
         try:
             return solve(moments, name, biased=biased, ridge=ridge, kept=kept)
