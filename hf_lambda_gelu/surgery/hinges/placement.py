@@ -19,12 +19,14 @@ MOST = 4
 # bins are even in asinh(λx), so that they are narrow where a gate bends and wide in its tails: ±1100 in units of 1/λ
 _BINS, _REACH = 384, 7.7
 # candidates for the place of a hinge, per neuron
-_CANDIDATES = 24
+_CANDIDATES = 22
+# candidates of every neuron, in units of 1/λ: far to the left a hinge is always active, an affine function
+_FIXED = (-12.0, -6.0, -3.0, -1.0, 0.0)
 # of a neuron's weight, spread evenly over the bins up to ±8: calibration has not seen everything
-_TAIL = 0.01
+_TAIL = 0.0003
 _TAIL_REACH = 8.0
 # added to the normal equations' diagonal, relative: without it two near hinges take large weights that cancel
-_DAMPING = 1e-4
+_DAMPING = 1e-6
 
 
 def nodes(device: torch.device | str = "cpu") -> Tensor:
@@ -119,7 +121,7 @@ def _weight(measured: Tensor, x: Tensor) -> Tensor:
 
 
 def _candidates(weight: Tensor, x: Tensor, f: Tensor) -> Tensor:
-    """(d, candidates), increasing: even quantiles of (w f″²)^(1/5), and one left of all the weight, and 0."""
+    """(d, candidates), increasing: even quantiles of (w f″²)^(1/5), one left of nearly all the weight, and fixed ones."""
     step = x.diff()
     slope = f.diff() / step
     bend = torch.zeros_like(x)
@@ -130,13 +132,13 @@ def _candidates(weight: Tensor, x: Tensor, f: Tensor) -> Tensor:
     density[:, width == 0] = 0.0
     cumulative = density.cumsum(1)
     cumulative = cumulative / cumulative[:, -1:]
-    count = _CANDIDATES - 2
+    count = _CANDIDATES - 1 - len(_FIXED)
     wanted = (torch.arange(count, dtype=x.dtype, device=x.device) + 0.5) / count
     index = torch.searchsorted(cumulative, wanted.expand(len(weight), -1).contiguous()).clamp(max=len(x) - 1)
     left = torch.searchsorted(weight.cumsum(1), torch.full((len(weight), 1), 2e-3, dtype=x.dtype, device=x.device))
     outermost = torch.minimum(x[left.clamp(max=len(x) - 1)], x[index[:, :1]]) - 0.1
-    zero = torch.zeros_like(outermost)
-    return torch.cat([outermost, x[index], zero], dim=1).sort(1).values
+    fixed = torch.tensor(_FIXED, dtype=x.dtype, device=x.device).expand(len(weight), -1)
+    return torch.cat([outermost, x[index], fixed], dim=1).sort(1).values
 
 
 @dataclass
