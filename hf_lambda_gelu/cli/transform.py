@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from . import options as o
 from .data import Data, batches, examples
@@ -39,6 +40,8 @@ def relu_ize(
     target: o.Target,
     calibration: o.Calibration = None,
     compensate: o.Compensate = None,
+    hinges: o.Hinges = 1,
+    budget: o.Budget = None,
     column: o.Column = None,
     label_column: o.LabelColumn = None,
     split: o.Split = "train",
@@ -61,7 +64,7 @@ def relu_ize(
 
     Stock transformers loads it. Without --calibration the weights are not loaded, and gates must be hard. With it the
     change of the outputs is measured, and a GELU model is converted first; --compensate refits the weights so that soft
-    gates may go.
+    gates may go. With --hinges or --budget several ReLUs take the place of each gate, in wider layers.
 
     \b
     Examples:
@@ -69,6 +72,8 @@ def relu_ize(
       hf-lambda-gelu relu-ize textattack/bert-base-uncased-SST-2 bert-relu \\
           --calibration reviews.txt --compensate least_squares
       hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares
+      hf-lambda-gelu relu-ize HuggingFaceTB/SmolLM2-135M smollm2-relu --calibration text.txt \\
+          --compensate least_squares --hinges 2
     """
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
@@ -80,7 +85,8 @@ def relu_ize(
             found, folder = examples(data), resolved(source)
             model = with_hardness(loaded(folder, trust_remote_code, device))
             fed = batches(found, data, model, folder, trust_remote_code)
-            report = hlg.relu_ize(model, force, tolerance=tolerance, calibration=fed, compensate=compensate)
+            options: dict[str, Any] = {"calibration": fed, "compensate": compensate, "hinges": hinges, "budget": budget}
+            report = hlg.relu_ize(model, force, tolerance=tolerance, **options)
             carried = processors(folder, trust_remote_code)
             saved = hlg.save_relu_pretrained(model, target, processor=carried, details=details)
             result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
@@ -89,6 +95,13 @@ def relu_ize(
                 f"--compensate {compensate} learns from data: add --calibration with examples like those that the model "
                 "will meet, such as a text file with a line each. A few hundred do, without labels"
             )
+        elif hinges != 1 or budget is not None:
+            folder = resolved(source)
+            model = with_hardness(loaded(folder, trust_remote_code, device))
+            report = hlg.relu_ize(model, force, tolerance=tolerance, hinges=hinges, budget=budget)
+            carried = processors(folder, trust_remote_code)
+            saved = hlg.save_relu_pretrained(model, target, processor=carried, details=details)
+            result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
         else:
             folder = resolved(source)
             result.set(hlg.relu_ize_checkpoint(folder, target, force, tolerance=tolerance, details=details, link=not copy))

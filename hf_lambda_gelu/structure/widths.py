@@ -47,7 +47,8 @@ def widths(part: PreTrainedModel, blocks: Mapping[str, FeedForward], ratios: boo
     """
     found: list[Width] = []
     free = dict(blocks)
-    candidates = [(path, value, False) for path, value in _candidates(part.config, {b.units for b in blocks.values()})]
+    candidates: list[tuple[str, int | float, bool]] = []
+    candidates += [(path, value, False) for path, value in _candidates(part.config, {b.units for b in blocks.values()})]
     candidates += [(path, value, True) for path, value in _ratios(part.config)] if ratios else []
     for path, value, ratio in candidates:
         rebuilt = rebuild(part, path, 2 * value if ratio else value + 1) if free else None

@@ -32,6 +32,7 @@ from .folding import fold
 from .gates import SoftGateError, gates_as_relu
 from .hinges.wanted import Wanted, check_hinges
 from .hinges.without_data import minimax_hinges
+from .hinges.work import HingeWork
 from .refit.engine import compensation
 from .refit.report import Compensate
 from .relu_runs import Runs, check_relu_runs, run_as_relu, runs_by_part
@@ -74,9 +75,9 @@ def relu_ize(
             Soft gates are what it is for: `force` is not needed.
         compute_metrics: as for `Trainer`; measured before and after, on batches with labels.
         hinges: k, how many ReLUs take the place of each gate: f(x) ≈ Σᵢ aᵢ max(x − tᵢ, 0), i = 1 … k, in layers that are k
-            times as wide; `intermediate_size` (or whatever is their width) says so in the config. With `compensate` the tᵢ lie
-            where each neuron's data want them, k up to 4; without, they are the same for all, by minimax over the whole line,
-            k from 4 to 6, and sup |f − Σ| is in the report: no data are needed, and soft gates may go.
+            times as wide; `intermediate_size`, or whatever is their width, says so in the config. With `compensate` the tᵢ
+            lie where each neuron's data want them, k up to 4; without, they are the same for all, by minimax over the whole
+            line, k from 4 to 6, and sup |f − Σ| is in the report: no data are needed, and soft gates may go.
         budget: the width over the width before, from 1 to 4, in place of `hinges`: each neuron has one ReLU, and the rest go
             where they save most by the calibration data. Needs `compensate`.
 
@@ -90,8 +91,8 @@ def relu_ize(
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`.
         FoldError: a hard-coded site whose weights cannot take λ up.
-        HingeError: `hinges` or `budget`, and a layer that cannot be wider: its gate has no bias and no config attribute gives
-            it one (T5, Mistral, Qwen, Gemma), or the config does not govern its width.
+        HingeError: `hinges` or `budget`, and a layer that cannot be wider: its gate has no bias and no config attribute
+            gives it one (T5, Mistral, Qwen, Gemma), or the config does not govern its width.
 
     In every case the model is as it was.
 
@@ -132,7 +133,7 @@ def _refit(
         wanted: how wide the layers shall be; None for as wide as they are.
     """
     stay = hard_coded_sites(model)
-    with compensation(model, calibration, wanted) as work:
+    with compensation(model, calibration, None if wanted is None else partial(HingeWork, wanted=wanted)) as work:
         with measuring(model):
             report.compensation = work.run(compensate)
             if refused and not report.compensation.sites:
@@ -146,8 +147,8 @@ def _refit(
             change = measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics, networks.count)
             _note(report, change)
             _fold(model, stay, networks.batch(0), report)
-        if work.hinges is not None:
-            report.hinges = work.hinges.finish()
+        if isinstance(work.wider, HingeWork):
+            report.hinges = work.wider.finish()
         _put_relu(model, report, _run(model, change, report))
 
 

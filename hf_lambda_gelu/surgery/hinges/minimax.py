@@ -9,6 +9,7 @@ Three do as well as one and a constant, if the outer ones go to infinity. So it 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from ...activation.bases import QUICK_SCALE
@@ -59,6 +60,6 @@ def minimax(base: str, hinges: int) -> Minimax:
     right = [(t, v + t) for t, v in zip(places, (*values, 0.0), strict=True)]
     left = [(-t, v - t) for t, v in reversed(right)]
     points = left + ([] if middle is None else [(0.0, middle)]) + right
-    slopes = [(y1 - y0) / (x1 - x0) for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False)]
+    slopes = [(y1 - y0) / (x1 - x0) for (x0, y0), (x1, y1) in itertools.pairwise(points)]
     weights = tuple(after - before for before, after in zip([0.0, *slopes], [*slopes, 1.0], strict=True))
     return Minimax(tuple(x for x, _ in points), weights, bound)

@@ -187,8 +187,8 @@ class _Problem:
         return a, (self.square - (a * cross).sum(1)).clamp(min=0.0)
 
     def best_next(self, subset: Tensor) -> tuple[Tensor, Tensor]:
-        """Given the candidates in `subset` (d, n), n ≥ 0, the best further one: its index (d,), and the cost (d,) with it."""
-        d, n = subset.shape
+        """The best further candidate beside those in `subset` (d, n), n ≥ 0: its index (d,), and the cost (d,) with it."""
+        n = subset.shape[1]
         cost = self.price.gather(1, subset).sum(1) if n else torch.zeros_like(self.square)
         residual, diagonal, left = self.cross, self.gram.diagonal(dim1=1, dim2=2), self.square
         if n:

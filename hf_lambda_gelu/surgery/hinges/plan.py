@@ -92,8 +92,8 @@ def plan_hinges(model: nn.Module, sites: Mapping[str, LambdaGELU], forward: Call
     if not plan.sites:
         name, reason = next(iter(plan.single.items()))
         raise HingeError(
-            f"no layer can hold several ReLUs per gate ({name}: {reason}). hinges=1 is one ReLU per neuron, in the layers as "
-            "they are"
+            f"no layer can hold several ReLUs per gate ({name}: {reason}). hinges=1 is one ReLU per neuron, in "
+            "the layers as they are"
         )
     _add_numbers(model, plan)
     plan.sites = {name: plan.sites[name] for name in sites if name in plan.sites}
@@ -159,7 +159,7 @@ def _add_numbers(model: nn.Module, plan: Plan) -> None:
 
 
 def _check_formula(sites: Mapping[str, LambdaGELU], blocks: Mapping[str, FeedForward], run: Callable[[], Any]) -> None:
-    """HingeError unless each map after a site gets relu(z) or relu(z) · u, z and u just as the maps before it put them out."""
+    """HingeError unless each map after a site gets relu(z) or relu(z) · u, z and u as the maps before it put them out."""
     outputs: dict[Any, Tensor] = {}
     entered: dict[str, Tensor] = {}
     wrong: dict[str, str] = {}

@@ -44,8 +44,8 @@ def check_hinges(hinges: object, budget: object, measured: bool) -> Wanted | Non
         raise TypeError(f"hinges must be an integer >= 1, got {type(hinges).__name__}: {hinges!r}")
     if not 1 <= hinges <= (MOST if measured else max(KNOWN)):
         raise ValueError(
-            f"hinges must be from 1 to {MOST} with compensate, from 1 to {max(KNOWN)} without, got {hinges}: 1 is one ReLU per "
-            "neuron, as wide as before"
+            f"hinges must be from 1 to {MOST} with compensate, from 1 to {max(KNOWN)} without, got {hinges}: 1 is one ReLU "
+            "per neuron, as wide as before"
         )
     if not measured and hinges > 1 and hinges not in KNOWN:
         raise ValueError(

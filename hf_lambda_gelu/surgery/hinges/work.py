@@ -1,4 +1,4 @@
-"""Puts several ReLUs in the place of a site's gate while both networks are at work: measure, place, widen; configs at the end."""
+"""Puts several ReLUs in the place of each gate, in the substituted network: measure, place, widen; configs at the end."""
 
 from __future__ import annotations
 
@@ -72,16 +72,14 @@ class HingeWork:
         for name, site in self._plan.sites.items():
             found = traced.maps.get(name, [])
             if [linear.parameter for linear in found] != [site.block.after.parameter]:
-                reason = traced.obstacles.get(name, "it is not the map that takes up its output")
-                raise HingeError(
-                    f"{name}: the map after it cannot be refit ({reason}), so its layer cannot be wider: use hinges=1"
-                )
+                reason = traced.obstacles.get(name, "another map takes up its output")
+                raise HingeError(f"{name}: the map after it cannot be refit ({reason}). Use hinges=1")
             rows = math.prod(traced.leading[name]) * networks.examples // max(1, networks.sizes[0])
             if method == "least_squares" and rows < site.units:
                 raise CalibrationError(
-                    f"{name} will have {site.units} units, and the calibration set has about {rows} rows (tokens, patches) for "
-                    f"it: a refit of so wide a layer wants {site.units} at least, and several times as many to be good. Pass "
-                    "more examples, or a smaller width"
+                    f"{name} will have {site.units} units, and the calibration set has about {rows} rows (tokens, patches) "
+                    f"for it: a refit of so wide a layer wants {site.units} at least, and several times as many to be good. "
+                    "Pass more examples, or a smaller width"
                 )
 
     # ----------------------------------------------------------------------------------------------------- site by site

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -27,8 +27,6 @@ from ...reports import length, progress
 from ...structure.linear_maps import LinearMap, eager_experts
 from ...structure.scratch import scratch_folder
 from ...structure.tracing import Trace, trace
-from ..hinges.wanted import Wanted
-from ..hinges.work import HingeWork
 from .capture import Sample
 from .chain_walk import ChainWalk, DependentError
 from .chains import Chain, find_chains
@@ -40,6 +38,7 @@ from .report import FEW_ROWS, Compensate, CompensatedSite, CompensationReport, d
 from .row_weights import RowWeights
 from .runs import ReplayError
 from .two_networks import Network, TwoNetworks
+from .wider import Wider
 
 logger = logging.get_logger(__name__)
 
@@ -47,8 +46,8 @@ logger = logging.get_logger(__name__)
 class Refit:
     """Refits the maps after the activations, site after site. `networks.undo` takes all of it back."""
 
-    def __init__(self, networks: TwoNetworks, hinges: HingeWork | None = None) -> None:
-        self.networks, self.hinges = networks, hinges
+    def __init__(self, networks: TwoNetworks, wider: Wider | None = None) -> None:
+        self.networks, self.wider = networks, wider
         self._positions_first: Collection[str] = ()
 
     @property
@@ -94,12 +93,12 @@ class Refit:
         with networks.smooth():
             traced = trace(networks.model, *map(networks.forward, range(networks.count)))
         wanting = [m for maps in traced.maps.values() for m in maps]
-        if self.hinges is not None:
-            wanting += self.hinges.plan(lambda: [networks.forward(index)() for index in traced.batches])
+        if self.wider is not None:
+            wanting += self.wider.plan(lambda: [networks.forward(index)() for index in traced.batches])
         if biases:
             report.bias_attribute = networks.biases.add(wanting)
-        if self.hinges is not None:
-            self.hinges.check(traced, method)
+        if self.wider is not None:
+            self.wider.check(traced, method)
         with networks.smooth(), torch.no_grad():
             self._check_repeats()
             forwards = [networks.forward(index) for index in traced.batches]
@@ -152,8 +151,8 @@ class Refit:
 
     def _refit(self, walk: ChainWalk, site: str, maps: list[LinearMap], method: Compensate) -> CompensatedSite:
         """Refit the maps after one site, of a layer that is wider by then if it shall be."""
-        if self.hinges is not None:
-            self.hinges.widen(walk, site, site in self._positions_first)
+        if self.wider is not None:
+            self.wider.widen(walk, site, site in self._positions_first)
         evidence = self._evidence(walk, site, maps)
         evidence.check_finite()
         verdicts = []
@@ -187,7 +186,7 @@ class Refit:
         """Run the block as both networks over the calibration set, and gather what a refit of the maps needs."""
         networks = self.networks
         evidence = Evidence(site, maps, meeting, site in self._positions_first)
-        evidence.weigh = None if self.hinges is None else RowWeights()
+        evidence.weigh = None if self.wider is None else RowWeights()
         first = 0
         for index in range(networks.count):
             examples = Examples(first, networks.examples <= 1)
@@ -215,13 +214,19 @@ class Refit:
 
 
 @contextmanager
-def compensation(model: nn.Module, loader: Iterable[Any], wanted: Wanted | None = None) -> Iterator[Refit]:
-    """A `Refit` that has the calibration set, for layers as wide as is wanted; the model is as it was if the block raises."""
+def compensation(
+    model: nn.Module, loader: Iterable[Any], wider: Callable[[TwoNetworks], Wider] | None = None
+) -> Iterator[Refit]:
+    """A `Refit` that has the calibration set; the model is as it was if the block raises.
+
+    Args:
+        wider: makes what lets layers be wider; None for layers as they are.
+    """
     with scratch_folder() as folder:
         networks = TwoNetworks(model, folder)
         try:
             networks.keep(progress(model_batches(model, loader), "Reading the calibration set", length(loader)))
-            yield Refit(networks, None if wanted is None else HingeWork(networks, wanted))
+            yield Refit(networks, None if wider is None else wider(networks))
             networks.leave()
             networks.commit()
         except BaseException:

@@ -90,7 +90,7 @@ def choose(
     def solved(moments: Moments, name: Method, ridge: float) -> Correction | None:
         try:
             return solve(moments, name, biased=biased, ridge=ridge, kept=kept)
-        except torch.linalg.LinAlgError:  # by rounding, the Gram matrix of nearly dependent features is indefinite
+        except RuntimeError:  # LinAlgError: by rounding, the Gram matrix of nearly dependent features is indefinite
             return None
 
     tried = [solved(fit, name, ridge) for name, ridge in candidates]

@@ -13,8 +13,8 @@ other two may be within each other. After `undo` weights, gates, biases and conf
 
 Refit weights lie in memory of their own until `commit` puts them where the original ones were, so that other tensors of the
 same memory (a state_dict, shared memory) see the original weights while the work goes on, and the refit ones afterwards.
-The copies that DeepSpeed steps get them then, too. Layers may be wider in the substituted network: then the parameters around
-a site have other data there, and what their modules hold of the width goes with it; wider data stays where it is at the end.
+The copies that DeepSpeed steps get them then, too. Layers may be wider in the substituted network: then the parameters
+around a site have wider data there, and what modules hold of the width goes with it; such data stays where it is at the end.
 """
 
 from __future__ import annotations
@@ -44,14 +44,13 @@ from .biases import AddedBiases
 from .ridge import Correction
 from .store import Store
 
-
 # (module, attribute, number in the smooth network, number in the substituted one)
 Number = tuple[nn.Module, str, int, int]
 
 
 @dataclass(frozen=True)
 class Wide:
-    """A layer that is wider in the substituted network: the parameters around its site, and what modules hold of its width."""
+    """A layer that is wider in the substituted network: the parameters around its site, and the numbers that go with it."""
 
     parameters: tuple[nn.Parameter, ...]
     numbers: tuple[Number, ...]
@@ -115,7 +114,7 @@ class TwoNetworks:
 
     @contextmanager
     def _originals_in(self, parameters: Iterable[nn.Parameter], sites: Iterable[str]) -> Iterator[None]:
-        """Within the block, the parameters have their original data, and modules around the sites the widths that go with it."""
+        """Within the block, the parameters have their original data, and modules around the sites what goes with it."""
         now = {parameter: parameter.data for parameter in parameters}
         numbers = [number for name in sites for number in self.wide[name].numbers]
         try:
@@ -160,7 +159,7 @@ class TwoNetworks:
         linear.add(correction.weight, correction.bias)
 
     def widen(self, site: str, data: Mapping[nn.Parameter, Tensor], numbers: Iterable[Number]) -> None:
-        """Let parameters around a site have wider data in the substituted network, and modules the numbers that go with it."""
+        """Let parameters around a site have wider data in the substituted network, and modules what goes with it."""
         self.wide[site] = Wide(tuple(data), tuple(numbers))
         for parameter, wide in data.items():
             parameter.grad = None  # it has the shape of before
@@ -175,7 +174,7 @@ class TwoNetworks:
         self.state = None
 
     def commit(self) -> None:
-        """Put the refit weights into the memory of the original ones, and keep these for `undo`; wider ones stay in theirs."""
+        """Put the refit weights into the memory of the original ones, kept for `undo`; wider ones stay in theirs."""
         for parameter, memory in list(self.originals.items()):
             if parameter.shape != memory.shape:
                 reshape(parameter, parameter.data)

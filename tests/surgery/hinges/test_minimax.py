@@ -1,4 +1,4 @@
-"""Minimax hinges: the bound is proven on a grid with the slope's bound between its points, and mpmath agrees at the worst."""
+"""Minimax hinges: the bound is proven on a grid, by a bound on the slope between its points; mpmath agrees at the worst."""
 
 from __future__ import annotations
 
