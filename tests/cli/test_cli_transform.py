@@ -169,7 +169,7 @@ def test_hinges(tmp_path: Path) -> None:
         in invoke(
             *("relu-ize", tmp_path / "src", tmp_path / "no", "--calibration", texts(tmp_path / "lines.txt")),
             *("--compensate", "bias", "--hinges", 2, "--budget", 1.5),
-            code=1,
+            code=2,
         ).stderr
     )
     assert not (tmp_path / "no").exists()
