@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -41,6 +42,7 @@ class Verdict:
         rank: the features' effective rank at the ridge that was chosen.
         starved: whether there was nothing to fit, or nothing to judge by.
         pruned: which part of the weight is 0 and was kept so by the fit; 0.0 of a weight that is not pruned.
+        indefinite: as in `Correction`.
     """
 
     method: Method
@@ -50,6 +52,7 @@ class Verdict:
     rank: float | None = None
     starved: bool = False
     pruned: float = 0.0
+    indefinite: bool = False
 
 
 def split(seen: Places, examples: Examples) -> tuple[Tensor, Tensor]:
@@ -100,7 +103,8 @@ def choose(
     for name, ridge in candidates[best:]:  # a larger ridge, where this one does not do with all rows
         correction = solved(both, name, ridge)
         if correction is not None:
-            return correction, errors[0], errors[best]
+            indefinite = None in tried or ridge != candidates[best][1]
+            return dataclasses.replace(correction, indefinite=indefinite), errors[0], errors[best]
     return solve(both, "none"), errors[0], errors[0]
 
 
@@ -116,7 +120,8 @@ def decide(
     correction, before, after = choose(fit, held_out, method, biased=biased, scale=scale, kept=kept)
     rank = None if correction.ridge is None else effective_rank(fit + held_out, correction.ridge, biased)
     pruned = 0.0 if kept is None or correction.weight is None else 1.0 - float(kept.double().mean())
-    return correction, Verdict(correction.method, rows, before, after, rank, pruned=pruned)
+    indefinite = correction.indefinite
+    return correction, Verdict(correction.method, rows, before, after, rank, pruned=pruned, indefinite=indefinite)
 
 
 def summary(methods: Iterable[str]) -> str:

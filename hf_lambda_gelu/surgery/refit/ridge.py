@@ -117,12 +117,17 @@ class Moments:
 
 @dataclass(frozen=True)
 class Correction:
-    """What a refit adds to a linear map: ΔW (d, k), None for no change, and c (k,)."""
+    """What a refit adds to a linear map: ΔW (d, k), None for no change, and c (k,).
+
+    Attributes:
+        indefinite: whether smaller ridges were of no use, as rounding had made the Gram matrix indefinite.
+    """
 
     weight: Tensor | None
     bias: Tensor
     method: Method
     ridge: float | None = None
+    indefinite: bool = False
 
 
 def solve(

@@ -77,6 +77,7 @@ def test_indefinite_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(correction, Correction)
     assert correction.method == "least_squares"
     assert (correction.ridge or 0.0) >= 0.1
+    assert correction.indefinite
     assert math.isfinite(after)
     assert after < before
 
