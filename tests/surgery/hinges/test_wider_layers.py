@@ -20,14 +20,14 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertM
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.surgery.hinges import work
-from hf_lambda_gelu.surgery.hinges.minimax import minimax
+from hf_lambda_gelu.surgery.hinges.minimax import Minimax
 from hf_lambda_gelu.surgery.refit import engine, two_networks
 
-# model → (its first FFN's map after the site, before it, and the one that is multiplied in; base)
-FEED_FORWARDS: dict[str, tuple[str, str, str | None, str]] = {
-    "bert-classifier": ("bert.encoder.layer.0.output.dense", "bert.encoder.layer.0.intermediate.dense", None, "gelu"),
-    "gpt2": ("transformer.h.0.mlp.c_proj", "transformer.h.0.mlp.c_fc", None, "gelu_tanh"),
-    "llama": ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "silu"),
+# model → (its first FFN's map after the site, before it, and the one that is multiplied in)
+FEED_FORWARDS: dict[str, tuple[str, str, str | None]] = {
+    "bert-classifier": ("bert.encoder.layer.0.output.dense", "bert.encoder.layer.0.intermediate.dense", None),
+    "gpt2": ("transformer.h.0.mlp.c_proj", "transformer.h.0.mlp.c_fc", None),
+    "llama": ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"),
 }
 RELOADED = ("bert-classifier", "gpt2", "llama", "vit", "dinov2", "albert")
 
@@ -56,16 +56,17 @@ def weights(model: nn.Module, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", FEED_FORWARDS)
-def test_wider_layer_computes_the_sum(name: str) -> None:
+def test_wider_layer_computes_the_sum(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neuron by neuron, Σᵢ aᵢ relu(z − tᵢ) through the old maps is what the wider layer puts out; λ = 3 scales places."""
-    after, before, up, base = FEED_FORWARDS[name]
+    after, before, up = FEED_FORWARDS[name]
+    found = Minimax((-2.0, -0.5, 0.1, 0.7, 3.0), (0.1, 0.4, 0.3, 0.4, -0.2), 0.5)  # those of minimax are symmetric
+    monkeypatch.setattr(work, "minimax", lambda base, hinges: found)
     model = lively(name, 3.0)
     w1, b1 = weights(model, before)
     w2, b2 = weights(model, after)
     w3, b3 = (None, None) if up is None else weights(model, up)
     report = hlg.relu_ize(model, hinges=5)
     assert report.hinges is not None
-    found = minimax(base, 5)
     assert report.hinges.sites[0].bound == pytest.approx(found.bound / 3.0)
 
     torch.manual_seed(0)
