@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from . import options as o
 from .data import Data, batches, examples
@@ -43,6 +44,8 @@ def relu_ize(
     target: o.Target,
     calibration: o.Calibration = None,
     compensate: o.Compensate = None,
+    hinges: o.Hinges = 1,
+    budget: o.Budget = None,
     column: o.Column = None,
     label_column: o.LabelColumn = None,
     split: o.Split = "train",
@@ -65,35 +68,33 @@ def relu_ize(
 
     Stock transformers loads it. Without --calibration the weights are not loaded, and gates must be hard. With it the
     change of the outputs is measured, and a GELU model is converted first; --compensate refits the weights so that soft
-    gates may go.
+    gates may go. With --hinges or --budget layers get wider, and nearer to the smooth ones.
 
     \b
     Examples:
       hf-lambda-gelu relu-ize runs/sst2 runs/sst2-relu
       hf-lambda-gelu relu-ize textattack/bert-base-uncased-SST-2 bert-relu \\
           --calibration reviews.txt --compensate least_squares
-      hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares
+      hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --hinges 2
     """
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
 
         check_target_folder(target)
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
-        if calibration is not None:
+        _check_data(calibration, compensate)
+        if calibration is not None or hinges != 1 or budget is not None:
             data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
-            found, folder = examples(data), resolved(source)
+            found, folder = None if calibration is None else examples(data), resolved(source)
             model = with_hardness(loaded(folder, trust_remote_code, device))
-            fed = batches(found, data, model, folder, trust_remote_code)
-            report = hlg.relu_ize(model, force, tolerance=tolerance, calibration=fed, compensate=compensate)
+            options: dict[str, Any] = {"compensate": compensate, "hinges": hinges, "budget": budget}
+            if found is not None:
+                options["calibration"] = batches(found, data, model, folder, trust_remote_code)
+            report = hlg.relu_ize(model, force, tolerance=tolerance, **options)
             carried = processors(folder, trust_remote_code)
             code = trust_remote_code
             saved = hlg.save_relu_pretrained(model, target, processor=carried, details=details, trust_remote_code=code)
             result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
-        elif compensate is not None:
-            raise UsageError(
-                f"--compensate {compensate} learns from data: add --calibration with examples like those that the model "
-                "will meet, such as a text file with a line each. A few hundred do, without labels"
-            )
         else:
             make = partial(hlg.relu_ize_checkpoint, tolerance=tolerance, details=details, link=not copy)
             result.set(make(resolved(source), target, force, trust_remote_code=trust_remote_code))
@@ -130,6 +131,14 @@ def fold(
                 processor.save_pretrained(temporary)
             settle_code(temporary, trust_remote_code)
         result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
+
+
+def _check_data(calibration: str | None, compensate: str | None) -> None:
+    if compensate is not None and calibration is None:
+        raise UsageError(
+            f"--compensate {compensate} learns from data: add --calibration with examples like those that the model "
+            "will meet, such as a text file with a line each. A few hundred do, without labels"
+        )
 
 
 def check_target_folder(target: Path) -> None:
