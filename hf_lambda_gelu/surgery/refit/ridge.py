@@ -60,7 +60,7 @@ class Moments:
         return cls(0, r, e, rr, re, ee)
 
     def add(self, features: Tensor, wanted: Tensor, weights: Tensor | None = None, consume: bool = False) -> None:
-        """Take in rows: features (n, d) and wanted changes (n, k), with weights (n,); they may be overwritten if `consume`."""
+        """Take in rows: features (n, d) and wanted changes (n, k), with weights (n,); `consume`: they may be overwritten."""
         if not len(features):
             return
         for start in range(0, len(features), PIECE):
@@ -162,8 +162,8 @@ class Pieces:
         self._count -= count
         if self._count:  # copies, so that the rows that are summed are not kept in memory by those that wait
             self._waiting.append(tuple(whole[count:].clone() for whole in joined))
-        features, wanted, weights = (*(whole[:count] for whole in joined), None)[:3]
-        self.moments.add(features, wanted, weights, consume=True)
+        features, wanted = (whole[:count] for whole in joined[:2])
+        self.moments.add(features, wanted, joined[2][:count] if len(joined) > 2 else None, consume=True)
 
 
 @dataclass(frozen=True)
