@@ -42,6 +42,8 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .surgery.folding import FoldError, FoldReport, fold
     from .surgery.gates import SoftGateError, gates_as_relu
     from .surgery.hardening import harden
+    from .surgery.hinges.plan import HingeError
+    from .surgery.hinges.report import HingeReport
     from .surgery.report import SubstitutionReport
     from .surgery.substitution import relu_ize
     from .training.arguments import LambdaGELUTrainingArguments
@@ -69,6 +71,8 @@ __all__ = [
     "FoldReport",
     "HardeningSchedule",
     "HardnessCallback",
+    "HingeError",
+    "HingeReport",
     "Int8Report",
     "KernelUnavailable",
     "LambdaGELU",
@@ -137,6 +141,8 @@ _MODULES = {
     "FoldReport": ".surgery.folding",
     "HardeningSchedule": ".training.schedule",
     "HardnessCallback": ".training.hardness_callback",
+    "HingeError": ".surgery.hinges.plan",
+    "HingeReport": ".surgery.hinges.report",
     "Int8Report": ".downstream.onnx.report",
     "KernelUnavailable": ".activation.kernels.dispatch",
     "LambdaGELU": ".activation.module",

@@ -40,6 +40,16 @@ Compensate = Annotated[
     Literal["least_squares", "bias"] | None,
     typer.Option(help="Refit the linear map after each activation, from the calibration data without labels."),
 ]
+Hinges = Annotated[
+    int,
+    typer.Option(
+        help="ReLUs for each gate, in layers so many times as wide: 1 to 4 with --compensate, 4 to 6 without data."
+    ),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(help="In place of --hinges: the width over the width before, such as 1.5, spent where it helps most."),
+]
 
 Stream = Annotated[
     bool,

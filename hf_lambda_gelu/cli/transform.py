@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,8 @@ def relu_ize(
     target: o.Target,
     calibration: o.Calibration = None,
     compensate: o.Compensate = None,
+    hinges: o.Hinges = 1,
+    budget: o.Budget = None,
     column: o.Column = None,
     label_column: o.LabelColumn = None,
     split: o.Split = "train",
@@ -72,7 +73,7 @@ def relu_ize(
 
     Stock transformers loads it. Without --calibration the weights are not loaded, and gates must be hard. With it the
     change of the outputs is measured, a GELU model converted first; --compensate refits the weights, so that gates may be
-    soft; --stream keeps one block of them in memory.
+    soft; --stream keeps one block of them in memory. With --hinges or --budget layers get wider, and nearer to the smooth.
 
     \b
     Examples:
@@ -80,30 +81,28 @@ def relu_ize(
       hf-lambda-gelu relu-ize textattack/bert-base-uncased-SST-2 bert-relu \\
           --calibration reviews.txt --compensate least_squares
       hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --stream
+      hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --hinges 2
     """
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
 
         check_target_folder(target)
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
+        _check_data(calibration, compensate, stream, wider := hinges != 1 or budget is not None)
+        kept: dict[str, Any] = {"details": details, "trust_remote_code": trust_remote_code}
         how: dict[str, Any] = {"force": force, "tolerance": tolerance, "compensate": compensate}
-        if calibration is not None:
-            data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
-            found, folder = examples(data), resolved(source)
-            if stream:
-                fed = batches(found, data, without_weights(folder, target, trust_remote_code), folder, trust_remote_code)
-                how |= {"calibration": fed, "device": device, "details": details, "link": not copy}
-                return result.set(hlg.relu_ize_checkpoint(folder, target, **how, trust_remote_code=trust_remote_code))
-            model = with_hardness(loaded(folder, trust_remote_code, device))
-            report = hlg.relu_ize(model, calibration=batches(found, data, model, folder, trust_remote_code), **how)
-            card: dict[str, Any] = {"processor": processors(folder, trust_remote_code), "details": details}
-            saved = hlg.save_relu_pretrained(model, target, **card, trust_remote_code=trust_remote_code)
-            result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
-        elif compensate is not None or stream:
-            raise UsageError(_NO_DATA.format("--stream" if compensate is None else f"--compensate {compensate}"))
-        else:
-            make = partial(hlg.relu_ize_checkpoint, tolerance=tolerance, details=details, link=not copy)
-            result.set(make(resolved(source), target, force, trust_remote_code=trust_remote_code))
+        data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
+        found, folder = None if calibration is None else examples(data), resolved(source)
+        if stream or (found is None and not wider):
+            if found is not None:
+                model = without_weights(folder, target, trust_remote_code)
+                how |= {"calibration": batches(found, data, model, folder, trust_remote_code), "device": device}
+            return result.set(hlg.relu_ize_checkpoint(folder, target, **how, **kept, link=not copy))
+        model = with_hardness(loaded(folder, trust_remote_code, device))
+        fed = {} if found is None else {"calibration": batches(found, data, model, folder, trust_remote_code)}
+        report = hlg.relu_ize(model, **how, **fed, hinges=hinges, budget=budget)
+        saved = hlg.save_relu_pretrained(model, target, processor=processors(folder, trust_remote_code), **kept)
+        result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
 
 
 def fold(
@@ -137,6 +136,14 @@ def fold(
                 processor.save_pretrained(temporary)
             settle_code(temporary, trust_remote_code)
         result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
+
+
+def _check_data(calibration: str | None, compensate: str | None, stream: bool, wider: bool) -> None:
+    """UsageError for options that need data, or do not go together."""
+    if stream and wider:
+        raise UsageError("--stream refits layers as they are: leave it out, or --hinges and --budget")
+    if (compensate is not None or stream) and calibration is None:
+        raise UsageError(_NO_DATA.format("--stream" if compensate is None else f"--compensate {compensate}"))
 
 
 def check_target_folder(target: Path) -> None:

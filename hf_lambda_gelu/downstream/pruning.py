@@ -14,15 +14,15 @@ from ..measurement.batches import CalibrationError, model_batches
 from ..measurement.difference import difference, float_outputs, tolerance
 from ..measurement.forward import measuring, run_batch, same_random_numbers
 from ..reports import progress, table, to_dict
-from ..structure.edits import own_config
+from ..structure.edits import own_config, reshape
+from ..structure.feed_forward import Blocks, FeedForward, feed_forwards
 from ..structure.linear_calls import Key, LinearCall
 from ..structure.linear_maps import watch_linears
 from ..structure.modules import has_adapters, joined, quantised_weight, transformers_parts
 from ..structure.transaction import transaction
 from ..structure.usable import check_usable
-from .feed_forward import Blocks, FeedForward, feed_forwards
+from ..structure.widths import rebuild, set_width, widths
 from .relu_sites import relu_sites
-from .widths import rebuild, set_width, widths
 
 _CHECKED = 4  # batches whose outputs are kept to be compared: those of a language model are large
 _NO_NUMBER = "no number in the config is its width alone, so that stock transformers could not load it with another"
@@ -182,8 +182,8 @@ def _set_widths(model: nn.Module, blocks: Blocks, fires: Mapping[str, Tensor], r
                 report.whole.update(dict.fromkeys(width.sites, width.obstacle))
             elif wanted < width.value:
                 set_width(part, width, wanted)
-                report.widths[joined(prefix, width.path)] = width.value, wanted
-            decided.update(dict.fromkeys(width.sites, width.value if width.obstacle else wanted))
+                report.widths[joined(prefix, width.path)] = int(width.value), wanted
+            decided.update(dict.fromkeys(width.sites, int(width.value) if width.obstacle else wanted))
         for name, block in inside.items():
             if name not in decided and kept[name] < block.units:
                 report.whole[name] = _NO_NUMBER
@@ -204,10 +204,7 @@ def _cut(model: nn.Module, block: FeedForward, units: Tensor) -> None:
     """Keep these units alone, in the parameters and in what their modules say of their widths."""
     for parameter, dim in block.parameters:
         smaller = parameter.detach().index_select(dim, units.to(parameter.device)).contiguous()
-        parameter.grad = None
-        # autograd notes the shape of a parameter that is in a graph, and forgets it where the dtype changes, not the shape
-        parameter.data = torch.empty(0, dtype=torch.complex64, device=parameter.device)
-        parameter.data = smaller
+        reshape(parameter, smaller)
     sides = [(block.after, ("in_features", "in_channels", "nx"))]
     sides += [(made, ("out_features", "out_channels", "nf")) for made in block.before]
     for made, attributes in sides:

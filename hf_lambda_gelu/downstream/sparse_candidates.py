@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..measurement.difference import difference, float_outputs, tolerance
+from ..structure.feed_forward import Blocks, FeedForward
 from ..structure.hooks import Hooks
 from ..structure.linear_maps import LinearMap
 from . import sparse_products
-from .feed_forward import Blocks, FeedForward
 from .sparse_modules import SparseConv1D, SparseDown, SparseUp
 
 

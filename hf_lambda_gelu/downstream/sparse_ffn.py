@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from ..measurement.examples.choice import example_inputs
 from ..measurement.forward import measuring
 from ..reports import table, to_dict
+from ..structure.feed_forward import feed_forwards
 from ..structure.transaction import transaction
 from ..structure.usable import check_usable
 from ..surgery.folding import forward
 from . import sparse_products
 from .crossover import FIRING, ROUNDS, Crossover, crossover, firing
-from .feed_forward import feed_forwards
 from .relu_sites import relu_sites
 from .sparse_candidates import Candidate, candidates, used_once
 from .sparse_modules import SPARSE, Fired, SparseDown, SparseReLU, SparseUp

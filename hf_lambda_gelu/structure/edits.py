@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .block_source import source_of
@@ -110,6 +110,16 @@ def remove_bias(model: nn.Module, name: str) -> None:
     """Undo `add_bias`; nothing changes where there is no bias."""
     owner_name, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner_name), leaf, None)
+
+
+def reshape(parameter: nn.Parameter, data: Tensor) -> None:
+    """Let the parameter have data of another shape; its gradient goes.
+
+    Autograd notes the shape of a parameter that is in a graph, and forgets it where the dtype changes, not the shape.
+    """
+    parameter.grad = None
+    parameter.data = torch.empty(0, dtype=torch.complex64, device=parameter.device)
+    parameter.data = data
 
 
 def lambda_keys(model: nn.Module) -> list[tuple[PreTrainedConfig, str, str]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..reports import span
 from ..structure.smooth_activations import Unconverted
+from .hinges.report import HingeReport
 from .refit.report import CompensationReport
 
 # of sites that stay GELU: a power of two, so that weights are scaled without rounding; 1e-5 from ReLU
@@ -33,6 +34,7 @@ class SubstitutionReport:
     attributes: dict[str, str] = field(default_factory=dict)  # config path → λ key before
     left: list[Unconverted] = field(default_factory=list)
     folded: dict[str, float] = field(default_factory=dict)  # site that no config can make ReLU → sup |f − ReLU| left
+    hinges: HingeReport | None = None
     compensation: CompensationReport | None = None
     relative_change: float | None = None
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)  # name → (before, after)
@@ -55,6 +57,8 @@ class SubstitutionReport:
         ]
         lines.append(f"  {'site':<{width}}  {'λ before':>10}  sup |f − ReLU|")
         lines += [f"  {s.name:<{width}}  {s.hardness:>10.4g}  {s.sup_error:.2g}" for s in self.sites]
+        if self.hinges is not None:
+            lines.append(str(self.hinges))
         if self.compensation is not None:
             lines.append(str(self.compensation))
         if self.relative_change is not None:

@@ -30,6 +30,9 @@ from ..structure.transaction import keep, transaction
 from ..structure.usable import check_usable
 from .folding import fold
 from .gates import SoftGateError, gates_as_relu
+from .hinges.wanted import Wanted, check_hinges
+from .hinges.without_data import minimax_hinges
+from .hinges.work import HingeWork
 from .refit.engine import compensation
 from .refit.report import Compensate
 from .relu_runs import Runs, check_relu_runs, run_as_relu, runs_by_part
@@ -49,11 +52,12 @@ def relu_ize(
     calibration: Iterable[Any] | None = None,
     compensate: Compensate | None = None,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+    hinges: int = 1,
+    budget: float | None = None,
 ) -> SubstitutionReport:
-    """Replace, in place, every λ-GELU, x Φ(λx), by ReLU, max(x, 0), and let the config say `relu`, which stock
-    transformers loads.
+    """Replace, in place, every λ-GELU, x Φ(λx), by ReLU, max(x, 0), and let the config say so: stock transformers loads it.
 
-    Substitution is the paper's (arXiv 2603.21991); the refit, the bound and the fold of hard-coded sites are derived.
+    Substitution is the paper's (arXiv 2603.21991), the rest is derived. Where it raises, the model is as it was.
 
     Args:
         model: a converted model, at any λ, on any device, in any dtype. Sites that its class hard-codes stay smooth, at
@@ -62,26 +66,25 @@ def relu_ize(
         tolerance: ε; gates with λ < `target_hardness(ε)` count as soft. Give the one that the run was trained with.
         targets: {module name: λ} below which a gate counts as soft, in place of `tolerance`: `trainer.hardness_targets` of a
             run with `hardness_target="calibrated"`, or `calibrate(…).targets(…)`.
-        calibration: batches like those that the model will meet, mappings of what its forward takes, or tensors where it is
-            no transformers model. The change of the outputs and the zeros of each ReLU are measured on them, and the loss if
-            they hold labels. Iterated once.
-        compensate: "least_squares" refits, from the calibration batches and without labels, the linear map after each
-            activation, so that the network computes with ReLU what it computed before; "bias" only shifts that map's bias.
-            Soft gates are what it is for: `force` is not needed.
+        calibration: batches like those that the model will meet, of what its forward takes, iterated once. The change of the
+            outputs and the zeros of each ReLU are measured on them, and the loss if they hold labels.
+        compensate: "least_squares" refits on them, without labels, the linear map after each activation, so that the network
+            computes what it did before; "bias" only shifts that map's bias. It is for soft gates: `force` is not needed.
         compute_metrics: as for `Trainer`; measured before and after, on batches with labels.
+        hinges: k ReLUs in the place of each gate, f(x) ≈ Σᵢ aᵢ max(x − tᵢ, 0), in layers k times as wide, as the config then
+            says. With `compensate` k ≤ 4, tᵢ by the data; without, k = 4 to 6 by minimax, the report bounds |f − Σ|.
+        budget: the width over the width before, 1 to 4, in place of `hinges`; spent where it saves most. Needs `compensate`.
 
     Returns:
         Per site λ and the bound on what changes; what was refit; the measured changes; the smooth activations that remain.
 
     Raises:
         ValueError: called in torch.inference_mode, no λ-GELU in the model, offloaded weights, a `compensate` that is unknown
-            or lacks a calibration set, or a fused kernel that runs in the place of sites, or of the ReLUs: it is named with
-            what to switch off.
+            or lacks a calibration set, or a fused kernel in the place of sites or ReLUs: it says what to switch off.
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`.
         FoldError: a hard-coded site whose weights cannot take λ up.
-
-    In every case the model is as it was.
+        HingeError: a layer that cannot be wider: the gate's map can have no bias, or its width is not in the config.
 
     Examples:
         >>> import hf_lambda_gelu as hlg, torch
@@ -89,13 +92,15 @@ def relu_ize(
         >>> _ = hlg.convert(model, init_hardness=200.0)
         >>> _ = hlg.relu_ize(model)
     """
+    wanted = check_hinges(hinges, budget, compensate is not None)
     sites = check_substitutable(model, calibration, compensate)
-    soft = _soft_sites(sites, tolerance, targets, refused=not force and compensate is None)
-    report = SubstitutionReport(sites, tolerance, forced=bool(soft) and compensate is None)
+    swapped = compensate is None and wanted is None
+    soft = _soft_sites(sites, tolerance, targets, refused=not force and swapped)
+    report = SubstitutionReport(sites, tolerance, forced=bool(soft) and swapped)
     if compensate is not None and calibration is not None:
-        _refit(model, calibration, compensate, report, compute_metrics, refused=0 if force else len(soft))
+        _refit(model, calibration, compensate, report, compute_metrics, 0 if force else len(soft), wanted)
     else:
-        _measure(model, calibration, report, compute_metrics)
+        _measure(model, calibration, report, compute_metrics, wanted)
     _attach_report(model, report)
     return report
 
@@ -107,14 +112,16 @@ def _refit(
     report: SubstitutionReport,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
     refused: int,
+    wanted: Wanted | None,
 ) -> None:
     """Refit the maps, measure what ReLU then changes, fold what stays smooth; the model is as it was if any of it fails.
 
     Args:
         refused: how many soft gates there are that only a refit makes good.
+        wanted: how wide the layers shall be; None for as wide as they are.
     """
     stay = hard_coded_sites(model)
-    with compensation(model, calibration) as work:
+    with compensation(model, calibration, None if wanted is None else partial(HingeWork, wanted=wanted)) as work:
         with measuring(model):
             report.compensation = work.run(compensate)
             if refused and not report.compensation.sites:
@@ -128,7 +135,30 @@ def _refit(
             change = measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics, networks.count)
             _note(report, change)
             _fold(model, stay, networks.batch(0), report)
+        if isinstance(work.wider, HingeWork):
+            report.hinges = work.wider.finish()
         _put_relu(model, report, _run(model, change, report))
+
+
+def _widen(
+    model: nn.Module,
+    calibration: Iterable[Any] | None,
+    report: SubstitutionReport,
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
+    wanted: Wanted,
+) -> None:
+    """Put minimax hinges in the place of the gates; measure, if there are batches to do so, what that changes."""
+    stay = hard_coded_sites(model)
+    change: MeasuredChange | None = None
+    with measuring(model), minimax_hinges(model, calibration, wanted) as work:
+        networks = work.networks
+        batches = map(networks.batch, range(networks.count))
+        if networks.count:
+            change = measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics, networks.count)
+            _note(report, change)
+        _fold(model, stay, networks.batch(0) if networks.count else None, report)
+    report.hinges = work.finish()
+    _put_relu(model, report, runs_by_part(model) if change is None else _run(model, change, report))
 
 
 def _measure(
@@ -136,8 +166,12 @@ def _measure(
     calibration: Iterable[Any] | None,
     report: SubstitutionReport,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
+    wanted: Wanted | None,
 ) -> None:
-    """Measure, if there are batches to do so, what ReLU changes; fold what stays smooth."""
+    """Measure, if there are batches to do so, what ReLU, or several, changes; fold what stays smooth."""
+    if wanted is not None:
+        _widen(model, calibration, report, compute_metrics, wanted)
+        return
     stay = hard_coded_sites(model)
     change: MeasuredChange | None = None
     if calibration is not None:

@@ -183,6 +183,7 @@ def trainer_of(model: nn.Module) -> Any:
         hub_model_id="me/m",
         processing_class=None,
         eval_dataset=None,
+        train_dataset=None,
         learned_hardness=dict.fromkeys(hlg.hardness_sites(model), 1.5),
         compensation=None,
     )

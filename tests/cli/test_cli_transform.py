@@ -104,6 +104,8 @@ def test_streamed_refit(tmp_path: Path) -> None:
     assert found["rewritten"] == ["model.safetensors"]
     assert (tmp_path / "streamed" / "tokenizer_config.json").is_file()
     assert "add --calibration" in invoke("relu-ize", tmp_path / "src", tmp_path / "no", "--stream", code=2).stderr
+    both = invoke("relu-ize", tmp_path / "src", tmp_path / "no", *data, "--stream", "--hinges", 2, code=2).stderr
+    assert "leave it out, or --hinges and --budget" in both
 
 
 def test_calibration_alone_measures(tmp_path: Path) -> None:
@@ -166,3 +168,26 @@ def test_nothing_to_do(tmp_path: Path, kind: str, line: str, message: str) -> No
     before = files(tmp_path)
     assert message in invoke(line, tmp_path / "src", tmp_path / "dst", code=2).stderr
     assert files(tmp_path) == before
+
+
+def test_hinges(tmp_path: Path) -> None:
+    """Without data by minimax, with data refit; both are the verb's, and bad numbers are refused before any work."""
+    bert(tmp_path / "src")
+    text = invoke("relu-ize", tmp_path / "src", tmp_path / "relu", "--hinges", 4).stdout
+    assert "2 layers are wider now" in text
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "src")
+    hlg.convert(model)
+    hlg.relu_ize(model, hinges=4)
+    model.save_pretrained(tmp_path / "expected")
+    assert same_weights(tmp_path / "relu", tmp_path / "expected")
+    config = json.loads((tmp_path / "relu" / "config.json").read_text())
+    assert config["intermediate_size"] == model.config.intermediate_size
+    assert (
+        "are alternatives"
+        in invoke(
+            *("relu-ize", tmp_path / "src", tmp_path / "no", "--calibration", texts(tmp_path / "lines.txt")),
+            *("--compensate", "bias", "--hinges", 2, "--budget", 1.5),
+            code=2,
+        ).stderr
+    )
+    assert not (tmp_path / "no").exists()

@@ -22,7 +22,10 @@ class AddedBiases:
 
     def add(self, maps: Iterable[LinearMap]) -> str | None:
         """Give the maps a bias of zeros if a config attribute can; its path, or None with nothing changed."""
-        lacking = {m.name.removesuffix("weight") + "bias": m for m in maps if m.bias is None and m.index is None}
+        lacking: dict[str, list[LinearMap]] = {}
+        for m in maps:
+            if m.bias is None and m.index is None:
+                lacking.setdefault(m.name.removesuffix("weight") + "bias", []).append(m)
         if not lacking or not isinstance(self.model, PreTrainedModel):
             return None
         found = bias_attribute(self.model, set(lacking))
@@ -35,8 +38,8 @@ class AddedBiases:
         for name, length in lengths.items():
             self._names.append(name)
             bias = add_bias(self.model, name, length)
-            if name in lacking:
-                lacking[name].bias = bias
+            for linear in lacking.get(name, ()):
+                linear.bias = bias
         return path
 
     def remove(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -36,9 +36,11 @@ from .held_out import Examples, decide
 from .meeting_point import Meeting, observe
 from .pruned import support
 from .report import FEW_ROWS, Compensate, CompensatedSite, CompensationReport, describe
+from .row_weights import RowWeights
 from .runs import ReplayError
 from .sources import RefitWeights
 from .two_networks import Network, TwoNetworks
+from .wider import Wider
 
 logger = logging.get_logger(__name__)
 
@@ -46,8 +48,8 @@ logger = logging.get_logger(__name__)
 class Refit:
     """Refits the maps after the activations, site after site. `networks.undo` takes all of it back."""
 
-    def __init__(self, networks: TwoNetworks) -> None:
-        self.networks = networks
+    def __init__(self, networks: TwoNetworks, wider: Wider | None = None) -> None:
+        self.networks, self.wider = networks, wider
         self._positions_first: Collection[str] = ()
 
     @property
@@ -64,7 +66,7 @@ class Refit:
         start = time.perf_counter()
         networks = self.networks
         with eager_experts(networks.model), networks.autocast.off.entered():
-            traced, chains = self._look(biases, report := CompensationReport())
+            traced, chains = self._look(biases, report := CompensationReport(), method)
             report.uncompensated.update(traced.obstacles)
             with torch.no_grad():
                 for site in progress(self._refit_all(chains, traced, method), "Refitting", len(traced.maps)):
@@ -84,11 +86,11 @@ class Refit:
     def rehearse(self) -> dict[str, str]:
         """Does what comes before the solving, on the calibration set; what `run` will leave uncompensated, and why."""
         with eager_experts(self.networks.model), self.networks.autocast.off.entered():
-            traced, _ = self._look(False, CompensationReport())
+            traced, _ = self._look(False, CompensationReport(), "least_squares")
         return dict(traced.obstacles)
 
-    def _look(self, biases: bool, report: CompensationReport) -> tuple[Trace, list[Chain]]:
-        """Where the maps are and the chains that the sites are refit along; maps are given biases."""
+    def _look(self, biases: bool, report: CompensationReport, method: Compensate) -> tuple[Trace, list[Chain]]:
+        """Where the maps are and the chains that the sites are refit along; what will be wider; maps are given biases."""
         networks = self.networks
         outputs: list[Sample | None] = []  # of the smooth network on the first batch, run after run
         first = networks.forward(0)
@@ -100,8 +102,13 @@ class Refit:
 
         with networks.smooth():
             traced = trace(networks.model, run_first, *map(networks.forward, range(1, networks.count)))
+        wanting = [m for maps in traced.maps.values() for m in maps]
+        if self.wider is not None:
+            wanting += self.wider.plan(lambda: [networks.forward(index)() for index in traced.batches])
         if biases:
-            report.bias_attribute = networks.biases.add(m for maps in traced.maps.values() for m in maps)
+            report.bias_attribute = networks.biases.add(wanting)
+        if self.wider is not None:
+            self.wider.check(traced, method)
         with networks.smooth(), torch.no_grad():
             maps = {site: traced.maps[site] for site in traced.order if site in traced.maps}
             chains = find_chains(networks.model, run_first, maps, *map(networks.forward, traced.batches[1:]))
@@ -166,7 +173,9 @@ class Refit:
             yield self._refit(walk, site, traced.maps[site], method)
 
     def _refit(self, walk: ChainWalk, site: str, maps: list[LinearMap], method: Compensate) -> CompensatedSite:
-        """Refit the maps after one site."""
+        """Refit the maps after one site, of a layer that is wider by then if it shall be."""
+        if self.wider is not None:
+            self.wider.widen(walk, site, site in self._positions_first)
         evidence = self._evidence(walk, site, maps)
         evidence.check_finite()
         verdicts = []
@@ -201,6 +210,7 @@ class Refit:
         """Run the block as both networks over the calibration set, and gather what a refit of the maps needs."""
         networks = self.networks
         evidence = Evidence(site, maps, meeting, site in self._positions_first)
+        evidence.weigh = None if self.wider is None else RowWeights()
         walk.forget_given()
         first = 0
         for index in range(networks.count):
@@ -235,8 +245,14 @@ def _alike(first: Sample | None, second: Sample | None) -> bool:
 
 
 @contextmanager
-def compensation(model: nn.Module, loader: Iterable[Any]) -> Iterator[Refit]:
-    """A `Refit` that has the calibration set; the model is as it was if the block raises."""
+def compensation(
+    model: nn.Module, loader: Iterable[Any], wider: Callable[[TwoNetworks], Wider] | None = None
+) -> Iterator[Refit]:
+    """A `Refit` that has the calibration set; the model is as it was if the block raises.
+
+    Args:
+        wider: makes what lets layers be wider; None for layers as they are.
+    """
     with scratch_folder() as folder:
         source = source_of(model)
         networks = TwoNetworks(model, folder, None if source is None else RefitWeights(source, source.folder or folder))
@@ -244,7 +260,7 @@ def compensation(model: nn.Module, loader: Iterable[Any]) -> Iterator[Refit]:
             networks.keep(progress(model_batches(model, loader), "Reading the calibration set", length(loader)))
             if networks.weights is not None:
                 networks.weights.read_journal()
-            yield Refit(networks)
+            yield Refit(networks, None if wider is None else wider(networks))
             networks.leave()
             networks.commit()
         except BaseException:

@@ -15,6 +15,7 @@ from ...structure.linear_maps import LinearMap
 from .held_out import Examples, split
 from .meeting_point import MapCall, Meeting, Observed, Stream
 from .ridge import FEW, PIECE, Moments, Pieces
+from .row_weights import RowWeights
 
 
 class MeetingError(Exception):
@@ -34,6 +35,7 @@ class Evidence:
         sums: label of the map → moments of the rows to fit on, and of those to judge by.
         norm: Σ‖smooth output‖² over the rows to judge by, of all maps.
         seen: tokens and padding among the rows, of all maps.
+        weigh: what a row counts, by the stream there; None for all alike.
 
     The sums and the norm are there once `finish` was called.
     """
@@ -45,6 +47,7 @@ class Evidence:
     sums: dict[str, tuple[Moments, Moments]] = field(init=False)
     norm: float = 0.0
     seen: Count = field(default_factory=Count)
+    weigh: RowWeights | None = None
 
     def __post_init__(self) -> None:
         self.sums = {linear.label: (_empty(linear), _empty(linear)) for linear in self.maps}
@@ -70,7 +73,7 @@ class Evidence:
                 raise MeetingError
             if given:  # else an expert to which nothing was routed
                 change = self._change(given, aim, substituted.stream, wanted.stream)
-                self._add(linear, given, aim, change, examples)
+                self._add(linear, given, aim, change, examples, self._weights(aim, wanted.stream))
 
     def _change(self, given: list[MapCall], aim: list[MapCall], now: Stream, wanted: Stream) -> Tensor:
         """What the map's output should change by, in the order of its calls."""
@@ -82,7 +85,22 @@ class Evidence:
             raise MeetingError
         return torch.where(self.scale.abs() > 1e-12, (_wide(streams[1]) - _wide(streams[0])) / self.scale, 0.0)
 
-    def _add(self, linear: LinearMap, given: list[MapCall], aim: list[MapCall], change: Tensor, examples: Examples) -> None:
+    def _weights(self, aim: list[MapCall], wanted: Stream) -> Tensor | None:
+        """What each row counts, by what the smooth network has at the meeting point, or puts out."""
+        if self.weigh is None:
+            return None
+        rows = None if self.meeting is None else self.meeting.rows(wanted, [call.note for call in aim])
+        return self.weigh.of(torch.cat([call.output for call in aim]) if rows is None else rows)
+
+    def _add(
+        self,
+        linear: LinearMap,
+        given: list[MapCall],
+        aim: list[MapCall],
+        change: Tensor,
+        examples: Examples,
+        weights: Tensor | None,
+    ) -> None:
         start = 0
         for call, output, chunk in zip(given, aim, chunks([call.note for call in given]), strict=True):
             if linear.index is not None and call.routing is not None:
@@ -92,13 +110,16 @@ class Evidence:
                 seen = places(call.note, chunk, self.positions_first)
             fit, held_out = split(seen, examples)
             wanted = change[start : start + len(call.input)]
+            each = None if weights is None else weights[start : start + len(call.input)]
             start += len(call.input)
             device = call.input.device
             fitted, judged_by = (part.cpu().nonzero()[:, 0].to(device) for part in (fit, held_out))  # no wait for the device
             for rows, pieces in zip((fitted, judged_by), self._pieces[linear.label], strict=True):
-                pieces.add(call.input.index_select(0, rows), wanted.index_select(0, rows))
+                chosen = None if each is None else each.index_select(0, rows)
+                pieces.add(call.input.index_select(0, rows), wanted.index_select(0, rows), chosen)
             judged = output.output.index_select(0, judged_by).double()
-            self._norms.append((judged if self.scale is None else judged * self.scale).square().sum())
+            squares = (judged if self.scale is None else judged * self.scale).square().sum(1)
+            self._norms.append((squares if each is None else squares * each.index_select(0, judged_by)).sum())
             self.seen.add(seen)
 
     def finish(self) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ...measurement.places import Places
 from .ridge import RIDGES, Correction, Method, Moments, Ridge, solve
@@ -40,6 +43,7 @@ class Verdict:
         rank: the features' effective rank at the ridge that was chosen.
         starved: whether there was nothing to fit, or nothing to judge by.
         pruned: which part of the weight is 0 and was kept so by the fit; 0.0 of a weight that is not pruned.
+        indefinite: as in `Correction`.
     """
 
     method: Method
@@ -49,6 +53,7 @@ class Verdict:
     rank: float | None = None
     starved: bool = False
     pruned: float = 0.0
+    indefinite: bool = False
 
 
 def split(seen: Places, examples: Examples) -> tuple[Tensor, Tensor]:
@@ -92,14 +97,29 @@ def _chosen(
     errors = [held_out.error(solve(fit, name, biased=biased), scale) for name in simple]
     if method == "least_squares":
         fitted = Ridge(fit, biased, kept)
-        errors += [held_out.error(fitted.solve(ridge), scale) for ridge in RIDGES]
+        errors += [_error(fitted, ridge, held_out, scale) for ridge in RIDGES]
         del fitted  # its memory is free before there is another one
     best = min(range(len(errors)), key=errors.__getitem__)
     every = fit + held_out
     if best < len(simple):
         return solve(every, simple[best], biased=biased), errors[0], errors[best], None
-    chosen, ridge = Ridge(every, biased, kept), RIDGES[best - len(simple)]
-    return chosen.solve(ridge), errors[0], errors[best], chosen.effective_rank(ridge)
+    first = best - len(simple)
+    chosen, indefinite = Ridge(every, biased, kept), math.inf in errors
+    for ridge in RIDGES[first:]:  # a larger ridge, where this one does not do with all rows
+        try:
+            correction = dataclasses.replace(chosen.solve(ridge), indefinite=indefinite or ridge != RIDGES[first])
+            return correction, errors[0], errors[best], chosen.effective_rank(ridge)
+        except LinAlgError:
+            continue
+    return solve(every, "none"), errors[0], errors[0], None
+
+
+def _error(fitted: Ridge, ridge: float, held_out: Moments, scale: Tensor | None) -> float:
+    """inf where the Gram matrix of nearly dependent features is indefinite by rounding."""
+    try:
+        return held_out.error(fitted.solve(ridge), scale)
+    except LinAlgError:
+        return math.inf
 
 
 def decide(
@@ -113,7 +133,8 @@ def decide(
         return none, Verdict("none", rows, error, error, starved=True)
     correction, before, after, rank = _chosen(fit, held_out, method, biased, scale, kept)
     pruned = 0.0 if kept is None or correction.weight is None else 1.0 - float(kept.double().mean())
-    return correction, Verdict(correction.method, rows, before, after, rank, pruned=pruned)
+    indefinite = correction.indefinite
+    return correction, Verdict(correction.method, rows, before, after, rank, pruned=pruned, indefinite=indefinite)
 
 
 def summary(methods: Iterable[str]) -> str:

@@ -99,6 +99,8 @@ def describe(
         notes.append("the mask fits none of its rows: padding counted too")
     if pruned := max((v.pruned for v in verdicts), default=0.0):
         notes.append(f"pruned: {100 * pruned:.0f} % of the weight kept at 0")
+    if any(v.indefinite for v in verdicts):
+        notes.append("a larger ridge: rounding made the Gram matrix indefinite")
     if not biased:
         notes.append("weights only: the map has no bias")
     norm = max(evidence.norm, 1e-30)

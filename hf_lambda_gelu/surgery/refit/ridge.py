@@ -27,6 +27,11 @@ _PANEL = 256
 Method = Literal["none", "bias", "least_squares"]
 
 
+def wide_device(device: torch.device) -> torch.device:
+    """The device, or the CPU in its place where it has no fp64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 @dataclass
 class Moments:
     """Sums over rows of features r (d,) and wanted changes e (k,), in fp64.
@@ -36,6 +41,7 @@ class Moments:
         r, e: Σ r (d,) and Σ e (k,).
         rr, re: Σ rrᵀ (d, d) and Σ reᵀ (d, k).
         ee: Σ e² by component (k,).
+        mass: Σ of the rows' weights, which all other sums have; the number of rows where they have none.
     """
 
     count: int
@@ -44,16 +50,17 @@ class Moments:
     rr: Tensor
     re: Tensor
     ee: Tensor
+    mass: float = 0.0
 
     @classmethod
     def empty(cls, features: int, outputs: int, device: torch.device) -> Moments:
-        device = torch.device("cpu") if device.type == "mps" else device  # which has no fp64
+        device = wide_device(device)
         r, e, ee = (torch.zeros(n, dtype=torch.float64, device=device) for n in (features, outputs, outputs))
         rr, re = (torch.zeros(features, n, dtype=torch.float64, device=device) for n in (features, outputs))
         return cls(0, r, e, rr, re, ee)
 
-    def add(self, features: Tensor, wanted: Tensor, consume: bool = False) -> None:
-        """Take in rows: features (n, d) and wanted changes (n, k), which may be overwritten if `consume`."""
+    def add(self, features: Tensor, wanted: Tensor, weights: Tensor | None = None, consume: bool = False) -> None:
+        """Take in rows: features (n, d) and wanted changes (n, k), with weights (n,); `consume`: they may be overwritten."""
         if not len(features):
             return
         for start in range(0, len(features), PIECE):
@@ -61,6 +68,10 @@ class Moments:
             least = torch.float64 if len(pieces[0]) < FEW else torch.float32
             r, e = (t.to(self.r.device, torch.promote_types(t.dtype, least)) for t in pieces)
             self.count += len(r)
+            if weights is not None:
+                self._add_weighted(r, e, weights[start : start + PIECE].to(r))
+                continue
+            self.mass += len(r)
             self.ee += e.double().square().sum(0)
             # products of what is left without the mean: beside a large mean, fp32 would lose the rest
             mean_r, mean_e = r.mean(0), e.mean(0)
@@ -75,13 +86,31 @@ class Moments:
             self.rr.addr_(sum_r, mean_r).addr_(mean_r, rest_r)
             self.re.addr_(sum_r, mean_e).addr_(mean_r, rest_e)
 
+    def _add_weighted(self, r: Tensor, e: Tensor, weights: Tensor) -> None:
+        """As above, each row by its weight; by its root in the products of two."""
+        mass, column = float(weights.double().sum()), weights.unsqueeze(1)
+        self.mass += mass
+        self.ee += (e.double().square() * column).sum(0)
+        mean_r, mean_e = (r * column).sum(0) / max(mass, 1e-30), (e * column).sum(0) / max(mass, 1e-30)
+        r, e = r - mean_r, e - mean_e
+        rest_r, rest_e = ((t * column).sum(0, dtype=torch.float64) for t in (r, e))
+        r, e = (t * column.sqrt() for t in (r, e))
+        self.rr += _symmetric_product(r)
+        self.re += r.T @ e
+        mean_r, mean_e = mean_r.double(), mean_e.double()
+        sum_r = mass * mean_r + rest_r
+        self.r += sum_r
+        self.e += mass * mean_e + rest_e
+        self.rr.addr_(sum_r, mean_r).addr_(mean_r, rest_r)
+        self.re.addr_(sum_r, mean_e).addr_(mean_r, rest_e)
+
     def __add__(self, other: Moments) -> Moments:
         mine, theirs = vars(self).values(), vars(other).values()
         return Moments(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
     def error(self, correction: Correction, scale: Tensor | None = None) -> float:
         """Σ ‖scale ⊙ (e − r ΔW − c)‖² over the rows, exactly, from the sums."""
-        squares = self.ee - 2.0 * correction.bias * self.e + self.count * correction.bias.square()
+        squares = self.ee - 2.0 * correction.bias * self.e + self.mass * correction.bias.square()
         if correction.weight is not None:
             w = correction.weight
             squares = (
@@ -105,13 +134,13 @@ class Pieces:
             rows: how many make up a piece.
         """
         self.moments, self._rows = moments, rows
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting: list[tuple[Tensor, ...]] = []
         self._count = 0
 
-    def add(self, features: Tensor, wanted: Tensor) -> None:
-        """Take in rows, as `Moments.add`; they are not copied."""
+    def add(self, features: Tensor, wanted: Tensor, weights: Tensor | None = None) -> None:
+        """Take in rows, as `Moments.add`, all with weights or none; they are not copied."""
         if len(features):
-            self._waiting.append((features, wanted))
+            self._waiting.append((features, wanted) if weights is None else (features, wanted, weights))
             self._count += len(features)
         if self._count >= self._rows:
             self._hand_on(self._count - self._count % self._rows)
@@ -123,25 +152,33 @@ class Pieces:
 
     def _hand_on(self, count: int) -> None:
         first = self._waiting[0]
-        features, wanted = (part.new_empty(self._count, part.shape[1]) for part in first)
+        joined = tuple(part.new_empty(self._count, *part.shape[1:]) for part in first)
         start = 0
-        for r, e in _drained(self._waiting):
-            features[start : start + len(r)], wanted[start : start + len(r)] = r, e
-            start += len(r)
+        for parts in _drained(self._waiting):
+            end = start + len(parts[0])
+            for whole, part in zip(joined, parts, strict=True):
+                whole[start:end] = part
+            start = end
         self._count -= count
         if self._count:  # copies, so that the rows that are summed are not kept in memory by those that wait
-            self._waiting.append((features[count:].clone(), wanted[count:].clone()))
-        self.moments.add(features[:count], wanted[:count], consume=True)
+            self._waiting.append(tuple(whole[count:].clone() for whole in joined))
+        features, wanted = (whole[:count] for whole in joined[:2])
+        self.moments.add(features, wanted, joined[2][:count] if len(joined) > 2 else None, consume=True)
 
 
 @dataclass(frozen=True)
 class Correction:
-    """What a refit adds to a linear map: ΔW (d, k), None for no change, and c (k,)."""
+    """What a refit adds to a linear map: ΔW (d, k), None for no change, and c (k,).
+
+    Attributes:
+        indefinite: whether smaller ridges were of no use, as rounding had made the Gram matrix indefinite.
+    """
 
     weight: Tensor | None
     bias: Tensor
     method: Method
     ridge: float | None = None
+    indefinite: bool = False
 
 
 class Ridge:
@@ -152,7 +189,7 @@ class Ridge:
         Args:
             biased, kept: as for `solve`.
         """
-        n = max(1, moments.count)
+        n = moments.mass or 1.0
         self.biased, self.kept = biased, kept
         self.mean_r, self.mean_e = moments.r / n, moments.e / n
         self.gram, self.cross = moments.rr, moments.re
@@ -211,7 +248,7 @@ def solve(
         return Ridge(moments, biased, kept).solve(ridge)
     if method == "none" or not biased:
         return Correction(None, torch.zeros_like(moments.e), "none")
-    return Correction(None, moments.e / max(1, moments.count), "bias")
+    return Correction(None, moments.e / (moments.mass or 1.0), "bias")
 
 
 def effective_rank(moments: Moments, ridge: float, biased: bool = True) -> float:
@@ -219,10 +256,10 @@ def effective_rank(moments: Moments, ridge: float, biased: bool = True) -> float
     return Ridge(moments, biased).effective_rank(ridge)
 
 
-def _drained(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs, each of which the list has no more."""
-    while pairs:
-        yield pairs.pop(0)
+def _drained(waiting: list[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """Its members, each of which the list has no more."""
+    while waiting:
+        yield waiting.pop(0)
 
 
 def _symmetric_product(rows: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ other two may be within each other. After `undo` weights, gates, biases and conf
 
 Refit weights lie in memory of their own until `commit` puts them where the original ones were, so that other tensors of the
 same memory (a state_dict, shared memory) see the original weights while the work goes on, and the refit ones afterwards.
-The copies that DeepSpeed steps get them then, too.
+The copies that DeepSpeed steps get them then, too. Layers may be wider in the substituted network: then the parameters
+around a site have wider data there, and what modules hold of the width goes with it; such data stays where it is at the end.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from ...measurement.forward import call, same_random_numbers
 from ...measurement.towers import Towers
 from ...structure.autocast import Autocast
 from ...structure.block_source import device_of
+from ...structure.edits import reshape
 from ...structure.linear_maps import LinearMap
 from ...structure.transaction import keep
 from .biases import AddedBiases
@@ -43,6 +46,17 @@ from .report import CompensatedSite
 from .ridge import Correction
 from .sources import RefitWeights
 from .store import Store
+
+# (module, attribute, number in the smooth network, number in the substituted one)
+Number = tuple[nn.Module, str, int, int]
+
+
+@dataclass(frozen=True)
+class Wide:
+    """A layer that is wider in the substituted network: the parameters around its site, and the numbers that go with it."""
+
+    parameters: tuple[nn.Parameter, ...]
+    numbers: tuple[Number, ...]
 
 
 class Network(Enum):
@@ -64,6 +78,7 @@ class TwoNetworks:
         autocast: the state of autocast at the start.
         towers: knows which mask belongs to what runs.
         weights: where refit weights rest, if the model's weights come and go with its blocks; None otherwise.
+        wide: site → what is wider around it.
     """
 
     def __init__(self, model: nn.Module, folder: Path, weights: RefitWeights | None = None) -> None:
@@ -78,6 +93,7 @@ class TwoNetworks:
         self.originals: dict[nn.Parameter, Tensor] = {}
         self.biases = AddedBiases(model)
         self.weights = weights
+        self.wide: dict[str, Wide] = {}
         self._committed: dict[nn.Parameter, Tensor] = {}  # the memory into which refit weights were put
 
     # ------------------------------------------------------------------------------------------- the two networks
@@ -85,25 +101,38 @@ class TwoNetworks:
     @contextmanager
     def smooth(self) -> Iterator[None]:
         """Within the block, the model is the smooth network."""
-        with self._as(Network.SMOOTH):
-            refit = {parameter: parameter.data for parameter in self.originals}
-            try:
-                for parameter, original in self.originals.items():
-                    parameter.data = original
-                yield
-            finally:
-                for parameter, data in refit.items():
-                    parameter.data = data
+        with self._as(Network.SMOOTH), self._originals_in(self.originals, self.wide):
+            yield
 
     @contextmanager
     def substituted(self, *more: str) -> Iterator[None]:
         """Within the block, the model is the network as substituted so far, the sites in `more` too."""
-        with self._as(Network.SUBSTITUTED):
+        hard = self.hard | set(more)
+        smooth = [name for name in self.wide if name not in hard]  # a smooth gate is that of the layer as it was
+        parameters = [parameter for name in smooth for parameter in self.wide[name].parameters]
+        with self._as(Network.SUBSTITUTED), self._originals_in(parameters, smooth):
             try:
-                self._gates(self.hard | set(more))
+                self._gates(hard)
                 yield
             finally:
                 self._gates(set())
+
+    @contextmanager
+    def _originals_in(self, parameters: Iterable[nn.Parameter], sites: Iterable[str]) -> Iterator[None]:
+        """Within the block, the parameters have their original data, and modules around the sites what goes with it."""
+        now = {parameter: parameter.data for parameter in parameters}
+        numbers = [number for name in sites for number in self.wide[name].numbers]
+        try:
+            for parameter in now:
+                parameter.data = self.originals[parameter]
+            for module, attribute, narrow, _ in numbers:
+                setattr(module, attribute, narrow)
+            yield
+        finally:
+            for parameter, data in now.items():
+                parameter.data = data
+            for module, attribute, _, wide in numbers:
+                setattr(module, attribute, wide)
 
     @contextmanager
     def _as(self, network: Network) -> Iterator[None]:
@@ -134,6 +163,16 @@ class TwoNetworks:
                 parameter.data = parameter.data.clone()
         linear.add(correction.weight, correction.bias)
 
+    def widen(self, site: str, data: Mapping[nn.Parameter, Tensor], numbers: Iterable[Number]) -> None:
+        """Let parameters around a site have wider data in the substituted network, and modules what goes with it."""
+        self.wide[site] = Wide(tuple(data), tuple(numbers))
+        for parameter, wide in data.items():
+            parameter.grad = None  # it has the shape of before
+            self.originals.setdefault(parameter, parameter.data)
+            parameter.data = wide
+        for module, attribute, _, wide_number in self.wide[site].numbers:
+            setattr(module, attribute, wide_number)
+
     def holding(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
         """Within the block, these weights of both networks stay in memory."""
         return nullcontext() if self.weights is None else self.weights.holding(parameters, self.originals)
@@ -162,10 +201,16 @@ class TwoNetworks:
         self.state = None
 
     def commit(self) -> None:
-        """Put the refit weights into the memory of the original ones, and keep these for `undo`; they may rest, too."""
+        """Put the refit weights into the memory of the original ones, kept for `undo`; wider ones stay in theirs.
+
+        Those of a streamed model rest, and stay where they are.
+        """
         if self.weights is not None:
             return
         for parameter, memory in list(self.originals.items()):
+            if parameter.shape != memory.shape:
+                reshape(parameter, parameter.data)
+                continue
             before = memory.clone()
             keep(memory, before)
             self._committed[parameter] = memory
@@ -183,7 +228,12 @@ class TwoNetworks:
         self.leave()
         for parameter, original in self.originals.items():
             memory = self._committed.get(parameter)
+            if parameter.shape != original.shape:
+                reshape(parameter, original)
             parameter.data = original if memory is None else memory.copy_(original)
+        for module, attribute, narrow, _ in [number for wide in self.wide.values() for number in wide.numbers]:
+            setattr(module, attribute, narrow)
+        self.wide.clear()
         renew_stepped_copies(self._committed)
         self._committed.clear()
         self.originals.clear()

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..structure.config import owner_of
-from ..structure.config_probe import config_places
+from .config import owner_of
+from .config_probe import config_places
 from .feed_forward import FeedForward
 
 # words in the names of widths that a config leaves to a default (GPT-2's `n_inner`)
 _WORDS = ("inner", "ffn", "intermediate")
+# words in the names of what a width is a multiple of the hidden size by (DINOv2's and Swin's `mlp_ratio`)
+_RATIO_WORDS = ("ratio", "mult", "expansion")
 
 
 @dataclass(frozen=True)
@@ -24,28 +26,45 @@ class Width:
 
     Attributes:
         path: the attribute as a dotted path from the config, e.g. "text_config.intermediate_size".
-        value: the width, also where the config leaves it to a default.
+        value: the width, also where the config leaves it to a default; of a ratio, the ratio.
         sites: of the blocks.
         obstacle: why it cannot be changed: something else is as wide; empty if it can.
+        ratio: whether each block is so many times as wide as its input, and not so wide.
     """
 
     path: str
-    value: int
+    value: int | float
     sites: tuple[str, ...]
     obstacle: str = ""
+    ratio: bool = False
 
 
-def widths(part: PreTrainedModel, blocks: Mapping[str, FeedForward]) -> list[Width]:
-    """The widths of these blocks, which are in `part`, as its config has them; each block in one of them at most."""
+def widths(part: PreTrainedModel, blocks: Mapping[str, FeedForward], ratios: bool = False) -> list[Width]:
+    """The widths of these blocks, which are in `part`, as its config has them; each block in one of them at most.
+
+    Args:
+        ratios: whether to look for ratios too, for blocks that no width was found for.
+    """
     found: list[Width] = []
     free = dict(blocks)
-    for path, value in _candidates(part.config, {block.units for block in blocks.values()}):
-        rebuilt = rebuild(part, path, value + 1)
-        width = None if rebuilt is None else _width(part, rebuilt, path, value, free)
+    candidates: list[tuple[str, int | float, bool]] = []
+    candidates += [(path, value, False) for path, value in _candidates(part.config, {b.units for b in blocks.values()})]
+    candidates += [(path, value, True) for path, value in _ratios(part.config)] if ratios else []
+    for path, value, ratio in candidates:
+        rebuilt = rebuild(part, path, 2 * value if ratio else value + 1) if free else None
+        width = None if rebuilt is None else _width(part, rebuilt, path, value, free, ratio)
         if width is not None:
             found.append(width)
             free = {name: block for name, block in free.items() if name not in width.sites}
     return found
+
+
+def _ratios(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, int | float]]:
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _ratios(value, f"{prefix}{name}.")
+        elif type(value) in (int, float) and any(word in name for word in _RATIO_WORDS):
+            yield f"{prefix}{name}", value
 
 
 def _candidates(config: PreTrainedConfig, values: set[int], prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -59,9 +78,14 @@ def _candidates(config: PreTrainedConfig, values: set[int], prefix: str = "") ->
 
 
 def _width(
-    part: PreTrainedModel, rebuilt: PreTrainedModel, path: str, value: int, blocks: Mapping[str, FeedForward]
+    part: PreTrainedModel,
+    rebuilt: PreTrainedModel,
+    path: str,
+    value: int | float,
+    blocks: Mapping[str, FeedForward],
+    ratio: bool,
 ) -> Width | None:
-    """The blocks that are one wider in `rebuilt`, and nothing else of them changed; None if there are none."""
+    """The blocks that are one wider in `rebuilt`, or twice as wide, and nothing else of them changed; None without one."""
     names = {parameter: name for name, parameter in part.named_parameters()}
     shapes = {name: tuple(parameter.shape) for name, parameter in rebuilt.named_parameters()}
     group, explained = [], set()
@@ -69,19 +93,19 @@ def _width(
         wider = {}
         for parameter, dim in block.parameters:
             shape = list(parameter.shape)
-            shape[dim] += 1
+            shape[dim] += block.units if ratio else 1
             wider[names[parameter]] = tuple(shape)
-        if block.units == value and all(shapes.get(name) == shape for name, shape in wider.items()):
+        if (ratio or block.units == value) and all(shapes.get(name) == shape for name, shape in wider.items()):
             group.append(site)
             explained |= set(wider)
     if not group:
         return None
     others = [n for p, n in names.items() if n not in explained and shapes.get(n) != tuple(p.shape)]
     obstacle = f"config.{path} is the width of {others[0]} too, in no block that can be told" if others else ""
-    return Width(path, value, tuple(group), obstacle)
+    return Width(path, value, tuple(group), obstacle, ratio)
 
 
-def rebuild(part: PreTrainedModel, path: str | None = None, value: int = 0) -> PreTrainedModel | None:
+def rebuild(part: PreTrainedModel, path: str | None = None, value: int | float = 0) -> PreTrainedModel | None:
     """What stock transformers builds from the config, with another value at `path`, on the meta device; None if nothing."""
     config = copy.deepcopy(part.config)
     if path is not None:
@@ -97,7 +121,21 @@ def rebuild(part: PreTrainedModel, path: str | None = None, value: int = 0) -> P
         return None
 
 
-def set_width(part: PreTrainedModel, width: Width, value: int) -> None:
+def following(part: PreTrainedModel, wider: PreTrainedModel) -> Iterator[tuple[str, str, int, int]]:
+    """(module, attribute, number now, number then) of what modules took from the config, and `wider` has otherwise."""
+    now = rebuild(part)
+    if now is None:
+        return
+    built, own = dict(now.named_modules()), dict(part.named_modules())
+    for name, module in wider.named_modules():
+        for attribute, then in list(vars(module).items()):
+            before = vars(built[name]).get(attribute) if name in built else None
+            held = vars(own[name]).get(attribute) if name in own else None
+            if type(then) is type(before) is type(held) is int and then != before == held:
+                yield name, attribute, held, then
+
+
+def set_width(part: PreTrainedModel, width: Width, value: int | float) -> None:
     """Let the config and the copies that modules hold have this value, and numbers that modules took from it.
 
     The part must have a config of its own. Which configs and numbers these are is seen in a model that is built with the

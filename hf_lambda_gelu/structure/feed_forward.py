@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..structure.hooks import Hooks
-from ..structure.linear_calls import Key, LinearCall
-from ..structure.linear_maps import LinearMap, Parameters, eager_experts, watch_linears
-from ..structure.tracing import ancestors
-from ..structure.unread_maps import differentiable, operation_of
+from .hooks import Hooks
+from .linear_calls import Key, LinearCall
+from .linear_maps import LinearMap, Parameters, eager_experts, watch_linears
+from .tracing import ancestors
+from .unread_maps import differentiable, operation_of
 
 # operations that leave each unit where it is: views too, as what they connect has the same shape in the end
 _UNITWISE = frozenset({"Relu", "Mul", "Clone", "Alias", "View", "UnsafeView", "ReshapeAlias", "Contiguous", "ToCopy"})

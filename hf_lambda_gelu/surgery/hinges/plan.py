@@ -1,0 +1,201 @@
+"""Which layers can hold several ReLUs per gate, and how wide they will be: found, or refused, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...activation.module import LambdaGELU
+from ...structure.config_probe import hard_coded_sites
+from ...structure.feed_forward import FeedForward, feed_forwards
+from ...structure.hooks import Hooks
+from ...structure.linear_calls import LinearCall
+from ...structure.linear_maps import LinearMap, watch_linears
+from ...structure.modules import has_adapters, joined, transformers_parts
+from ...structure.widths import Width, following, rebuild, widths
+from .wanted import Wanted
+
+# of what a map gets, relative to its largest element: products are rounded once each
+_SAME = 1e-3
+
+
+class HingeError(ValueError):
+    """The model cannot hold several ReLUs per gate. Nothing was changed."""
+
+
+@dataclass
+class PlannedSite:
+    """One site whose layer will be wider.
+
+    Attributes:
+        block: the maps around it.
+        units: how many it will have.
+        numbers: (module, attribute, number now, number then) of what its modules hold of the width.
+    """
+
+    block: FeedForward
+    units: int
+    numbers: list[tuple[nn.Module, str, int, int]] = field(default_factory=list)
+
+    @property
+    def maps(self) -> tuple[LinearMap, ...]:
+        return (*self.block.before, self.block.after)
+
+
+@dataclass
+class Plan:
+    """What will be wider.
+
+    Attributes:
+        sites: by name.
+        widths: (prefix of the part, part, width, the config's number then).
+        single: site → why it keeps one ReLU per neuron.
+    """
+
+    sites: dict[str, PlannedSite] = field(default_factory=dict)
+    widths: list[tuple[str, PreTrainedModel, Width, int | float]] = field(default_factory=list)
+    single: dict[str, str] = field(default_factory=dict)
+
+
+def plan_hinges(model: nn.Module, sites: Mapping[str, LambdaGELU], forward: Callable[[], Any], wanted: Wanted) -> Plan:
+    """Which layers will be wider; `forward` runs the model, with its gates as ReLU, on what reaches all sites.
+
+    Raises:
+        HingeError: a layer whose width cannot be set, or none that can be wider.
+    """
+    if has_adapters(model):
+        raise HingeError("the model has adapters, whose shapes follow its maps': merge_and_unload() them first")
+    blocks = feed_forwards(model, sites, forward)
+    plan = Plan(single=dict(blocks.obstacles))
+    found = dict(blocks.found)
+    for name in hard_coded_sites(model):
+        if found.pop(name, None) is not None:
+            plan.single[name] = "its activation is hard-coded and stays smooth"
+    _check_formula({name: sites[name] for name in found}, found, forward)
+    inside: set[str] = set()
+    for prefix, part in transformers_parts(model).items():
+        here = {name: block for name, block in found.items() if not prefix or name.startswith(f"{prefix}.")}
+        inside |= set(here)
+        for width in widths(part, here, ratios=True):
+            _add(plan, prefix, part, width, here, wanted)
+    for name, block in found.items():
+        if name not in inside:
+            plan.sites[name] = PlannedSite(block, round(wanted.factor * block.units))
+        elif name not in plan.sites:
+            raise HingeError(f"{name} has {block.units} units, and no number in the config is its width")
+    if not plan.sites:
+        name, reason = next(iter(plan.single.items()))
+        raise HingeError(
+            f"no layer can hold several ReLUs per gate ({name}: {reason}). hinges=1 is one ReLU per neuron, in "
+            "the layers as they are"
+        )
+    _add_numbers(model, plan)
+    plan.sites = {name: plan.sites[name] for name in sites if name in plan.sites}
+    return plan
+
+
+def check_biases(plan: Plan) -> None:
+    """HingeError where a gate has no bias, once those that the config can give are there."""
+    for name, site in plan.sites.items():
+        gate = site.block.gate
+        if gate.bias is None:
+            raise HingeError(
+                f"{name}: {gate.name} has no bias, and no config attribute gives it one, so that its ReLUs cannot bend at "
+                "other places than 0. Llama and Granite have such a switch (mlp_bias); T5, Mistral, Qwen and Gemma have "
+                "none. Use hinges=1"
+            )
+
+
+def _add(
+    plan: Plan, prefix: str, part: PreTrainedModel, width: Width, blocks: Mapping[str, FeedForward], wanted: Wanted
+) -> None:
+    """The sites of one number in the config, with the units that stock transformers will build."""
+    if width.obstacle:
+        raise HingeError(f"{width.sites[0]}: {width.obstacle}")
+    exact = wanted.factor * width.value
+    number: int | float = round(exact) if isinstance(width.value, int) else exact
+    if width.ratio and number != exact:
+        low, high = int(exact) / width.value, (int(exact) + 1) / width.value
+        raise HingeError(
+            f"config.{joined(prefix, width.path)} = {width.value} takes whole numbers alone, so that a budget of "
+            f"{wanted.factor:g} cannot be said: {low:g} and {high:g} can"
+        )
+    then = rebuild(part, width.path, number)
+    shapes = {} if then is None else {name: p.shape for name, p in then.named_parameters()}
+    names = {parameter: name for name, parameter in part.named_parameters()}
+    for name in width.sites:
+        parameter, dim = blocks[name].parameters[0]
+        shape = shapes.get(names[parameter])
+        if shape is None or abs(shape[dim] - wanted.factor * blocks[name].units) > 1:
+            raise HingeError(f"{type(part).__name__} cannot be built with config.{width.path} = {number}")
+        plan.sites[name] = PlannedSite(blocks[name], shape[dim])
+    plan.widths.append((prefix, part, width, number))
+
+
+def _add_numbers(model: nn.Module, plan: Plan) -> None:
+    """What modules of one site hold of its width: it follows the weights, as GPT-2's Conv1D reads it in forward."""
+    for site in plan.sites.values():
+        sides = [(site.block.after, ("in_features", "in_channels", "nx"))]
+        sides += [(made, ("out_features", "out_channels", "nf")) for made in site.block.before]
+        for made, attributes in sides:
+            module = model.get_submodule(made.name.rpartition(".")[0])
+            for attribute in attributes:
+                if getattr(module, attribute, None) == site.block.units:
+                    site.numbers.append((module, attribute, site.block.units, site.units))
+    for prefix, part, width, number in plan.widths:
+        wider = rebuild(part, width.path, number)
+        for name, attribute, now, then in () if wider is None else following(part, wider):
+            module, path = part.get_submodule(name), joined(prefix, name)
+            around = [s for n, s in plan.sites.items() if n.startswith(f"{path}.")]
+            known = any(m is module and a == attribute for s in plan.sites.values() for m, a, *_ in s.numbers)
+            if len(around) == 1 and not known:
+                around[0].numbers.append((module, attribute, now, then))
+
+
+def _check_formula(sites: Mapping[str, LambdaGELU], blocks: Mapping[str, FeedForward], run: Callable[[], Any]) -> None:
+    """HingeError unless each map after a site gets relu(z) or relu(z) · u, z and u as the maps before it put them out."""
+    outputs: dict[Any, Tensor] = {}
+    entered: dict[str, Tensor] = {}
+    wrong: dict[str, str] = {}
+    makers = {made.key for block in blocks.values() for made in block.before}
+    by_key = {block.after.key: name for name, block in blocks.items()}
+
+    def on_linear(call: LinearCall) -> None:
+        name = by_key.get(call.key)
+        if name is not None and name in entered:
+            block = blocks[name]
+            wanted = entered[name].clamp(min=0.0)
+            if block.up is not None:
+                wanted = wanted * outputs[block.up.key]
+            if not _alike(wanted, call.input):
+                wrong[name] = "what the map after it gets is not its output, or that times another map's"
+        if call.key in makers:
+            outputs[call.key] = call.output.detach()
+
+    def on_site(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        entered[name] = args[0].detach()
+        if not _alike(outputs[blocks[name].gate.key], args[0]):
+            wrong[name] = "it does not get what the map before it puts out"
+
+    with torch.no_grad(), Hooks() as hooks, watch_linears(on_linear):
+        for name, site in sites.items():
+            hooks.after(site, partial(on_site, name))
+        run()
+    for name, reason in wrong.items():
+        raise HingeError(f"{name}: {reason}, so that hinges cannot be put into the maps around it. Use hinges=1")
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether they hold the same, as rows of features; a convolution has its channels in dimension 1, and last in a call."""
+    if one.numel() != other.numel():
+        return False
+    if one.shape[-1] != other.shape[-1] and one.dim() > 2:
+        one = one.movedim(1, -1)
+    one, other = one.reshape(other.shape).double(), other.double()
+    return not other.numel() or bool((one - other).abs().max() <= _SAME * float(other.abs().max()))

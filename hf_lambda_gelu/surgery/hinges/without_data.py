@@ -1,0 +1,60 @@
+"""Hinges without data: the same for every neuron, by minimax over the whole line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ...measurement.batches import FORWARD_ERRORS, model_batches
+from ...measurement.examples.choice import example_inputs
+from ...measurement.forward import run_batch
+from ...structure.modules import transformers_parts
+from ...structure.scratch import scratch_folder
+from ..refit.two_networks import TwoNetworks
+from .plan import HingeError
+from .wanted import Wanted
+from .work import HingeWork
+
+
+@contextmanager
+def minimax_hinges(model: nn.Module, calibration: Iterable[Any] | None, wanted: Wanted) -> Iterator[HingeWork]:
+    """Within the block, `networks.substituted()` has minimax hinges in the place of all gates, and afterwards the model.
+
+    Args:
+        calibration: batches that the block may want; the first one shows where the maps are. None for one that is made up.
+    """
+    with scratch_folder() as folder:
+        networks = TwoNetworks(model, folder)
+        work = HingeWork(networks, wanted)
+        try:
+            if calibration is None:
+                run = _examples(model)
+            else:
+                networks.keep(model_batches(model, calibration))
+                run = networks.forward(0)
+            networks.biases.add(work.plan(run))
+            work.widen_all()
+            networks.hard = set(networks.sites)
+            yield work
+            networks.leave()
+            networks.commit()
+        except BaseException:
+            networks.undo()
+            raise
+
+
+def _examples(model: nn.Module) -> Callable[[], Any]:
+    """A run of each transformers model in `model` on a small batch."""
+    parts = list(transformers_parts(model).values())
+    if not parts:
+        raise HingeError(
+            f"{type(model).__name__} is no transformers model: pass calibration=…, a batch that shows how its maps run"
+        )
+    try:
+        batches = [(part, example_inputs(part)) for part in parts]
+    except FORWARD_ERRORS as error:
+        raise HingeError(f"where its maps are is seen in a run: pass calibration=…, a batch or more ({error})") from error
+    return lambda: [run_batch(part, dict(batch), 0) for part, batch in batches]
