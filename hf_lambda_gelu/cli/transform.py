@@ -99,8 +99,8 @@ def relu_ize(
                 how |= {"calibration": batches(found, data, model, folder, trust_remote_code), "device": device}
             return result.set(hlg.relu_ize_checkpoint(folder, target, **how, **kept, link=not copy))
         model = with_hardness(loaded(folder, trust_remote_code, device))
-        fed = {} if found is None else {"calibration": batches(found, data, model, folder, trust_remote_code)}
-        report = hlg.relu_ize(model, **how, **fed, hinges=hinges, budget=budget)
+        how |= {} if found is None else {"calibration": batches(found, data, model, folder, trust_remote_code)}
+        report = hlg.relu_ize(model, **how, hinges=hinges, budget=budget)
         saved = hlg.save_relu_pretrained(model, target, processor=processors(folder, trust_remote_code), **kept)
         result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
 
