@@ -16,7 +16,7 @@ from ..structure.claims import Claim, clear_left
 from ..structure.transaction import if_it_fails
 from .swap import exchange, flush, flush_names
 
-_PARTIAL, _OLD = "hf_lambda_gelu-partial", "hf_lambda_gelu-old"
+_PARTIAL, _OLD, _UNFINISHED = "hf_lambda_gelu-partial", "hf_lambda_gelu-old", "hf_lambda_gelu-unfinished"
 _APPEARED = "{!r} has appeared meanwhile, made by somebody else, and was not touched. Choose another folder"
 
 
@@ -61,6 +61,31 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
     clear_left(claim.folder)  # what was replaced: from here on the new one stays
     clear_left(_beside(target, _OLD))
+
+
+@contextmanager
+def unfinished_folder(folder: Path) -> Iterator[Path]:
+    """Within the block, a folder beside `folder` for work that a killed process may have begun: what that left is in it.
+
+    Afterwards it is gone, whether the work succeeded or failed: a kill alone leaves it. No other process has it meanwhile.
+
+    Raises:
+        ValueError: nothing can be written there; another process is making the same folder.
+    """
+    target = Path(os.path.realpath(folder))
+    new = [parent for parent in target.parents if not parent.exists()]  # the innermost first
+    claim = Claim(_beside(target, _UNFINISHED))
+    if_it_fails(claim.remove)
+    try:
+        _take(claim, target, adopt=True)
+        yield claim.folder
+        claim.remove()
+    except BaseException:
+        claim.remove()
+        for parent in new:
+            with contextlib.suppress(OSError):  # not empty: somebody else's by now
+                parent.rmdir()
+        raise
 
 
 def of_the_cache(link: Path) -> bool:
@@ -127,10 +152,10 @@ def _something_in(target: Path) -> bool:
     return target.exists() and any(target.iterdir())
 
 
-def _take(claim: Claim, target: Path) -> None:
+def _take(claim: Claim, target: Path, adopt: bool = False) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        claim.take()
+        claim.take(adopt=adopt)
     except BlockingIOError as error:
         raise ValueError(
             f"another process is making {str(target)!r} just now: choose another folder, or wait for it"

@@ -7,14 +7,15 @@ weights are files, which stay as they are.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..activation.hardness import DEFAULT_TOLERANCE
@@ -24,11 +25,13 @@ from ..structure.loading import CheckpointError, save_parts
 from ..structure.scratch import scratch_folder
 from ..structure.transaction import transaction
 from ..surgery.conversion import ConversionReport, convert
+from ..surgery.refit.report import Compensate
 from ..surgery.report import SubstitutionReport
-from ..surgery.substitution import relu_ize
+from ..surgery.substitution import check_options, relu_ize
 from .card import PLOT_NAME, REPORT_NAME, CardDetails
 from .folders import whole_folder
 from .on_disk_files import Source, WrittenFiles
+from .on_disk_refit import Streamed, refit_streamed, usable_device
 from .save import write_card
 from .shards import Shard
 
@@ -107,7 +110,7 @@ def convert_checkpoint(
         converted 1 activations to λ-GELU at λ = 1
         ...
     """
-    source = Source(src, dst, trust_remote_code)
+    source = Source(src, dst, trust_remote_code=trust_remote_code)
     model = source.load()
     report = convert(model, init_hardness, only=only)
     for site in hardness_sites(model).values():
@@ -133,33 +136,39 @@ def relu_ize_checkpoint(
     *,
     tolerance: float = DEFAULT_TOLERANCE,
     targets: Mapping[str, float] | None = None,
+    calibration: Iterable[Any] | None = None,
+    compensate: Compensate | None = None,
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+    device: str | torch.device = "cpu",
     details: CardDetails | None = None,
     link: bool = True,
+    overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> CheckpointReport:
     """Makes of the folder of a λ-GELU checkpoint that of the ReLU model, which stock transformers loads.
 
     It holds what `relu_ize(model)` and `save_relu_pretrained(model, dst)` write, made as `convert_checkpoint` makes its own.
-    Weight files with λ in them are rewritten without it, in a stream; the others are hard links. Refits need the model in
-    memory. Whether the weights are finite is not looked at.
+    Weight files with λ in them, or with refit weights, are rewritten in a stream; the others are hard links.
+
+    With `calibration` the model, GELU or λ-GELU, runs with one block of weights in memory; killed, it goes on there.
 
     Args:
         src: folder of a λ-GELU checkpoint in safetensors, by `save_pretrained`, a Trainer or `convert_checkpoint`.
         dst: the folder to make; not in `src`.
-        force, tolerance, targets: as for `relu_ize`, for the λ of the checkpoint.
+        force, tolerance, targets, calibration, compensate, compute_metrics: as for `relu_ize`.
+        device: where blocks run, and what lies outside of them (embeddings, head) is.
         details: what the model card, a new one, should say.
-        link: False copies the weight files, so that `dst` can be changed in place.
+        link, overwrite: False copies the weight files; True puts `dst` in the place of a saved model that is there.
         trust_remote_code: run code of its own that `src` has, which then comes along. Without it such a folder is refused.
 
     Returns:
         The report of `relu_ize`, and what became of the files.
 
     Raises:
-        CheckpointError: as for `convert_checkpoint`; λ of sites that the model does not have.
-        SoftGateError: gates are soft, and no `force`.
-        ValueError: no λ-GELU in the checkpoint, λ that is not finite, or `dst` is in use or cannot be written.
-
-    In every case `src` is as it was and `dst` is not made.
+        `src` is as it was, then, and `dst` is not made.
+        CheckpointError: as for `convert_checkpoint`; λ of sites that the model does not have; with `calibration`, weights
+            that change meanwhile, or that the checkpoint holds in another form than the model (Mixtral's experts).
+        CalibrationError, SoftGateError, ValueError: as for `relu_ize`; no such device, or `dst` cannot be made.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -170,16 +179,40 @@ def relu_ize_checkpoint(
         1 activations are ReLU now (forced: gates were soft)
         ...
     """
-    source = Source(src, dst, trust_remote_code)
+    check_options(calibration, compensate)
+    place, source = usable_device(device), Source(src, dst, overwrite, trust_remote_code=trust_remote_code)
+    if calibration is not None:
+        streamed = Streamed(source, place)
+        with refit_streamed(streamed, calibration, force, tolerance, targets, compensate, compute_metrics) as report:
+            return _write_relu(source, streamed.model, report, details, link, overwrite, streamed)
     model = source.load()
     dropped = _load_hardness(model, source.shards)
     report = relu_ize(model, force, tolerance=tolerance, targets=targets)
+    return _write_relu(source, model, report, details, link, overwrite, dropped=dropped)
+
+
+def _write_relu(
+    source: Source,
+    model: PreTrainedModel,
+    report: SubstitutionReport,
+    details: CardDetails | None,
+    link: bool,
+    overwrite: bool,
+    streamed: Streamed | None = None,
+    dropped: Collection[str] = (),
+) -> CheckpointReport:
+    """The folder of the ReLU model."""
     left_out = {"README.md", REPORT_NAME, PLOT_NAME}
-    with whole_folder(source.target) as temporary:
-        save_parts(model, temporary, {})
+    with whole_folder(source.target, overwrite) as temporary:
+        added, replaced = {}, {}
+        if streamed is not None:
+            added, replaced, dropped = streamed.added(), streamed.changed(), streamed.hardness
+        added = save_parts(model, temporary, added)
         links = source.carry_along(temporary, left_out, link)
         write_card(model, temporary, source.target.name, report, details or CardDetails())
-        written = source.finish(temporary, model, links, dropped=dropped, link=link)
+        written = source.finish(temporary, model, links, added=added, dropped=dropped, replaced=replaced, link=link)
+        if streamed is not None:
+            streamed.check_unchanged()
     return _report(source, report, written)
 
 

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..structure.loading import CheckpointError, load_on_meta, saved_class
+from ..structure.loading import CheckpointError, load_without_reading, saved_class
 from ..structure.own_code import code_files
 from .carried_code import settle_code
 from .folders import check_new
-from .shards import Shard, can_link, put, read_shards, shard_names, side_files, write_index, write_without
+from .shards import Shard, can_link, put, read_shards, shard_names, side_files, write_changed, write_index
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class WeightFile:
     name: str
     way: Literal["linked", "copied", "rewritten"]
 
-    def write(self, folder: Path, dropped: Collection[str]) -> None:
+    def write(self, folder: Path, dropped: Collection[str], replaced: Mapping[str, Path]) -> None:
         if self.way == "rewritten":
-            write_without(self.shard.path, folder / self.name, dropped)
+            write_changed(self.shard.path, folder / self.name, dropped, replaced)
         else:
             put(self.shard.path, folder / self.name, self.way == "linked")
 
@@ -48,19 +48,26 @@ class WrittenFiles:
 class Source:
     """A checkpoint folder that was found to be whole, and the folder to make of it."""
 
-    def __init__(self, src: str | os.PathLike[str], dst: str | os.PathLike[str], trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        src: str | os.PathLike[str],
+        dst: str | os.PathLike[str],
+        overwrite: bool | None = None,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
         self.folder, self.target = Path(src), Path(os.path.abspath(dst))
         self.trust_remote_code = trust_remote_code
         self.config, self.cls = saved_class(self.folder, trust_remote_code=trust_remote_code)
         if self.folder.resolve() in (self.target.resolve(), *self.target.resolve().parents):
             raise ValueError(f"{str(self.target)!r} is {str(self.folder)!r} or lies in it: choose another folder")
-        check_new(self.target)
+        check_new(self.target, overwrite)
         self.shards = read_shards(self.folder, self.cls.__name__)
 
     def load(self) -> PreTrainedModel:
         """The model on the meta device."""
         tensors = {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
-        return load_on_meta(self.folder, self.config, self.cls, tensors)
+        return load_without_reading(self.folder, self.config, self.cls, tensors)
 
     def finish(
         self,
@@ -70,21 +77,24 @@ class Source:
         *,
         added: Mapping[str, Tensor] | None = None,
         dropped: Collection[str] = (),
+        replaced: Mapping[str, Path] | None = None,
         link: bool,
     ) -> WrittenFiles:
         """Fills the temporary folder with the weight files and their index.
 
         Args:
             links: what of the folder are hard links already.
-            added, dropped: λ to write into a file of its own; names of tensors to leave out of the weight files.
+            added, dropped: λ, or biases, to write into a file of its own; names of tensors to leave out of the weight files.
+            replaced: {tensor: file with its new bytes}.
             link: make hard links where nothing changes.
         """
-        weights = self._weight_files(temporary, dropped, bool(added), link)
+        replaced = replaced or {}
+        weights = self._weight_files(temporary, {*dropped, *replaced}, dropped, bool(added), link)
         _check_space(temporary, [file.shard.path for file in weights if file.way != "linked"])
         tensors: dict[str, Tensor] = {}
         places: dict[str, str] = {}
         for file in weights:
-            file.write(temporary, dropped)
+            file.write(temporary, dropped, replaced)
             kept = {name: tensor for name, tensor in file.shard.tensors.items() if name not in dropped}
             tensors.update(kept)
             places.update(dict.fromkeys(kept, file.name))
@@ -105,13 +115,15 @@ class Source:
             bytes_written=sum(path.stat().st_size for path in files),
         )
 
-    def _weight_files(self, temporary: Path, dropped: Collection[str], one_more: bool, link: bool) -> list[WeightFile]:
+    def _weight_files(
+        self, temporary: Path, other: Collection[str], dropped: Collection[str], one_more: bool, link: bool
+    ) -> list[WeightFile]:
         """What becomes of each weight file. One that holds nothing but dropped tensors becomes nothing."""
         shards = [shard for shard in self.shards if any(name not in dropped for name in shard.tensors)]
         weights = []
         for shard, name in zip(shards, shard_names(len(shards) + one_more), strict=False):
             linked = link and can_link(shard.path, temporary)
-            changed = any(tensor in dropped for tensor in shard.tensors)
+            changed = any(tensor in other for tensor in shard.tensors)
             weights.append(WeightFile(shard, name, "rewritten" if changed else "linked" if linked else "copied"))
         return weights
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
+from ..structure.block_source import mapped
 from ..structure.loading import CheckpointError, checkpoint_errors
 from .folders import of_the_cache
 
@@ -81,6 +82,23 @@ def read_shards(folder: Path, class_name: str) -> list[Shard]:
             "index and shards are not of one checkpoint. Fetch it again"
         )
     return shards
+
+
+def mapped_tensors(path: Path) -> dict[str, tuple[Tensor, int]]:
+    """The tensors of a weight file as views of it, which are read when somebody looks at them, and where each begins.
+
+    Raises:
+        CheckpointError: damaged, or with tensors that do not begin where their elements could.
+    """
+    with checkpoint_errors(f"{str(path)!r} is damaged or no safetensors file, fetch it again"):
+        shapes, whole = _read(path).tensors, mapped(path)
+        with path.open("rb") as file:
+            length, header = _header(file)
+        starts = {name: 8 + length + header[name]["data_offsets"][0] for name in shapes}
+        return {
+            name: (whole[start : start + shapes[name].nbytes].view(shapes[name].dtype).view(shapes[name].shape), start)
+            for name, start in starts.items()
+        }
 
 
 def tensor_names(folder: Path) -> set[str] | None:
@@ -173,11 +191,13 @@ def put(source: Path, target: Path, link: bool) -> None:
         shutil.copyfile(source, target)  # in chunks, or by the kernel
 
 
-def write_without(source: Path, target: Path, dropped: Collection[str]) -> None:
-    """Writes `source` without some of its tensors, in a stream; the other bytes and the metadata stay as they are."""
+def write_changed(source: Path, target: Path, dropped: Collection[str], replaced: Mapping[str, Path]) -> None:
+    """Writes `source` without some of its tensors and with the bytes of others from files, in a stream.
+
+    The other bytes and the metadata stay as they are.
+    """
     with source.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
+        length, header = _header(file)
         metadata = header.pop(_METADATA, None)
         kept = [(name, entry) for name, entry in header.items() if name not in dropped]
         kept.sort(key=lambda item: item[1]["data_offsets"][0])
@@ -193,7 +213,20 @@ def write_without(source: Path, target: Path, dropped: Collection[str]) -> None:
         text += b" " * (-len(text) % 8)
         with target.open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
-            _copy(file, out, ((8 + length + o[0], 8 + length + o[1]) for o in (entry["data_offsets"] for _, entry in kept)))
+            for name, entry in kept:
+                first, last = entry["data_offsets"]
+                if name in replaced:
+                    with replaced[name].open("rb") as new:
+                        _copy(new, out, 0, last - first)
+                else:
+                    _copy(file, out, 8 + length + first, 8 + length + last)
+
+
+def _header(file: BufferedReader) -> tuple[int, dict[str, Any]]:
+    """The length of a safetensors file's header, and what it says."""
+    length = int.from_bytes(file.read(8), "little")
+    header: dict[str, Any] = json.loads(file.read(length))
+    return length, header
 
 
 def _bits(dtype: str) -> int:
@@ -201,14 +234,13 @@ def _bits(dtype: str) -> int:
     return int(found[0]) if found else 8
 
 
-def _copy(source: BufferedReader, target: BinaryIO, ranges: Iterable[tuple[int, int]]) -> None:
-    buffer = memoryview(bytearray(_CHUNK))
-    for first, last in ranges:
-        source.seek(first)
-        left = last - first
-        while left:
-            count = source.readinto(buffer[: min(left, _CHUNK)])
-            if not count:
-                raise OSError("the file ended early: was it changed meanwhile?")
-            target.write(buffer[:count])
-            left -= count
+def _copy(source: BufferedReader, target: BinaryIO, first: int, last: int) -> None:
+    buffer = memoryview(bytearray(min(_CHUNK, last - first)))
+    source.seek(first)
+    left = last - first
+    while left:
+        count = source.readinto(buffer[: min(left, _CHUNK)])
+        if not count:
+            raise OSError("the file ended early: was it changed meanwhile?")
+        target.write(buffer[:count])
+        left -= count

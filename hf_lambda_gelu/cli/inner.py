@@ -9,6 +9,7 @@ from ..checkpoints.card import REPORT_NAME
 from ..checkpoints.carried_code import settle_code
 from ..checkpoints.folders import check_new, whole_folder
 from ..checkpoints.hub import check_processor, check_target
+from ..checkpoints.on_disk_files import Source
 from ..checkpoints.published_files import published_files
 from ..checkpoints.save import check_relu
 from ..checkpoints.verify import check_as_proven
@@ -21,6 +22,7 @@ from ..structure.scratch import scratch_folder
 
 __all__ = [
     "REPORT_NAME",
+    "Source",
     "call",
     "check_as_proven",
     "check_new",

@@ -104,6 +104,13 @@ def loaded(folder: Path, trust_remote_code: bool = False, device: str = "cpu") -
         raise UsageError(f"the model cannot go to the device {device!r}: {error}") from error
 
 
+def without_weights(folder: Path, target: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model on the meta device, for those who ask what it takes: `target` is to be made of it."""
+    from .inner import Source
+
+    return Source(folder, target, trust_remote_code=trust_remote_code).load()
+
+
 def with_hardness(model: PreTrainedModel) -> PreTrainedModel:
     """The model, converted at λ = 1 if it has no λ-GELU: the same function."""
     import hf_lambda_gelu as hlg

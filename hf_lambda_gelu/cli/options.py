@@ -51,6 +51,14 @@ Budget = Annotated[
     typer.Option(help="In place of --hinges: the width over the width before, such as 1.5, spent where it helps most."),
 ]
 
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Keep one block of the model's weights in memory, and go on where a killed command was: for any size.",
+    ),
+]
+
 BaseModel = Annotated[str | None, typer.Option(help="For the card: Hub name of the pretrained model.")]
 Dataset = Annotated[str | None, typer.Option(help="For the card: Hub name of the training data.")]
 License = Annotated[str | None, typer.Option(help="For the card: licence identifier, that of the base model.")]

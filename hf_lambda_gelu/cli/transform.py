@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import options as o
 from .data import Data, batches, examples
-from .models import loaded, processors, resolved, with_hardness
+from .models import loaded, processors, resolved, with_hardness, without_weights
 from .work import UsageError, working
+
+_NO_DATA = (
+    "{} runs the model: add --calibration with examples like those that it will meet, such as a text file with a line each. "
+    "A few hundred do, without labels"
+)
 
 
 def convert(
@@ -56,6 +60,7 @@ def relu_ize(
     device: o.Device = "cpu",
     tolerance: o.Tolerance = 0.005,
     force: o.Force = False,
+    stream: o.Stream = False,
     copy: o.Copy = False,
     base_model: o.BaseModel = None,
     dataset: o.Dataset = None,
@@ -67,14 +72,15 @@ def relu_ize(
     """Make a ReLU checkpoint of a λ-GELU one.
 
     Stock transformers loads it. Without --calibration the weights are not loaded, and gates must be hard. With it the
-    change of the outputs is measured, and a GELU model is converted first; --compensate refits the weights so that soft
-    gates may go. With --hinges or --budget layers get wider, and nearer to the smooth ones.
+    change of the outputs is measured, a GELU model converted first; --compensate refits the weights, so that gates may be
+    soft; --stream keeps one block of them in memory. With --hinges or --budget layers get wider, and nearer to the smooth.
 
     \b
     Examples:
       hf-lambda-gelu relu-ize runs/sst2 runs/sst2-relu
       hf-lambda-gelu relu-ize textattack/bert-base-uncased-SST-2 bert-relu \\
           --calibration reviews.txt --compensate least_squares
+      hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --stream
       hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --hinges 2
     """
     with working(json, debug) as result:
@@ -82,22 +88,21 @@ def relu_ize(
 
         check_target_folder(target)
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
-        _check_data(calibration, compensate)
-        if calibration is not None or hinges != 1 or budget is not None:
-            data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
-            found, folder = None if calibration is None else examples(data), resolved(source)
-            model = with_hardness(loaded(folder, trust_remote_code, device))
-            options: dict[str, Any] = {"compensate": compensate, "hinges": hinges, "budget": budget}
+        _check_data(calibration, compensate, stream, wider := hinges != 1 or budget is not None)
+        kept: dict[str, Any] = {"details": details, "trust_remote_code": trust_remote_code}
+        how: dict[str, Any] = {"force": force, "tolerance": tolerance, "compensate": compensate}
+        data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
+        found, folder = None if calibration is None else examples(data), resolved(source)
+        if stream or (found is None and not wider):
             if found is not None:
-                options["calibration"] = batches(found, data, model, folder, trust_remote_code)
-            report = hlg.relu_ize(model, force, tolerance=tolerance, **options)
-            carried = processors(folder, trust_remote_code)
-            code = trust_remote_code
-            saved = hlg.save_relu_pretrained(model, target, processor=carried, details=details, trust_remote_code=code)
-            result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
-        else:
-            make = partial(hlg.relu_ize_checkpoint, tolerance=tolerance, details=details, link=not copy)
-            result.set(make(resolved(source), target, force, trust_remote_code=trust_remote_code))
+                model = without_weights(folder, target, trust_remote_code)
+                how |= {"calibration": batches(found, data, model, folder, trust_remote_code), "device": device}
+            return result.set(hlg.relu_ize_checkpoint(folder, target, **how, **kept, link=not copy))
+        model = with_hardness(loaded(folder, trust_remote_code, device))
+        how |= {} if found is None else {"calibration": batches(found, data, model, folder, trust_remote_code)}
+        report = hlg.relu_ize(model, **how, hinges=hinges, budget=budget)
+        saved = hlg.save_relu_pretrained(model, target, processor=processors(folder, trust_remote_code), **kept)
+        result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
 
 
 def fold(
@@ -133,12 +138,12 @@ def fold(
         result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
 
 
-def _check_data(calibration: str | None, compensate: str | None) -> None:
-    if compensate is not None and calibration is None:
-        raise UsageError(
-            f"--compensate {compensate} learns from data: add --calibration with examples like those that the model "
-            "will meet, such as a text file with a line each. A few hundred do, without labels"
-        )
+def _check_data(calibration: str | None, compensate: str | None, stream: bool, wider: bool) -> None:
+    """UsageError for options that need data, or do not go together."""
+    if stream and wider:
+        raise UsageError("--stream refits layers as they are: leave it out, or --hinges and --budget")
+    if (compensate is not None or stream) and calibration is None:
+        raise UsageError(_NO_DATA.format("--stream" if compensate is None else f"--compensate {compensate}"))
 
 
 def check_target_folder(target: Path) -> None:

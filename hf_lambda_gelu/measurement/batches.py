@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from ..structure.block_source import device_of
 from .towers import decoder_mask
 
 
@@ -52,7 +53,7 @@ def model_batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[dict[str,
     """
     mapping, accepted = takes_a_mapping(model), accepted_names(model)
     main = getattr(model, "main_input_name", None)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     first: dict[str, tuple[torch.dtype, torch.device]] = {}
     count, seen = 0, False
     for count, batch in enumerate(loader, 1):

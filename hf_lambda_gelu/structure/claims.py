@@ -35,10 +35,11 @@ class Claim:
         self._making = False
         self._identity: tuple[int, int] | None = None
 
-    def take(self, wait: float = 2.0) -> None:
+    def take(self, wait: float = 2.0, adopt: bool = False) -> None:
         """Makes the folder; one that a killed process left there is cleared away first.
 
         Args:
+            adopt: or is taken over as it is.
             wait: seconds to wait for a process that is just clearing it away.
 
         Raises:
@@ -54,7 +55,7 @@ class Claim:
                 self._making = False
                 check_own(self.folder)
             lock = _locked(self.folder)
-            if lock is not None and self._making:
+            if lock is not None and (self._making or (adopt and lock != _NO_LOCKS)):
                 found = self.folder.stat()
                 self._lock, self.mode = lock, stat.S_IMODE(found.st_mode)
                 self._identity = found.st_dev, found.st_ino

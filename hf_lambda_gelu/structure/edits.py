@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .block_source import source_of
 from .config import LAMBDA_KEYS, activation_attributes, get_attribute, owner_of, set_attribute
 from .config_probe import config_places, copied_configs
 from .second_records import keep_records_true
@@ -98,7 +99,8 @@ def add_bias(model: nn.Module, name: str, length: int) -> nn.Parameter:
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     like = next(owner.parameters())
-    zeros = torch.zeros(length, dtype=like.dtype, device=like.device)
+    source = source_of(model)
+    zeros = torch.zeros(length, dtype=like.dtype, device=like.device if source is None else source.device)
     bias = nn.Parameter(zeros, requires_grad=like.requires_grad)
     owner.register_parameter(leaf, bias)
     return bias

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._compat import without_torch_function
+from .block_source import source_of
 from .linear_calls import Key, LinearCall, is_read, key_of, read_operation
 from .modules import transformers_parts
 
@@ -110,15 +111,32 @@ def all_experts(maps: list[LinearMap]) -> list[LinearMap]:
 
 
 class Parameters:
-    """Finds the parameter that a weight is, or is a slice of."""
+    """Finds the parameter that a weight is, or is a slice of, while that parameter is in memory."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._source, self._seen = source_of(model), -1
+        self._by_pointer: dict[int, nn.Parameter] = {}
         self.names: dict[nn.Parameter, list[str]] = {}
         for prefix, module in model.named_modules():  # a module that several names hold counts once
             for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 self.names.setdefault(parameter, []).append(f"{prefix}.{leaf}" if prefix else leaf)
-        self.by_pointer = {p.data_ptr(): p for p in self.names if p.numel()}
         self.stacks = [p for p in self.names if p.dim() == 3]
+
+    @property
+    def by_pointer(self) -> dict[int, nn.Parameter]:
+        """Address → parameter, as they are now."""
+        now = 0 if self._source is None else self._source.generation
+        if now != self._seen:
+            self._by_pointer, self._seen = {p.data_ptr(): p for p in self.names if p.numel()}, now
+        return self._by_pointer
+
+    def place(self, call: LinearCall) -> Key:
+        """The same for every call with the same weight, whatever address that has by now."""
+        owner = self.by_pointer.get(call.weight.data_ptr())
+        if owner is not None:
+            return id(owner), key_of(call.weight)[1]
+        found = self.find(call)
+        return call.key if found is None else (id(found.parameter), (found.index or 0,))
 
     def find(self, call: LinearCall) -> LinearMap | None:
         """The linear map of this call; None if its weight is neither a parameter nor an expert's, or its bias is none.

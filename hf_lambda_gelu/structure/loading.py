@@ -143,13 +143,13 @@ def _check_complete(folder: Path, model: PreTrainedModel, missing: Collection[st
         )
 
 
-def load_on_meta(
+def load_without_reading(
     folder: Path, config: PreTrainedConfig, cls: type[PreTrainedModel], tensors: Mapping[str, Tensor]
 ) -> PreTrainedModel:
-    """The model as from_pretrained makes it, with tensors that have names and shapes only.
+    """The model as from_pretrained makes it, with tensors that have names and shapes only, or that are views of files.
 
     Args:
-        tensors: those of the checkpoint, on the meta device.
+        tensors: those of the checkpoint, all on the meta device, or all on the CPU, which then are not copied.
 
     Raises:
         CheckpointError: config and tensors do not fit.
@@ -160,7 +160,7 @@ def load_on_meta(
             None,
             config=config,
             state_dict=dict(tensors),
-            device_map={"": "meta"},
+            device_map={"": "meta"} if any(tensor.is_meta for tensor in tensors.values()) else None,
             ignore_mismatched_sizes=quantised is not None,
             output_loading_info=True,
         )

@@ -27,5 +27,5 @@ def check_not_offloaded(model: nn.Module) -> None:
             f"weights of {type(model).__name__} are offloaded by accelerate, from {name or 'the model itself'} on: they are "
             "in memory only while a module runs. Load it without device_map and offload_folder (or by a device_map that "
             "names neither 'disk' nor a 'cpu' beside a GPU); a checkpoint too large for memory is converted on disk by "
-            "convert_checkpoint and relu_ize_checkpoint"
+            "convert_checkpoint, and refit a block at a time by relu_ize_checkpoint(src, dst, calibration=…, compensate=…)"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._compat import pytree
 from ..activation.module import hardness_sites
+from .block_source import source_of
 from .computed_weights import why_no_parameter
 from .hooks import Hooks
 from .linear_calls import Key, LinearCall
@@ -80,19 +81,27 @@ def _merged(order: list[str], more: list[str]) -> list[str]:
     return merged
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """A linear map that takes up a site's output, known while its weight was in memory: see `LinearCall`."""
+
+    found: LinearMap | None
+    obstacle: str
+
+
 @dataclass
 class _Seen:
     """What forward passes showed.
 
     Attributes:
-        reached: site → the linear maps that took its output up, in the order in which sites were called.
+        reached: site → the linear maps that took its output up, by weight, in the order in which sites were called.
         leading: as in `Trace`.
         unread: site → an operation with a weight that takes its output up and is no map that can be refit.
         elsewhere: parameter → what else it is used for.
         ways: a weight → whether it is used as (d, k), as (k, d), or both.
     """
 
-    reached: dict[str, list[LinearCall]] = field(default_factory=dict)
+    reached: dict[str, dict[Key, _Taken]] = field(default_factory=dict)
     leading: dict[str, Sequence[int]] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[nn.Parameter, str] = field(default_factory=dict)
@@ -100,8 +109,8 @@ class _Seen:
 
     def add(self, other: _Seen) -> None:
         """Take in what another pass showed."""
-        for site, calls in other.reached.items():
-            self.reached.setdefault(site, []).extend(calls)
+        for site, taken in other.reached.items():
+            self.reached.setdefault(site, {}).update(taken)
         for key, both in other.ways.items():
             self.ways.setdefault(key, set()).update(both)
         self.leading = other.leading | self.leading
@@ -113,7 +122,7 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
     """What one forward pass shows."""
     leaves: dict[int, str | None] = {}  # id of a leaf → the site that put it out, None for a linear map
     kept: list[Tensor] = []
-    uses, seen, nothing = Uses(parameters.names), _Seen(), torch.empty(0)
+    uses, seen = Uses(parameters.names, source_of(model)), _Seen()
 
     def leaf(output: Tensor, site: str | None) -> Tensor | None:
         if not output.is_floating_point():
@@ -125,7 +134,7 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
         return made_by
 
     def on_site(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        seen.reached.setdefault(sites[module], [])
+        seen.reached.setdefault(sites[module], {})
         seen.leading[sites[module]] = with_more(seen.leading.get(sites[module]), output.shape[:-1])
         return leaf(output, sites[module])
 
@@ -135,9 +144,10 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
         return found.sites
 
     def on_linear(call: LinearCall) -> Tensor | None:
-        seen.ways.setdefault(call.key, set()).add(call.lies_transposed)
+        place = parameters.place(call)
+        seen.ways.setdefault(place, set()).add(call.lies_transposed)
         for site in sources(call.input):
-            seen.reached[site].append(replace(call, input=nothing, output=nothing))
+            seen.reached[site][place] = _Taken(parameters.find(call), call.obstacle)
         return leaf(call.output, None)
 
     with Hooks() as hooks:
@@ -192,10 +202,9 @@ def ancestors(start: Any) -> Iterator[Any]:
 
 def _read(model: nn.Module, parameters: Parameters, names: Iterable[str], seen: _Seen, result: Trace) -> Trace:
     consumed: dict[str, set[str]] = {}  # parameter → the sites whose output it consumes
-    for site, calls in seen.reached.items():
-        unique = {call.key: call for call in calls}
-        found = {key: parameters.find(call) for key, call in unique.items()}
-        obstacles = [call.obstacle for call in unique.values() if call.obstacle]
+    for site, unique in seen.reached.items():
+        found = {key: taken.found for key, taken in unique.items()}
+        obstacles = [taken.obstacle for taken in unique.values() if taken.obstacle]
         held = {m.name for m in found.values() if m is not None}
         if site in seen.unread:
             result.obstacles[site] = f"it feeds {seen.unread[site]}, which takes a weight in a way that cannot be refit"

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .block_source import BlockSource
+
 # nodes that take a parameter element by element, or put it beside the activations: a gain, an offset, a class token
 # fmt: off
 _ELEMENTWISE = frozenset({
@@ -114,12 +116,20 @@ class Uses:
         detached: (operation, the other operands) where a matrix of the model is used outside of autograd's graph.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], source: BlockSource | None = None) -> None:
         self.operations: dict[nn.Parameter, set[str]] = {}
         self.detached: list[tuple[str, list[Tensor]]] = []
-        kept = [(_storage(p), p) for p in parameters]
-        several = {place for place, count in Counter(place for place, _ in kept).items() if count > 1}
-        self._owners = {place: p for place, p in kept if place not in {*several, -1}}
+        self._parameters, self._source, self._seen = list(parameters), source, -1
+        self._owners: dict[int, nn.Parameter] = {}
+
+    def _owner(self, tensor: Tensor) -> nn.Parameter | None:
+        """The parameter whose memory this is."""
+        now = 0 if self._source is None else self._source.generation
+        if now != self._seen:
+            kept = [(_storage(p), p) for p in self._parameters]
+            several = {place for place, count in Counter(place for place, _ in kept).items() if count > 1}
+            self._owners, self._seen = {place: p for place, p in kept if place not in {*several, -1}}, now
+        return self._owners.get(_storage(tensor))
 
     def __call__(self, func: Any, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note of an operation that is not read as a linear map."""
@@ -128,7 +138,7 @@ class Uses:
         operands = [t for t in _flat((*args, *kwargs.values())) if isinstance(t, Tensor)]
         place = _storage(output)
         for tensor in operands:
-            owner = self._owners.get(_storage(tensor))
+            owner = self._owner(tensor)
             if owner is None or _storage(tensor) == place:
                 continue
             name = str(getattr(func, "__name__", func))

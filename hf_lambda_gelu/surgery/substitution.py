@@ -229,11 +229,8 @@ def _fold(model: nn.Module, names: list[str], batch: Mapping[str, Any] | None, r
     report.folded = {name: sup_error(FOLDED_HARDNESS, sites[name].base) for name in names}
 
 
-def check_substitutable(
-    model: nn.Module, calibration: Iterable[Any] | None, compensate: Compensate | None
-) -> list[SubstitutedSite]:
-    """The sites with their λ; ValueError if this model cannot be substituted, or not as it is asked for."""
-    check_usable(model)
+def check_options(calibration: Iterable[Any] | None, compensate: Compensate | None) -> None:
+    """ValueError for a `compensate` that is unknown or lacks a calibration set."""
     if compensate not in (None, *get_args(Compensate)):
         raise ValueError(f"unknown compensate={compensate!r}: expected 'least_squares', 'bias' or None")
     if compensate is not None and calibration is None:
@@ -241,6 +238,14 @@ def check_substitutable(
             f"compensate={compensate!r} learns from data: pass calibration=…, batches like those that the model will meet. "
             "A few hundred unlabelled examples do"
         )
+
+
+def check_substitutable(
+    model: nn.Module, calibration: Iterable[Any] | None, compensate: Compensate | None
+) -> list[SubstitutedSite]:
+    """The sites with their λ; ValueError if this model cannot be substituted, or not as it is asked for."""
+    check_usable(model)
+    check_options(calibration, compensate)
     quantised = quantised_weight(model)
     if compensate is not None and quantised is not None:
         raise ValueError(f"{quantised} is quantised and cannot be refit: substitute first, then quantise the ReLU model")

@@ -133,6 +133,21 @@ def test_folders_on_disk(own: Own, tmp_path: Path) -> None:
     assert hlg.verify_relu_pretrained(model, tmp_path / "relu", trust_remote_code=True) == 0.0
 
 
+def test_streamed(own: Own, tmp_path: Path) -> None:
+    """A refit in files runs the folder's code, and makes what memory makes; the command does so too, and asks for trust."""
+    options: dict[str, Any] = {"calibration": own.batches, "compensate": "least_squares"}
+    hlg.relu_ize_checkpoint(own.source, tmp_path / "relu", **options, trust_remote_code=True)
+    assert {path.name: path.read_text() for path in (tmp_path / "relu").glob("*.py")} == ALL_CODE
+    model, memory = trusted(tmp_path / "relu").eval(), load_saved(own.source, trust_remote_code=True)
+    hlg.convert(memory)
+    hlg.relu_ize(memory, **options)
+    assert torch.equal(model(**own.batches[0]).logits, memory(**own.batches[0]).logits)
+    data = ("--calibration", texts(tmp_path / "texts.txt"), "--compensate", "bias", "--stream")
+    assert "has code of its own" in invoke("relu-ize", own.source, tmp_path / "other", *data, code=1).stderr
+    answer("relu-ize", own.source, tmp_path / "other", *data, "--trust-remote-code")
+    assert {path.name: path.read_text() for path in (tmp_path / "other").glob("*.py")} == ALL_CODE
+
+
 def test_commands(own: Own, tmp_path: Path) -> None:
     """`relu-ize` with data, `verify` and `fold`, by the folder's own tokenizer; `verify` without trust says what to do."""
     data = ("--calibration", texts(tmp_path / "texts.txt"), "--compensate", "least_squares")

@@ -36,7 +36,7 @@ def test_rewritten_file(tmp_path: Path) -> None:
     save_file(kept, tmp_path / "expected", metadata={"made by": "hand"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "_CHUNK", 4099)
-        shards.write_without(tmp_path / "all", tmp_path / "kept", set(tensors) - set(kept))
+        shards.write_changed(tmp_path / "all", tmp_path / "kept", set(tensors) - set(kept), {})
     assert (tmp_path / "kept").read_bytes() == (tmp_path / "expected").read_bytes()
 
     # a writer that does not sort: eight-byte elements behind the λ would come to lie at an odd place
@@ -49,7 +49,7 @@ def test_rewritten_file(tmp_path: Path) -> None:
     text += b" " * (-len(text) % 8)
     data = torch.tensor([1.0, 2.0]).numpy().tobytes() + torch.tensor([5, 6]).numpy().tobytes()
     (tmp_path / "unsorted").write_bytes(len(text).to_bytes(8, "little") + text + data)
-    shards.write_without(tmp_path / "unsorted", tmp_path / "aligned", {"s"})
+    shards.write_changed(tmp_path / "unsorted", tmp_path / "aligned", {"s"}, {})
     same_tensors(load_file(tmp_path / "aligned"), {"x": torch.tensor([2.0]), "n": torch.tensor([5, 6])})
     raw = (tmp_path / "aligned").read_bytes()
     length = int.from_bytes(raw[:8], "little")

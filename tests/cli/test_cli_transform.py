@@ -90,6 +90,24 @@ def test_refit(tmp_path: Path, start: float | None, method: str) -> None:
     assert tiny.relative_difference(tiny.outputs(model, batch), tiny.outputs(stock, batch)) <= 1e-6
 
 
+def test_streamed_refit(tmp_path: Path) -> None:
+    """The same weights as with all of the model in memory; without examples nothing could run."""
+    bert(tmp_path / "src")
+    data = ("--calibration", texts(tmp_path / "texts.txt"), "--compensate", "least_squares", "--batch-size", 5)
+    found = answer("relu-ize", tmp_path / "src", tmp_path / "streamed", *data, "--stream")
+    whole = answer("relu-ize", tmp_path / "src", tmp_path / "relu", *data)
+    streamed, memory = weights(tmp_path / "streamed"), weights(tmp_path / "relu")
+    assert streamed.keys() == memory.keys()
+    for name, tensor in streamed.items():  # loaded weights lie where a product's last bit may be another
+        torch.testing.assert_close(tensor, memory[name], rtol=1e-5, atol=1e-6)
+    assert found["model"]["relative_change"] == pytest.approx(whole["model"]["relative_change"], rel=1e-5)
+    assert found["rewritten"] == ["model.safetensors"]
+    assert (tmp_path / "streamed" / "tokenizer_config.json").is_file()
+    assert "add --calibration" in invoke("relu-ize", tmp_path / "src", tmp_path / "no", "--stream", code=2).stderr
+    both = invoke("relu-ize", tmp_path / "src", tmp_path / "no", *data, "--stream", "--hinges", 2, code=2).stderr
+    assert "leave it out, or --hinges and --budget" in both
+
+
 def test_calibration_alone_measures(tmp_path: Path) -> None:
     """Without --compensate the change is measured, and soft gates are refused all the same."""
     bert(tmp_path / "hard", hardness=300.0)

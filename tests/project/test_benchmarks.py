@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import math
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import hf_lambda_gelu as hlg
-from scripts.benchmarks import cases, refit_parts, run, sparse_ffn
+from scripts.benchmarks import cases, refit_parts, run, sparse_ffn, streaming
 
 
 @pytest.fixture
@@ -110,6 +111,36 @@ def test_sparse_blocks_and_tokens(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert [row[0] for row in rows] == ["FFN 64–256", "gated FFN 64–256", "Llama, a token", "Whisper decoder, a token"]
     assert {row[1] for row in rows} == {"float32"}
     assert all(80 <= int(row[2].rstrip("%")) <= 97 for row in rows)
+
+
+def test_parts_of_a_streamed_refit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading within a pass counts as reading alone; the model has about as many parameters as were asked for."""
+    now = [0.0]
+    monkeypatch.setattr(streaming.time, "perf_counter", lambda: now[0])
+    clock = streaming.Clock(synchronise=False)
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    read = clock._timed(spend, "read")
+    clock._timed(lambda: (spend(5.0), read(2.0), read(1.0)), "forward")()
+    read(4.0)
+    assert clock.seconds == {"read": 7.0, "forward": 5.0, "gram": 0.0, "solve": 0.0, "write": 0.0}
+    for wanted in (1.3e9, 3e9):
+        (config,) = streaming.configs(Namespace(parameters=wanted))
+        with torch.device("meta"):
+            assert abs(LlamaForCausalLM(config).num_parameters() - wanted) < 0.05 * wanted
+
+
+def test_streamed_runs_stay_small() -> None:
+    """The committed table: at most two blocks, the sums, a batch and 300 MB whatever the depth; 1.3 × the time of memory."""
+    rows = [row for path in streaming.RESULTS.glob("streaming-cpu-*.csv") for row in csv.DictReader(path.open())]
+    assert {int(row["blocks"]) for row in rows} == {8, 16, 32}
+    for row in (row for row in rows if row["way"] == "streamed"):
+        allowed = 2 * float(row["block_mb"]) + float(row["moments_mb"]) + float(row["batch_mb"]) + 300
+        assert float(row["peak_mb"]) <= allowed
+        (memory,) = (r for r in rows if all(r[n] == row[n] for n in ("blocks", "repeat")) and r["way"] == "in memory")
+        assert memory["relative_change"] == row["relative_change"]
 
 
 def test_refit_parts(monkeypatch: pytest.MonkeyPatch) -> None:

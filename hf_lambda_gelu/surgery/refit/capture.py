@@ -161,7 +161,10 @@ def capture(
         chosen = None if towers is None or hidden is None else towers.chosen(hidden)
         places.append(len(calls))
         names.append(name)
-        calls.append(Call(kept(args, kwargs), Autocast.now(module), tower.mask, tower.mixed, chosen))
+        arguments: Arguments = (args, kwargs)
+        if len(chain.blocks) > 1 and calls and hidden is not None:  # of several blocks, that of the first is enough
+            arguments = without_hidden(arguments)[0]
+        calls.append(Call(kept(*arguments), Autocast.now(module), tower.mask, tower.mixed, chosen))
         samples.append(None)
         if not outputs:
             stop()

@@ -252,9 +252,13 @@ class ChainWalk:
         """The map before the meeting point was corrected."""
         self._shift = None if meeting is None else Shift(correction, meeting.scale)
 
-    def advance(self) -> None:
-        """Go to the next block: what this one puts out is the hidden state there, in both networks."""
-        store, count = self.networks.store, self.networks.count
+    def advance(self) -> list[str]:
+        """Go to the next block: what this one puts out is the hidden state there, in both networks.
+
+        Returns:
+            The names of the substituted network's states in the store, if some were shifted: a run rounds otherwise.
+        """
+        store, count, any_shifted = self.networks.store, self.networks.count, False
         shifts = all(_key(Network.SUBSTITUTED, "next", index) in store for index in range(count))
         for index in range(count):
             self._run_on(Network.SMOOTH, index)
@@ -263,6 +267,7 @@ class ChainWalk:
                 shifted = self._shift.applied(store.get(kept), store.get(_key(Network.SUBSTITUTED, "features", index)))
             store.discard(kept)
             if shifted is not None and index > 0:
+                any_shifted = True
                 self.keep_next(Network.SUBSTITUTED, index, shifted)
             self._run_on(Network.SUBSTITUTED, index)
             if shifted is not None and index == 0:  # the first batch proves it
@@ -271,6 +276,7 @@ class ChainWalk:
             for network in Network:
                 store.rename(_key(network, "next", index), _key(network, "hidden", index))
         self._step += 1
+        return [_key(Network.SUBSTITUTED, "hidden", index) for index in range(count)] if any_shifted else []
 
     def _run_on(self, network: Network, index: int) -> None:
         """Keep what the block puts out, unless that was kept before."""

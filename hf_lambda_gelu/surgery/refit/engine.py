@@ -24,6 +24,7 @@ from ...measurement.batches import CalibrationError, model_batches
 from ...measurement.forward import main_output
 from ...measurement.site_rows import positions_first
 from ...reports import length, progress
+from ...structure.block_source import source_of
 from ...structure.linear_maps import LinearMap, eager_experts
 from ...structure.scratch import scratch_folder
 from ...structure.tracing import Trace, trace
@@ -37,6 +38,7 @@ from .pruned import support
 from .report import FEW_ROWS, Compensate, CompensatedSite, CompensationReport, describe
 from .row_weights import RowWeights
 from .runs import ReplayError
+from .sources import RefitWeights
 from .two_networks import Network, TwoNetworks
 from .wider import Wider
 
@@ -143,18 +145,32 @@ class Refit:
             try:
                 walk = ChainWalk(self.networks, chain)
                 for step, sites in enumerate(chain.sites):
-                    for site in sites:
-                        made = self._refit(walk, site, traced.maps[site], method)
-                        self.networks.hard.add(site)
-                        left.remove(site)
-                        yield made
-                    if step + 1 < len(chain.sites):
-                        walk.advance()
+                    earlier = self.networks.done_earlier(sites)
+                    done: list[CompensatedSite] = []
+                    shifted: list[str] = []
+                    with self.networks.holding(_weights(walk, sites, traced)):
+                        for made in self._refit_each(walk, sites, traced, method) if earlier is None else earlier:
+                            self.networks.hard.add(made.name)
+                            left.remove(made.name)
+                            done.append(made)
+                            yield made
+                        if step + 1 < len(chain.sites):
+                            shifted = walk.advance()
+                    if earlier is None:
+                        self.networks.note_done(sites, done, shifted)
+                    else:
+                        self.networks.take_states(sites)
             except DependentError:
                 queue.extendleft(reversed(chain.split()))
             except ReplayError as error:
                 logger.info(f"{chain.blocks[0]} … {chain.blocks[-1]} cannot be run apart from the model ({error})")
                 queue.extendleft([Chain([""], [left])] if left else [])
+
+    def _refit_each(
+        self, walk: ChainWalk, sites: Sequence[str], traced: Trace, method: Compensate
+    ) -> Iterator[CompensatedSite]:
+        for site in sites:
+            yield self._refit(walk, site, traced.maps[site], method)
 
     def _refit(self, walk: ChainWalk, site: str, maps: list[LinearMap], method: Compensate) -> CompensatedSite:
         """Refit the maps after one site, of a layer that is wider by then if it shall be."""
@@ -238,15 +254,26 @@ def compensation(
         wider: makes what lets layers be wider; None for layers as they are.
     """
     with scratch_folder() as folder:
-        networks = TwoNetworks(model, folder)
+        source = source_of(model)
+        networks = TwoNetworks(model, folder, None if source is None else RefitWeights(source, source.folder or folder))
         try:
             networks.keep(progress(model_batches(model, loader), "Reading the calibration set", length(loader)))
+            if networks.weights is not None:
+                networks.weights.read_journal()
             yield Refit(networks, None if wider is None else wider(networks))
             networks.leave()
             networks.commit()
         except BaseException:
             networks.undo()
             raise
+
+
+def _weights(walk: ChainWalk, sites: Iterable[str], traced: Trace) -> Iterable[nn.Parameter]:
+    """What stays in memory while a block is worked on: its weights; of the whole model, those of the maps alone."""
+    if not walk.whole:
+        return walk.block.parameters()
+    maps = [linear for site in sites for linear in traced.maps[site]]
+    return [p for linear in maps for p in (linear.parameter, linear.bias) if p is not None]
 
 
 def _uncompensated_before(traced: Trace, chain: Chain) -> set[str]:

@@ -6,8 +6,8 @@ the pass, so that what the later blocks get is shown not to depend on any hidden
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..._compat import pytree
 from ...measurement.towers import Towers
 from ...structure.autocast import Autocast
+from ...structure.block_source import skipping
 from ...structure.hooks import Hooks
-from .blocks import hidden_in, without_hidden
+from .blocks import has_mark, hidden_in, without_hidden
 from .capture import Call, Reached, Sample, kept
 from .chains import Chain
 
@@ -43,14 +44,13 @@ class _Unknown(Tensor):
 
 
 def can_be_skipped(calls: Sequence[Call], samples: Sequence[Sample | None]) -> bool:
-    """Whether each block put out one tensor, like the hidden state that it got."""
-    hidden = [call.hidden for call in calls]
-    return all(
-        h is not None
-        and s is not None
-        and s.around is not None
-        and (s.shape, s.dtype, s.device) == (h.shape, h.dtype, h.device)
-        for h, s in zip(hidden, samples, strict=True)
+    """Whether each block got a hidden state, and put out one tensor, like the hidden state that the first one got."""
+    first = calls[0].hidden
+    return (
+        first is not None
+        and all(has_mark(call.arguments) for call in calls[1:])
+        and all(s is not None and s.around is not None for s in samples)
+        and {(s.shape, s.dtype, s.device) for s in samples if s is not None} == {(first.shape, first.dtype, first.device)}
     )
 
 
@@ -88,7 +88,7 @@ def capture_skipping(
         return make(hidden if isinstance(hidden, _Unknown) else hidden.detach().as_subclass(_Unknown))
 
     stubs = {modules[name]: partial(skip, name) for name in chain.blocks[:-1]}
-    with Hooks() as hooks, _forwards(stubs), contextlib.suppress(Reached):
+    with Hooks() as hooks, _forwards(stubs), skipping(model, [modules[name] for name in chain.blocks]), suppress(Reached):
         for name in chain.blocks:
             hooks.before(modules[name], partial(keep, name))
         forward()
@@ -97,7 +97,7 @@ def capture_skipping(
     return calls
 
 
-@contextlib.contextmanager
+@contextmanager
 def _forwards(stubs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Within the block, the modules run these instead of their forwards."""
     before = {module: vars(module).get("forward") for module in stubs}

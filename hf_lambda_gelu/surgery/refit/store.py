@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,17 @@ class Store:
     def rename(self, name: str, new: str) -> None:
         (self.folder / f"{name}.safetensors").replace(self.folder / f"{new}.safetensors")
         self._specs[new] = self._specs.pop(name)
+
+    def copy_to(self, name: str, path: Path) -> list[int]:
+        """Copy the file of a single tensor; the order in which its dimensions lie there, which `take` has to know."""
+        (leaf,), _ = self._specs[name]
+        shutil.copyfile(self.folder / f"{name}.safetensors", path)
+        return list(leaf.order)
+
+    def take(self, name: str, path: Path, order: Sequence[int]) -> None:
+        """Keep under `name` what `copy_to` left at `path`, with the order that it gave."""
+        shutil.copyfile(path, self.folder / f"{name}.safetensors")
+        self._specs[name] = ([_Stored("0", tuple(order))], pytree.tree_flatten(0)[1])
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -37,11 +37,14 @@ from ...measurement.batches import FORWARD_ERRORS, batch_size, forward_failed
 from ...measurement.forward import call, same_random_numbers
 from ...measurement.towers import Towers
 from ...structure.autocast import Autocast
+from ...structure.block_source import device_of
 from ...structure.edits import reshape
 from ...structure.linear_maps import LinearMap
 from ...structure.transaction import keep
 from .biases import AddedBiases
+from .report import CompensatedSite
 from .ridge import Correction
+from .sources import RefitWeights
 from .store import Store
 
 # (module, attribute, number in the smooth network, number in the substituted one)
@@ -74,13 +77,14 @@ class TwoNetworks:
         sizes: how many examples each batch in the store has.
         autocast: the state of autocast at the start.
         towers: knows which mask belongs to what runs.
+        weights: where refit weights rest, if the model's weights come and go with its blocks; None otherwise.
         wide: site → what is wider around it.
     """
 
-    def __init__(self, model: nn.Module, folder: Path) -> None:
+    def __init__(self, model: nn.Module, folder: Path, weights: RefitWeights | None = None) -> None:
         self.model = model
         self.sites = hardness_sites(model)
-        self.store = Store(folder, next((p.device for p in model.parameters()), torch.device("cpu")))
+        self.store = Store(folder, device_of(model))
         self.sizes: list[int] = []
         self.autocast = Autocast.now(model)
         self.towers = Towers(model, self.sites.values())
@@ -88,6 +92,7 @@ class TwoNetworks:
         self.hard: set[str] = set()
         self.originals: dict[nn.Parameter, Tensor] = {}
         self.biases = AddedBiases(model)
+        self.weights = weights
         self.wide: dict[str, Wide] = {}
         self._committed: dict[nn.Parameter, Tensor] = {}  # the memory into which refit weights were put
 
@@ -168,13 +173,40 @@ class TwoNetworks:
         for module, attribute, _, wide_number in self.wide[site].numbers:
             setattr(module, attribute, wide_number)
 
+    def holding(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Within the block, these weights of both networks stay in memory."""
+        return nullcontext() if self.weights is None else self.weights.holding(parameters, self.originals)
+
+    def done_earlier(self, sites: Sequence[str]) -> list[CompensatedSite] | None:
+        """What a killed process did in the block with these sites, whose weights are refit then; None if nothing."""
+        return None if self.weights is None else self.weights.earlier(sites, self.originals)
+
+    def take_states(self, sites: Sequence[str]) -> None:
+        """Let the store have the states after the block with these sites that a killed process kept, if it kept any."""
+        if self.weights is not None:
+            self.weights.take_states(sites, self.store)
+
+    def note_done(self, sites: Sequence[str], made: Sequence[CompensatedSite], states: Sequence[str]) -> None:
+        """Let whoever goes on after a kill know that the block with these sites is done.
+
+        Args:
+            states: the names of states in the store that are not found again, to the bit, by running the block.
+        """
+        if self.weights is not None:
+            self.weights.note(sites, made, self.store, states)
+
     def leave(self) -> None:
         """Let the model be neither network: where an interrupt came upon the end of a block, that may not have happened."""
         self._gates(set())
         self.state = None
 
     def commit(self) -> None:
-        """Put the refit weights into the memory of the original ones, kept for `undo`; wider ones stay in theirs."""
+        """Put the refit weights into the memory of the original ones, kept for `undo`; wider ones stay in theirs.
+
+        Those of a streamed model rest, and stay where they are.
+        """
+        if self.weights is not None:
+            return
         for parameter, memory in list(self.originals.items()):
             if parameter.shape != memory.shape:
                 reshape(parameter, parameter.data)
