@@ -43,7 +43,7 @@ def probed(trainer, *args, **kwargs):
 
 hlg.LambdaGELUTrainer.train = probed
 if len(sys.argv[3]):
-    hlg.verify_relu_pretrained = lambda *_: 0.0  # slow, and done by the run on two processes
+    hlg.verify_relu_pretrained = lambda *_, **__: 0.0  # slow, and done by the run on two processes
 sys.argv = [module, *sys.argv[4:], "--output_dir", str(folder / f"out{rank}")]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 check_none_is_left()

@@ -271,8 +271,11 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the model is compiled"):
         audit(compiled, torch.zeros(1, 2))
     model = tiny.build("bert")
-    model.main_input_name = "what_is_this"
+    model.main_input_name = "what_is_this"  # the architecture's inputs serve then, but for wrong weights
+    assert audit(model).smooth
+    model.bert.embeddings.word_embeddings = nn.Embedding(99, 7)
     with pytest.raises(ValueError, match=r"no inputs can be guessed for BertForMaskedLM.*Pass inputs="):
         audit(model)
+    model = tiny.build("bert")
     with pytest.raises(ValueError, match=r"BertForMaskedLM\.forward raised ValueError: You must specify.*Pass inputs="):
         audit(model, {"nonsense": torch.zeros(1)})
