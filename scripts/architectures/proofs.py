@@ -103,13 +103,16 @@ def _child(model_type: str, auto: str, pipe: Connection) -> None:
     transformers.utils.logging.disable_progress_bar()
     sys.modules["matplotlib"] = None  # type: ignore[assignment]  # drawing takes longer than all else
     row: dict[str, Any] = {}
+    place = ""
     try:
         with tempfile.TemporaryDirectory(prefix="proofs-") as scratch:
+            place = f"{scratch}/"  # which a table does not name
             _prove(row, model_type, auto, Path(scratch, "relu"))
         row["verdict"] = "proven"
     except Exception as error:
         refused = isinstance(error, ValueError) and not isinstance(error, hlg.CheckpointError)
-        row |= {"verdict": "refused" if refused else "failed", "reason": f"{type(error).__name__}: {error}"}
+        reason = f"{type(error).__name__}: {error}".replace(place, "")
+        row |= {"verdict": "refused" if refused else "failed", "reason": reason}
     pipe.send(row)
 
 
