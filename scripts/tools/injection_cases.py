@@ -136,6 +136,10 @@ VERBS: dict[str, Verb] = {
         lambda m, folder: hlg.relu_ize(m, calibration=batches(m), compensate="bias"), skips=("llama", "shared")
     ),  # all but the last step is least_squares'
     "relu_ize least_squares": Verb(lambda m, folder: hlg.relu_ize(m, calibration=batches(m), compensate="least_squares")),
+    "relu_ize hinges": Verb(
+        lambda m, folder: hlg.relu_ize(m, calibration=batches(m), compensate="least_squares", hinges=2), skips=("shared",)
+    ),  # layers that share one activation cannot be wider
+    "relu_ize hinges without data": Verb(lambda m, folder: hlg.relu_ize(m, hinges=4), skips=("shared",)),
     "fold": Verb(lambda model, folder: hlg.fold(model, _first(model)), skips=("llama",)),
     "calibrate": Verb(lambda model, folder: hlg.calibrate(model, batches(model))),
     "sensitivity": Verb(lambda model, folder: hlg.sensitivity(model, batches(model))),
