@@ -21,7 +21,7 @@ from ..structure.linear_maps import watch_linears
 from ..structure.modules import has_adapters, joined, quantised_weight, transformers_parts
 from ..structure.transaction import transaction
 from ..structure.usable import check_usable
-from ..structure.widths import rebuild, set_width, widths
+from ..structure.widths import misfit, set_width, widths
 from .relu_sites import relu_sites
 
 _CHECKED = 4  # batches whose outputs are kept to be compared: those of a language model are large
@@ -234,12 +234,6 @@ def _check_outputs(model: nn.Module, compared: _Compared, report: PruningReport)
 def _check_rebuilt(model: nn.Module, blocks: list[FeedForward]) -> None:
     """ValueError if stock transformers would build other shapes from the configs."""
     cut = {parameter for block in blocks for parameter, _ in block.parameters}
-    for part in transformers_parts(model).values():
-        rebuilt = rebuild(part)
-        shapes = {} if rebuilt is None else {name: tuple(p.shape) for name, p in rebuilt.named_parameters()}
-        for name, parameter in part.named_parameters():
-            if parameter in cut and shapes.get(name) != tuple(parameter.shape):
-                raise ValueError(
-                    f"{name} would be {tuple(parameter.shape)}, and stock transformers would build {shapes.get(name)} from "
-                    "the config. The model is as it was"
-                )
+    reason = misfit(model, cut)
+    if reason is not None:
+        raise ValueError(reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .config import owner_of
 from .config_probe import config_places
 from .feed_forward import FeedForward
+from .modules import transformers_parts
 
 # words in the names of widths that a config leaves to a default (GPT-2's `n_inner`)
 _WORDS = ("inner", "ffn", "intermediate")
@@ -156,3 +157,17 @@ def set_width(part: PreTrainedModel, width: Width, value: int | float) -> None:
             held = vars(modules[name]).get(attribute) if name in modules else None
             if type(number) is int and number == width.value + 1 and type(held) is int and held == width.value:
                 setattr(modules[name], attribute, value)
+
+
+def misfit(model: nn.Module, parameters: Collection[nn.Parameter]) -> str | None:
+    """What stock transformers would build otherwise, of these parameters, from the configs; None if nothing."""
+    for part in transformers_parts(model).values():
+        rebuilt = rebuild(part)
+        shapes = {} if rebuilt is None else {name: tuple(p.shape) for name, p in rebuilt.named_parameters()}
+        for name, parameter in part.named_parameters():
+            if parameter in parameters and shapes.get(name) != tuple(parameter.shape):
+                return (
+                    f"{name} would be {tuple(parameter.shape)}, and stock transformers would build {shapes.get(name)} from "
+                    "the config. The model is as it was"
+                )
+    return None

@@ -14,9 +14,9 @@ from ...measurement.batches import CalibrationError
 from ...measurement.places import chunks, places
 from ...structure.edits import own_config
 from ...structure.linear_maps import LinearMap
-from ...structure.modules import joined, transformers_parts
+from ...structure.modules import joined
 from ...structure.tracing import Trace
-from ...structure.widths import rebuild, set_width
+from ...structure.widths import misfit, set_width
 from ..refit.chain_walk import ChainWalk
 from ..refit.held_out import Examples, split
 from ..refit.meeting_point import flat, observe
@@ -152,13 +152,7 @@ class HingeWork:
             set_width(part, width, number)
             self.report.widths[joined(prefix, width.path)] = width.value, number
         around = {parameter for site in self._plan.sites.values() for parameter, _ in site.block.parameters}
-        for part in transformers_parts(model).values():
-            rebuilt = rebuild(part)
-            shapes = {} if rebuilt is None else {name: tuple(p.shape) for name, p in rebuilt.named_parameters()}
-            for name, parameter in part.named_parameters():
-                if parameter in around and shapes.get(name) != tuple(parameter.shape):
-                    raise HingeError(
-                        f"{name} would be {tuple(parameter.shape)}, and stock transformers would build {shapes.get(name)} "
-                        "from the config. The model is as it was"
-                    )
+        reason = misfit(model, around)
+        if reason is not None:
+            raise HingeError(reason)
         return self.report

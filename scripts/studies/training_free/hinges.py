@@ -22,6 +22,7 @@ import math
 import os
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,7 +102,7 @@ class SmolLM2:
         return math.exp(total / len(self.test)), math.nan
 
 
-class Probed:
+class Probed(ABC):
     """A linear probe on the smooth model's features; the substituted model has to give the features that it knows."""
 
     metric = "accuracy of a frozen linear probe"
@@ -110,11 +111,13 @@ class Probed:
         self.probe: dict[str, Tensor] | None = None
         self.smooth: Tensor | None = None
 
+    @abstractmethod
     def features(self, model: nn.Module, split: str, device: str) -> Tensor:
-        raise NotImplementedError
+        """(rows, features) on the CPU."""
 
+    @abstractmethod
     def labels(self, split: str) -> list[int]:
-        raise NotImplementedError
+        """The classes of these rows."""
 
     def judge(self, model: nn.Module, device: str) -> tuple[float, float]:
         """The smooth model comes first: the probe learns from it."""
