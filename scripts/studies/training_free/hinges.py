@@ -314,22 +314,41 @@ def measure(name: str, missing: list[tuple[str, int]], options: argparse.Namespa
 
 
 def table(results: Path = RESULTS) -> str:
-    """Means over the seeds, as Markdown."""
+    """Means over the draws, with the least and the most, as Markdown."""
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in read(results):
         groups.setdefault((row["task"], row["variant"]), []).append(row)
-    heads = ("task", "variant", "seeds", "smooth", "substituted", "÷ smooth", "zeros", "parameters ÷ smooth", "seconds")
+    heads = ("task", "variant", "draws", "smooth", "ReLU", "apart", "zeros", "parameters", "seconds")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for (task, variant), rows in groups.items():
-
-        def mean(name: str, rows: list[dict[str, str]] = rows) -> float:
-            return statistics.fmean(float(row[name]) for row in rows)
-
-        cells = [task, variant, str(len(rows)), f"{mean('smooth'):.3f}", f"{mean('substituted'):.3f}"]
-        cells += [f"{mean('substituted') / mean('smooth'):.3f}", f"{100 * mean('zeros'):.0f} %"]
-        cells += [f"{mean('parameters') / mean('smooth_parameters'):.2f}", f"{mean('seconds'):.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+    for task in TASKS:
+        for variant in VARIANTS:
+            rows = groups.get((task, variant), [])
+            if rows:
+                lines.append(f"| {task} | {variant} | {len(rows)} | {' | '.join(_cells(rows))} |")
     return "\n".join(lines)
+
+
+def _cells(rows: list[dict[str, str]]) -> list[str]:
+    """Of one network: perplexity is a ratio apart, a share of right or wrong words and pictures so many points."""
+
+    def mean(name: str) -> float:
+        return statistics.fmean(float(row[name]) for row in rows)
+
+    if rows[0]["metric"] == "perplexity":
+        apart = [float(row["substituted"]) / float(row["smooth"]) for row in rows]
+        cells = [f"{mean('smooth'):.1f}", f"{mean('substituted'):.1f}", f"× {spread(apart, '.3f')}"]
+    else:
+        apart = [100 * (float(row["substituted"]) - float(row["smooth"])) for row in rows]
+        cells = [f"{100 * mean('smooth'):.1f}", f"{100 * mean('substituted'):.1f}", spread(apart, "+.2f")]
+    parameters = mean("parameters") / mean("smooth_parameters")
+    return [*cells, f"{100 * mean('zeros'):.0f} %", f"× {parameters:.2f}", f"{mean('seconds'):.0f}"]
+
+
+def spread(numbers: list[float], form: str) -> str:
+    """The mean, and in brackets the least and the most of several."""
+    text = f"{statistics.fmean(numbers):{form}}"
+    text += "" if len(numbers) == 1 else f" [{min(numbers):{form}}, {max(numbers):{form}}]"
+    return text.replace("-", "−")
 
 
 if __name__ == "__main__":
