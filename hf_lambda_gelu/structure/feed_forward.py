@@ -134,8 +134,8 @@ class _Walk:
         return leaf.clone()  # the model may change it in place, which a leaf does not allow
 
     def _block(self, call: LinearCall, nodes: list[Any], names: set[str]) -> _Calls:
-        if call.obstacle:
-            raise _Obstacle(call.obstacle)
+        if call.window is not None:
+            raise _Obstacle(f"it feeds a convolution with kernel {'×'.join(map(str, call.window.kernel))}")
         if len(names) > 1:
             raise _Obstacle(f"the map after it takes up {', '.join(sorted(names))} together")
         makers = self._makers(nodes)
@@ -145,7 +145,7 @@ class _Walk:
         if len(gates) != 1 or len(ups) > 1:
             raise _Obstacle(f"{len(makers)} linear maps make its units: expected one, or two where it is gated")
         for maker in makers:
-            if maker.obstacle or maker.output.shape != call.input.shape:
+            if maker.window is not None or maker.output.shape != call.input.shape:
                 raise _Obstacle("the maps before and after it have unlike shapes")
         return (call, *gates, *ups)
 
