@@ -13,8 +13,8 @@ from .refit.report import CompensationReport
 # of sites that stay GELU: a power of two, so that weights are scaled without rounding; 1e-5 from ReLU
 FOLDED_HARDNESS = 2.0**14
 
-# relative error of a site after a refit: SmolLM2, whose perplexity is 1.57 × SiLU's then, has 0.9 in the median; with two hinges,
-# and 1.05 ×, 0.37
+# relative error of a site after a refit: SmolLM2, whose perplexity is 1.57 × SiLU's then, has 0.9 in the median; with two
+# hinges, and 1.05 ×, 0.37
 _MUCH = 0.5
 
 
@@ -68,8 +68,8 @@ class SubstitutionReport:
             many = [site for site in self.compensation.sites if site.after > _MUCH]
             if self.hinges is None and len(many) > len(self.compensation.sites) / 2:
                 lines.append(
-                    f"  at {len(many)} sites an error above {_MUCH:g} is left: one ReLU cannot follow such gates. hinges=2 puts "
-                    "two in the place of each, in layers twice as wide"
+                    f"  at {len(many)} sites an error above {_MUCH:g} is left: one ReLU cannot follow such gates. hinges=2 "
+                    "puts two in the place of each, in layers twice as wide"
                 )
         if self.relative_change is not None:
             lines.append(f"  outputs changed by {self.relative_change:.2e} (relative, root mean square)")
