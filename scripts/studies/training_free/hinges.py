@@ -11,7 +11,7 @@ difference of its outputs. With --keep FOLDER what was saved stays there, as TAS
 
 - smollm2: perplexity on 10,240 tokens of the test splits, after 20,480 tokens of the train splits (assets of three kinds of
   text, windows of 256 tokens).
-- dinov2: accuracy of a linear probe on the smooth model's class token, frozen, on 2,000 pictures, after 200 pictures.
+- dinov2: accuracy of a linear probe on the smooth model's class token, frozen, on 2,000 pictures, after 800 pictures.
 - minilm: the same of a probe on mean sentence vectors, on 2,000 reviews, after 500 reviews.
 - whisper: word error rate of voice prompts, after 50 others, as in tasks.py.
 """
@@ -151,7 +151,7 @@ class Probed(ABC):
 class Pictures(Probed):
     """DINOv2-small on Fashion-MNIST, as in tasks.py."""
 
-    calibration = "200 pictures"
+    calibration = "800 pictures"
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class Pictures(Probed):
         return np.arange(self.task.judged_images) if split == "test" else self.task.order()[: self.task.probe_images]
 
     def batches(self, seed: int) -> Iterator[Batch]:
-        return self.task.batches({}, 200, seed)
+        return self.task.batches({}, 800, seed)  # 20,800 tokens
 
     @torch.no_grad()
     def features(self, model: nn.Module, split: str, device: str) -> Tensor:
