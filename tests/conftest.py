@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 
+gc.disable()  # until all is imported and collected: there is no garbage among it, and looking for some took 8 s a worker
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores; of the processes that tests start, too
 os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed says on stderr that it chose it
 _MODULES = tempfile.TemporaryDirectory(prefix="hf_modules-")  # code of checkpoints is copied there when it is loaded
 os.environ["HF_MODULES_CACHE"] = _MODULES.name
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,22 @@ def asset() -> Callable[[str], Path]:
         return folder
 
     return find
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What was imported by its end stays for good: the garbage collector leaves it out, which saves a seventh of all time."""
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """At the interpreter's end all is garbage."""
+    gc.unfreeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
