@@ -1,9 +1,9 @@
 """A process with stock transformers imported, which forks itself for each program that the tests give it.
 
-The tests prove some sixty folders and run some thirty other programs, and each one's process would import transformers anew,
-for seconds. A fork of a process that has imported nothing else, and this package never, shows the same. What libraries read from
-their environment when they are imported is read again in the fork. How the package starts its own process is tested by the tests
-marked `own_process`.
+The tests prove some sixty folders and run some thirty other programs, and each one's process would import transformers
+anew, for seconds. A fork of a process that has imported nothing else, and this package never, shows the same. What libraries
+read from their environment when they are imported is read again in the fork. How the package starts its own process is
+tested by the tests marked `own_process`.
 """
 
 from __future__ import annotations
