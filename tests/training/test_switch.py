@@ -151,8 +151,10 @@ _TORCHRUN = """
 import runpy, sys
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 place = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
-config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork", **place)
-elastic_launch(config, runpy.run_path)(sys.argv[1], None, "__main__")
+config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=0, start_method="fork", **place)
+def script():
+    runpy.run_path(sys.argv[1], run_name="__main__")
+elastic_launch(config, script)()
 """
 _TWO = """
 import json, sys
