@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
-from support.processes import in_fork
 from transformers import AutoModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,11 +47,13 @@ def ran(
         "HLG_EXAMPLE_MODEL": str(asset(model)),
         "HLG_EXAMPLE_DATA": str(asset(data)),
         "HF_DATASETS_CACHE": str(folder / "datasets"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
     }
     wanted = ["smooth", "swapped", "refit", "train_vectors" if name == "text" else "train_features"]
-    wanted += ["train_labels", "test_labels"]
-    notebook = str(ROOT / "examples" / f"{name}.ipynb")
-    done = in_fork(RUN, notebook, "variables.safetensors", *wanted, cwd=folder, env=environment)
+    command = [sys.executable, "-c", RUN, str(ROOT / "examples" / f"{name}.ipynb"), "variables.safetensors", *wanted]
+    labels = ["train_labels", "test_labels"]
+    done = subprocess.run([*command, *labels], cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return name, folder, load_file(folder / "variables.safetensors")
 
