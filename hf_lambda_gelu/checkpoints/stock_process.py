@@ -33,12 +33,19 @@ class VerificationError(RuntimeError):
     """
 
 
+# The garbage collector leaves out what is imported, and the end of a process that succeeded is not waited for: of both the
+# process would be busy as long as of all else, with a small model.
 _RELOAD = """
+import atexit, gc
+gc.disable()
 import os, sys
 sys.path += [place for place in sys.argv[1].split(os.pathsep) if place and place not in sys.path]
 sys.modules["hf_lambda_gelu"] = None  # any import of it fails
 import hashlib, json, random, numpy, torch, transformers
 from safetensors.torch import load_file, save_file
+gc.freeze()
+gc.enable()
+atexit.register(gc.unfreeze)
 folder, inputs, outputs, name, wanted, threads, trusted = sys.argv[2:]
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(int(threads))
@@ -68,7 +75,8 @@ found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_f
 save_file({f"{index:06}": tensor.contiguous().clone() for index, tensor in enumerate(found)}, outputs)
 def digest(tensor):
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
-print(json.dumps({name: digest(tensor) for name, tensor in model.state_dict().items()}))
+print(json.dumps({name: digest(tensor) for name, tensor in model.state_dict().items()}), flush=True)
+os._exit(0)
 """
 
 

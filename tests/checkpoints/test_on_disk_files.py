@@ -6,14 +6,13 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import tiny
 from support.folders import digests, inodes, load, read, sharded
+from support.processes import in_fork
 from transformers import BertForMaskedLM
 
 import hf_lambda_gelu as hlg
@@ -56,8 +55,7 @@ def test_kill(tmp_path: Path) -> None:
     """What is left has a name that says so, and the next call removes it."""
     src = sharded(tmp_path)
     before = digests(src)
-    command = [sys.executable, "-c", KILLED, str(src), str(tmp_path / "dst")]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert in_fork(KILLED, str(src), str(tmp_path / "dst")).returncode == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == [".dst.hf_lambda_gelu-partial", "src"]
     assert digests(src) == before
     hlg.convert_checkpoint(src, tmp_path / "dst")

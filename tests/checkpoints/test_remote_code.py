@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
+from support.processes import in_fork
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
@@ -57,10 +56,7 @@ def test_by_its_own_code(tmp_path: Path) -> None:
         code = (tmp_path / name / "modeling_lambda_gelu.py").read_text()
         assert len(code.splitlines()) < 60
         assert "hf_lambda_gelu" not in {n for node in ast.walk(ast.parse(code)) for n in imported(node)}
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HOME": str(tmp_path / "home")}
-    process = subprocess.run(
-        [sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, env=env, check=False
-    )
+    process = in_fork(WITHOUT, *arguments, env={**os.environ, "HF_HOME": str(tmp_path / "home")})
     assert process.returncode == 0, process.stderr[-3000:]
     for name in AUTOS:
         model = hardened(name)

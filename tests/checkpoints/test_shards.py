@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
 from support.folders import LEAF, same_tensors
+from support.processes import in_fork
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints import shards
@@ -90,7 +89,7 @@ def test_memory(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / f"lambda-{name}", max_shard_size=size)
     sizes = [sum(p.stat().st_size for p in (tmp_path / f"gelu-{count}").glob("*.safetensors")) for count in (1, 16)]
     assert sizes[1] - sizes[0] > 120e6
-    process = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=False)
+    process = in_fork(MEMORY, str(tmp_path))
     assert process.returncode == 0, process.stderr[-3000:]
     peaks = json.loads(process.stdout.splitlines()[-1])
     assert peaks[-1] - peaks[0] < 0.1 * (sizes[1] - sizes[0]), peaks

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.cli import command, files, invoke, pictures, vit
+from support.cli import files, forked, invoke, pictures, vit
 from transformers import BertForSequenceClassification, BertTokenizer
 
 from hf_lambda_gelu.cli.demo import SENTENCES, tiny
@@ -26,11 +26,10 @@ def test_without_arguments(tmp_path: Path) -> None:
     """Pure JSON on stdout, an empty stderr, no files left; the numbers are those of the folder that it keeps."""
     (tmp_path / "tmp").mkdir()
     env = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "HF_HUB_OFFLINE": "1"}
-    process = command("demo", "--json", "--save-to", "relu", env=env, cwd=tmp_path)
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    assert stderr == ""
-    found = json.loads(stdout)
+    process = forked("demo", "--json", "--save-to", "relu", env=env, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    found = json.loads(process.stdout)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["relu", "tmp"]
     assert files(tmp_path / "tmp") == []
 

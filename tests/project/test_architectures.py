@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+from support.processes import module_in_fork
 
 from scripts.architectures import run
 from scripts.architectures.run import RESULTS
-from scripts.tools.processes import ROOT
 from scripts.tools.tables import read
 
 GOOD = {"effect": 0.1, "convert": 1e-7, "stock_reload": 0.0, "relu_reload": 0.0, "folded_reload": 1e-6, "untold": ""}
@@ -20,18 +17,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """In a process of its own: this one has imported the package, the one that reloads must not have."""
     results = tmp_path_factory.mktemp("coverage") / "coverage.csv"
     models = ["bert", "bloom", "mamba", "vit_msn", "t5"]
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.architectures.run",
-        "--jobs",
-        "1",
-        "--results",
-        str(results),
-        "--models",
-        *models,
-    ]
-    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    process = module_in_fork("scripts.architectures.run", "--jobs", "1", "--results", str(results), "--models", *models)
     assert process.returncode == 0, process.stderr[-2000:]
     return {row["model_type"]: row for row in read(results)}
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.processes import module_in_fork
 
 from hf_lambda_gelu.measurement.towers import Tower
 from hf_lambda_gelu.surgery.refit import engine
@@ -16,15 +15,14 @@ from hf_lambda_gelu.surgery.refit.ridge import Correction
 from scripts.differential import run
 from scripts.differential.one import compare
 from scripts.differential.reference import solution
-from scripts.tools.processes import ROOT
 from scripts.tools.tables import read
 
 
 def test_sample() -> None:
     """Drawn from the most used under all conditions; none is wrong, and a refusal leaves the model as it was."""
-    command = [sys.executable, "-m", "scripts.differential.run", "--jobs", "1", "--sample", "4", "--seed", "3"]
-    command += ["--models", "bert", "gpt2", "t5", "vit", "xlnet", "mixtral", "--conditions", "padded", "packed", "compiled"]
-    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    options = ["--jobs", "1", "--sample", "4", "--seed", "3"]
+    options += ["--models", "bert", "gpt2", "t5", "vit", "xlnet", "mixtral", "--conditions", "padded", "packed", "compiled"]
+    process = module_in_fork("scripts.differential.run", *options)
     assert process.returncode == 0, process.stdout + process.stderr[-2000:]
     assert process.stdout.count("model_type") + process.stderr.count("model_type") == 4
 

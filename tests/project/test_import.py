@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import in_fork
 
 import hf_lambda_gelu as hlg
 
@@ -75,9 +76,16 @@ def test_registers(imported: dict[str, Any]) -> None:
     assert value == pytest.approx(0.8413447, abs=1e-6)  # Φ(1)
 
 
+def forked(code: str) -> str:
+    """The same where torch and transformers have been imported, and nothing of this package."""
+    process = in_fork('import sys\nassert not [n for n in sys.modules if n.startswith("hf_lambda")]\n' + code)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
+
+
 def test_star() -> None:
     code = "from hf_lambda_gelu import *\nimport hf_lambda_gelu\nprint(*(set(hf_lambda_gelu.__all__) - set(globals())))"
-    assert fresh(code) == ""
+    assert forked(code) == ""
 
 
 def test_wrong_name() -> None:
@@ -98,7 +106,7 @@ def test_pickle() -> None:
         "import hf_lambda_gelu as hlg\nassert cls is hlg.LambdaGELU\n"
         "again = pickle.loads(pickle.dumps(hlg.LambdaGELU(3.0)))\nprint(round(again.hardness.item(), 4))"
     )
-    assert fresh(code) == "3.0"
+    assert forked(code) == "3.0"
 
 
 def test_patched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +142,7 @@ for name in hlg.__all__:
     assert found[0][name].__name__ == name, name
     assert vars(hlg)[name] is found[0][name], name  # kept: the second time it is found at once
 """
-    fresh(code)
+    forked(code)
 
 
 def test_three_lists_agree() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import tiny
 from support.hub_server import HubServer
+from support.processes import in_fork
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -73,13 +74,12 @@ def pasted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pat
         environment = hub.env(tmp_path_factory.mktemp("home")) | {
             "PYTHON": sys.executable,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "OMP_NUM_THREADS": "1",
         }
-        for command in ([sys.executable, "-c", block("python\n")], ["bash", "-c", COMMAND + block("\nhf-lambda-gelu")]):
-            done = subprocess.run(
-                command, cwd=here, env=environment, capture_output=True, text=True, timeout=300, check=False
-            )
-            assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+        done = in_fork(block("python\n"), cwd=here, env=environment)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+        command = ["bash", "-c", COMMAND + block("\nhf-lambda-gelu")]
+        done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
         yield source, here, hub
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,13 @@ from PIL import Image
 from safetensors import safe_open
 from support import tiny
 from support.hub_server import HubServer
+from support.processes import module_in_fork
 from support.texts import NAMES, text_model, text_rows, write_csv
 from torch.nn import functional as F
 from transformers import BertForSequenceClassification, BertTokenizer, ViTImageProcessorPil
 
 import hf_lambda_gelu as hlg
-from scripts.tools.processes import run_module
+from scripts.tools.warm_stock import run_in_stock
 
 # Classifies rows in a process that cannot import the package; prints the class names.
 STOCK = """
@@ -125,10 +124,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, tup
         ("text", "text", str(folder / "text" / "relu"), str(test_file), ["first", "second"]),
         ("image", "image", str(folder / "image" / "relu"), "", paths),
     ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, "-c", STOCK, json.dumps(jobs)], capture_output=True, text=True, env=environment, check=False
-    )
+    process = run_in_stock(STOCK, [json.dumps(jobs)], str(folder), os.environ)
     assert process.returncode == 0, process.stderr[-2000:]
     classes = json.loads(process.stdout.partition("CLASSES")[2])
     truth = {"text": [row["label"] for row in test], "image": [Path(path).parent.name for path in paths]}
@@ -145,15 +141,8 @@ def test_push_to_hub(tmp_path: Path, model: Path) -> None:
     options = f"--model_name_or_path {model} --train_file {train} --validation_file {test} --output_dir {tmp_path / 'out'}"
     options += " --text_column first --max_steps 2 --save_strategy no --report_to none --use_cpu true"
     with HubServer(token="hf_test") as hub:
-        process = run_module(
-            "scripts.finetune_text",
-            *options.split(),
-            "--push_to_hub",
-            "--hub_model_id",
-            "tester/tiny",
-            capture_output=True,
-            env=hub.env(tmp_path / "home"),
-        )
+        options += " --push_to_hub --hub_model_id tester/tiny"
+        process = module_in_fork("scripts.finetune_text", *options.split(), env=hub.env(tmp_path / "home"))
         assert process.returncode == 0, process.stderr[-3000:]
         files = hub.repos["tester/tiny"].files
         assert len(hub.repos["tester/tiny"].commits) == 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.processes import module_in_fork
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -22,7 +23,6 @@ from hf_lambda_gelu.structure.transaction import keep, transaction
 from scripts.tools.fingerprint import fingerprint
 from scripts.tools.injection import RESULTS
 from scripts.tools.injection_cases import MODELS, VERBS, batches
-from scripts.tools.processes import run_module
 from scripts.tools.tables import read
 
 
@@ -37,7 +37,7 @@ def test_a_sample_of_all_stops(tmp_path: Path) -> None:
     verbs = ["convert", "relu_ize least_squares", "fold", "calibrate", "audit"]
     out = tmp_path / "rows.csv"
     options = ["--verbs", *verbs, "--models", "shared", "--every", "1201", "--offset", "7", "--out", str(out)]
-    done = run_module("scripts.tools.injection", *options, capture_output=True)
+    done = module_in_fork("scripts.tools.injection", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == len(verbs)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import hf_lambda_gelu as hlg
 from hf_lambda_gelu.cli import app
 from support import tiny
 from support.hub_server import HubServer
+from support.processes import module_in_fork
 
 __all__ = ["HubServer", "answer", "bert", "checkpoint", "command", "files", "invoke", "sentences", "texts", "tiny", "vit"]
 
@@ -54,6 +56,11 @@ def command(*arguments: object, env: Mapping[str, str] | None = None, cwd: Path 
     settings = {**(os.environ if env is None else env), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     program = [sys.executable, "-m", "hf_lambda_gelu.cli", *map(str, arguments)]
     return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings, cwd=cwd)
+
+
+def forked(*arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> CompletedProcess[str]:
+    """A command where transformers has been imported, run to its end."""
+    return module_in_fork("hf_lambda_gelu.cli", *map(str, arguments), env=env, cwd=cwd)
 
 
 def bert(folder: Path, name: str = "bert-classifier", hardness: float | None = None, **overrides: Any) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Code in a Python process of its own."""
+"""Code in a process of its own: of a fresh interpreter, or forked from one that has imported stock transformers alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+from scripts.tools.warm_stock import run_in_stock
+
+ROOT = Path(__file__).resolve().parents[2]
+PLACES = [str(ROOT), str(ROOT / "tests")]  # of the package, the scripts and `support`
 
 
 def in_fresh_process(code: str, **environment: str) -> str:
@@ -16,3 +23,22 @@ def in_fresh_process(code: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def in_fork(
+    code: str, *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As `python -c code arguments…`, where neither the import nor what else happens before the code is the matter.
+
+    It imports this package, the scripts and `support` anew; transformers is there, which saves seconds.
+    """
+    settings = os.environ if env is None else env
+    return run_in_stock(textwrap.dedent(code), arguments, str(cwd or Path.cwd()), settings, PLACES)
+
+
+def module_in_fork(
+    module: str, *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As `python -m module arguments…`."""
+    code = f"import runpy\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    return in_fork(code, *arguments, cwd=cwd, env=env)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_lambda_gelu.checkpoints.manifest import manifest
 from hf_lambda_gelu.checkpoints.verify import Proof
+from scripts.tools.warm_stock import run_in_stock
 from support.hub_server import HubServer
 
 TOKEN = "hf_test"
@@ -40,8 +39,6 @@ def hub_with_a_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[H
 def run_stock(hub: HubServer, home: Path, code: str, *arguments: str) -> str:
     """Run code in a process that cannot import the package, with the server as its Hub."""
     program = "import sys; sys.modules['hf_lambda_gelu'] = None\n" + textwrap.dedent(code)
-    process = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=hub.env(home), check=False
-    )
+    process = run_in_stock(program, arguments, str(Path.cwd()), hub.env(home))
     assert process.returncode == 0, process.stderr[-3000:]
     return process.stdout.strip()

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.processes import in_fork
 
 import hf_lambda_gelu as hlg
-from scripts.tools.processes import ROOT
 
 pytest.importorskip("deepspeed", reason="the extra `matrix` has it, on Linux")
 
@@ -98,13 +96,9 @@ run("FSDP on a CPU", ENGINES["FSDP2 × 2"], with_trainer)
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """{name of a run: what each rank saw after every step}; the text of the error where it was refused."""
     folder = tmp_path_factory.mktemp("engines")
-    probe = folder / "probe.py"
-    probe.write_text(PROBE)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment.pop("ACCELERATE_USE_CPU", None)  # with it, accelerate drops DeepSpeed
-    done = subprocess.run(
-        [sys.executable, str(probe), str(folder)], env=environment, capture_output=True, text=True, timeout=300
-    )
+    # with that variable, accelerate drops DeepSpeed
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    done = in_fork(PROBE, str(folder), env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     records: dict[str, Any] = pickle.loads((folder / "found.pickle").read_bytes())
     return {**records, "folder": folder}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from support.hub_server import HubServer
+from support.processes import in_fork
 from support.publishing import TOKEN, run_stock
 
 # Trains for four steps and pushes; with what the command line says.
@@ -57,15 +56,8 @@ def hub_server() -> Iterator[HubServer]:
 
 
 def push(hub: HubServer, tmp_path: Path, arguments: dict, train: bool = True, **push: object) -> str:
-    env = hub.env(tmp_path / "home")
-    env["PYTHONPATH"] = str(Path(__file__).parents[1])
-    process = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps({"arguments": arguments, "train": train, "push": push}), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=env,
-        check=False,
-    )
+    options = json.dumps({"arguments": arguments, "train": train, "push": push})
+    process = in_fork(PROGRAM, options, str(tmp_path), env=hub.env(tmp_path / "home"))
     assert process.returncode == 0, process.stderr[-3000:]
     return process.stdout
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from support import tiny
 from support.gloo_threads import WORKERS
+from support.processes import in_fork
 from support.training import (
     SITES,
     STEPS,
@@ -147,10 +146,19 @@ def test_no_parameter_is_added(tmp_path: Path) -> None:
     assert {site.method for site in trainer.compensation.sites} == {"least_squares"}
 
 
+# `torchrun --nproc_per_node 2 script`, whose processes start as forks of the one that has imported transformers
+_TORCHRUN = """
+import runpy, sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+place = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
+config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=0, start_method="fork", **place)
+def script():
+    runpy.run_path(sys.argv[1], run_name="__main__")
+elastic_launch(config, script)()
+"""
 _TWO = """
 import json, sys
 from pathlib import Path
-sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
 from scripts.finetuning import leave_process_group
@@ -190,11 +198,8 @@ check_none_is_left()
 def test_two_processes_go_on_with_the_same_weights(tmp_path: Path) -> None:
     """Though the second one's own refit is spoiled on purpose."""
     script = tmp_path / "two.py"
-    script.write_text(_TWO.format(paths=[str(Path(__file__).parents[1]), *sys.path], folder=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", str(script)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    script.write_text(_TWO.format(folder=str(tmp_path)))
+    done = in_fork(_TORCHRUN, str(script), env={**os.environ, "ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first[:2] == [2, WORKERS]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.gloo_threads import WORKERS
+from support.processes import in_fork
 from support.texts import text_model, text_rows, write_csv
 
 import hf_lambda_gelu as hlg
@@ -78,32 +79,35 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     options += OPTIONS.split()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
     launcher += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]  # port 0: a free one
-    started = {}
-    for name, command, batch in (("two", launcher, "4"), ("one", [sys.executable], "8")):
-        folder = base / name
-        folder.mkdir()
-        environment = {
-            **os.environ,
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-            "HF_DATASETS_CACHE": str(folder / "cache"),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
-        }
-        script = [str(probe), str(folder), "scripts.finetune_text", "skip" if name == "one" else ""]
-        own = [*options, "--per_device_train_batch_size", batch]
-        with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
-            started[name] = own, subprocess.Popen([*command, *script, *own], env=environment, stdout=out, stderr=err)
-    done = {}
+    two, one = base / "two", base / "one"
+    with open(base / "stderr", "w") as errors:
+        ours = [*options, "--per_device_train_batch_size", "4"]
+        script = [str(probe), str(two), "scripts.finetune_text", "", *ours]
+        process = subprocess.Popen([*launcher, *script], env=prepared(two), stdout=subprocess.DEVNULL, stderr=errors)
     try:
-        for name, (own, process) in started.items():
-            folder = base / name
-            assert process.wait(timeout=300) == 0, (folder / "stderr").read_text()[-3000:]
-            ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
-            done[name] = Run(folder, ranks, json.loads((folder / "out0" / "results.json").read_text()), own)
+        whole = [*options, "--per_device_train_batch_size", "8"]
+        done = in_fork(PROBE, str(one), "scripts.finetune_text", "skip", *whole, env=prepared(one))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert process.wait(timeout=300) == 0, (base / "stderr").read_text()[-3000:]
     finally:
-        for _, process in started.values():
-            process.terminate()  # the launcher passes it on
-    return done
+        process.terminate()  # the launcher passes it on
+    return {"two": what_it_left(two, ours), "one": what_it_left(one, whole)}
+
+
+def prepared(folder: Path) -> dict[str, str]:
+    """Makes the folder of a run; the environment of its processes."""
+    folder.mkdir()
+    return {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }
+
+
+def what_it_left(folder: Path, options: list[str]) -> Run:
+    ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+    return Run(folder, ranks, json.loads((folder / "out0" / "results.json").read_text()), options)
 
 
 def column(record: dict[str, Any], key: str) -> list[float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.processes import in_fresh_process
+from support.processes import in_fork, in_fresh_process
 
 
 def test_triton() -> None:
@@ -79,7 +79,9 @@ def test_triton_for_a_device() -> None:
             assert built.asm["cubin"]
             print(name, "ld.global.v4.b32" in built.asm["ptx"])
     """
-    lines = in_fresh_process(code).splitlines()
+    done = in_fork(code)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
     assert lines[:4] == [f"{name} True" for name in ("forward_runs", "backward_runs", "forward_columns", "backward_columns")]
     assert len(lines) == 6
 

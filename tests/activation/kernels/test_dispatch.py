@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
-import sys
-import textwrap
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from support.kernel_runs import OP, check, draw, run
-from support.processes import in_fresh_process
+from support.processes import in_fork
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.activation.kernels import compiled, cpu, dispatch
@@ -68,7 +65,9 @@ def test_without_a_compiler(compiler: str, message: str, tmp_path: Path) -> None
         script.write_text(f"#!/bin/sh\necho tried >> {tmp_path}/log\necho no such flag >&2\nexit 1\n")
         script.chmod(0o755)
         compiler = str(script)
-    lines = in_fresh_process(code, CXX=compiler, TORCH_EXTENSIONS_DIR=str(tmp_path)).splitlines()
+    done = in_fork(code, env={**os.environ, "CXX": compiler, "TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
     assert lines[0].startswith("1 λ-GELU runs on torch's own operations")
     assert all(message in " ".join(part.split()) for part in (lines[0], " ".join(lines[1:])))
     assert not list(tmp_path.rglob("*.so"))
@@ -78,17 +77,26 @@ def test_without_a_compiler(compiler: str, message: str, tmp_path: Path) -> None
 def test_built_once(tmp_path: Path) -> None:
     """Processes that start at once make one file, and a later one finds it without any compiler."""
     code = """
-        import torch, hf_lambda_gelu as hlg
-        hlg.set_kernels("fused")
-        print(hlg.lambda_gelu(torch.tensor([1.0]), 1.0).item())
+        import os, sys, torch, hf_lambda_gelu as hlg
+        for _ in range(int(sys.argv[1])):
+            child = os.fork()
+            if not child:
+                hlg.set_kernels("fused")
+                os.write(1, f"{hlg.lambda_gelu(torch.tensor([1.0]), 1.0).item()} ".encode())
+                os._exit(0)
+        for _ in range(int(sys.argv[1])):
+            os.wait()
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    together = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [float(process.communicate(timeout=300)[0]) for process in together] == pytest.approx([0.8413447] * 2)
+
+    def values(processes: int) -> list[float]:
+        done = in_fork(code, str(processes), env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [float(value) for value in done.stdout.split()]
+
+    assert values(2) == pytest.approx([0.8413447] * 2)
     (built,) = tmp_path.rglob("*.so")
     made = built.stat().st_mtime_ns
-    assert float(in_fresh_process(code, TORCH_EXTENSIONS_DIR=str(tmp_path))) == pytest.approx(0.8413447)
+    assert values(1) == pytest.approx([0.8413447])
     assert [path.stat().st_mtime_ns for path in tmp_path.rglob("*.so")] == [made]
 
 

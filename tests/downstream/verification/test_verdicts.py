@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.processes import in_fork
 from support.verified import digits, digits_network
 
 import hf_lambda_gelu as hlg
@@ -91,23 +90,16 @@ def test_a_process_that_was_killed(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     script = """
 import os, sys
-sys.path[:0] = ["tests", "."]
+sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import test_verdicts, torch
 torch.set_num_threads(1)  # as tests have it: the network is trained in both processes, to the same bits
 from hf_lambda_gelu.downstream.verification import robustness
 before = robustness._Judge.verdict
 robustness._Judge.verdict = lambda judge, index, *args: os._exit(9) if index == 5 else before(judge, index, *args)
-test_verdicts.verified(Path(sys.argv[1]))
+test_verdicts.verified(Path(sys.argv[2]))
 """
-    root = Path(__file__).resolve().parents[3]
-    run = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{script}", str(path)],
-        cwd=root,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    run = in_fork(script, str(Path(__file__).parent), str(path))
     assert run.returncode == 9, run.stderr
     assert len(path.read_text().splitlines()) == 6
     assert plain(verified(path)) == plain(verified(None))
