@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..checkpoints.save import pipeline_tag
 from ..measurement.batches import batch_size
 
 _NO_LABEL = -100  # what transformers' losses leave out
@@ -178,5 +179,5 @@ def _shifts(model: PreTrainedModel) -> bool:
     """Whether the model's own loss holds a position's prediction against the next position's label."""
     from transformers.loss.loss_utils import LOSS_MAPPING
 
-    loss: Any = LOSS_MAPPING.get(str(getattr(model, "loss_type", None)))
-    return getattr(loss, "__name__", None) == _SHIFTED_LOSS
+    loss: Any = LOSS_MAPPING.get(str(getattr(model, "loss_type", None)))  # GPT-2 has none, and uses the same
+    return getattr(loss, "__name__", None) == _SHIFTED_LOSS or pipeline_tag(model) == "text-generation"

@@ -1,0 +1,160 @@
+"""`distill`: against the trainer in a loop of its own, stock transformers, a kill and its twin; what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import tiny
+from support.cli import answer, bert, command, files, invoke, texts
+from support.folders import load, read
+from transformers import BertForMaskedLM, BertForSequenceClassification, BertTokenizer
+
+import hf_lambda_gelu as hlg
+
+SHORT = ("--steps", 6, "--batch-size", 4, "--max-length", 16)
+
+
+def models(root: Path, name: str = "bert-classifier") -> tuple[Path, Path]:
+    """Folders of a ReLU network and of the smooth one that it was made from, with their tokenizer."""
+    model = bert(root / "smooth", name, hidden_dropout_prob=0.1)
+    tokenizer = BertTokenizer.from_pretrained(root / "smooth")
+    hlg.convert(model)
+    hlg.relu_ize(model, force=True)
+    details = hlg.CardDetails(base_model="google-bert/bert-base-uncased", license="mit")
+    return hlg.save_relu_pretrained(model, root / "relu", processor=tokenizer, details=details), root / "smooth"
+
+
+def predictions(folder: Path, cls: Any) -> torch.Tensor:
+    """Log probabilities of the folder's model, by stock transformers, on a fixed batch."""
+    model = load(cls, folder)
+    with torch.no_grad():
+        return model(**tiny.inputs(model)).logits.log_softmax(-1)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("name", "cls"), [("bert-classifier", BertForSequenceClassification), ("bert", BertForMaskedLM)])
+def test_it_comes_nearer(name: str, cls: Any, tmp_path: Path) -> None:
+    """The folder is a stock ReLU network with a tokenizer and a card; held-out divergence falls, and is a recount's."""
+    student, smooth = models(tmp_path, name)
+    data = texts(tmp_path / "texts.txt", 60)
+    line = ("distill", student, smooth, "--data", data, "--output", tmp_path / "out", "--learning-rate", 3e-4)
+    found = answer(*line, "--steps", 30, "--batch-size", 8, "--max-length", 16)
+    apart = found["divergence"]
+    assert found["examples"] == {"learned": 48, "held_out": 12}
+    assert apart["after"] < 0.7 * apart["before"]
+    assert found["resumed_from"] is None
+    assert read(tmp_path / "out")["hidden_act"] == "relu"
+    assert BertTokenizer.from_pretrained(tmp_path / "out").get_vocab() == BertTokenizer.from_pretrained(smooth).get_vocab()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: google-bert/bert-base-uncased" in card
+    assert f"{apart['before']:.4g} → {apart['after']:.4g}" in card
+    ours, old, wanted = (predictions(folder, cls) for folder in (tmp_path / "out", student, smooth))
+    if cls is BertForSequenceClassification:
+        near, far = ((wanted.exp() * (wanted - each)).sum(-1).mean() for each in (ours, old))
+        assert near < far
+    assert not torch.equal(ours, old)
+    assert not [path for path in files(tmp_path) if "hf_lambda_gelu-" in path]
+
+
+def test_a_rate_that_is_too_high_is_said(tmp_path: Path) -> None:
+    """Where the predictions are further apart afterwards, the last line says so."""
+    student, smooth = models(tmp_path)
+    line = ("distill", student, smooth, "--data", texts(tmp_path / "texts.txt"), "--output", tmp_path / "out", *SHORT)
+    assert "further apart than before: lower --learning-rate" in invoke(*line, "--learning-rate", 0.1).stdout
+
+
+def test_adapters(tmp_path: Path) -> None:
+    """With --lora the maps have moved by a matrix of rank 16 at most, and biases and embeddings not at all."""
+    student, smooth = models(tmp_path)
+    line = ("distill", student, smooth, "--data", texts(tmp_path / "texts.txt"), "--output", tmp_path / "out", *SHORT)
+    text = invoke(*line, "--lora").stdout
+    assert "6 steps of 4 examples; divergence from the smooth model on 4 examples held out" in text
+    before, after = weights(student), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    moved = {name: after[name] - value for name, value in before.items() if not torch.equal(after[name], value)}
+    assert moved
+    assert all(name.endswith("weight") and value.dim() == 2 for name, value in moved.items())
+    assert max(int(torch.linalg.matrix_rank(value, tol=1e-5)) for value in moved.values()) <= 16
+    assert "bert.embeddings.word_embeddings.weight" not in moved
+    load(BertForSequenceClassification, tmp_path / "out")
+
+
+def test_killed_and_called_again(tmp_path: Path) -> None:
+    """It goes on from the last checkpoint, and the weights are those of an uninterrupted command, to the bit; other options
+    start anew."""
+    student, smooth = models(tmp_path)
+    data = texts(tmp_path / "texts.txt", 40)
+    line: tuple[Any, ...] = (
+        "distill",
+        student,
+        smooth,
+        "--data",
+        data,
+        "--steps",
+        12,
+        "--batch-size",
+        4,
+        "--max-length",
+        16,
+    )
+    invoke(*line, "--output", tmp_path / "twin")
+    process = command(*line, "--steps", 12, "--output", tmp_path / "out", env=None)
+    left = tmp_path / ".out.hf_lambda_gelu-unfinished"
+    until = time.monotonic() + 200
+    while not any((each / "trainer_state.json").is_file() for each in left.glob("checkpoint-*")):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "out").exists()
+    shutil.copytree(left, tmp_path / "kept")
+
+    found = answer(*line, "--output", tmp_path / "out")
+    assert found["resumed_from"] in range(2, 12, 2)
+    twin, again = weights(tmp_path / "twin"), weights(tmp_path / "out")
+    assert all(torch.equal(again[name], value) for name, value in twin.items())
+    assert not left.exists()
+
+    shutil.rmtree(tmp_path / "out")
+    shutil.copytree(tmp_path / "kept", left)
+    assert answer(*line, "--learning-rate", 1e-5, "--output", tmp_path / "out")["resumed_from"] is None
+
+
+def test_refused(tmp_path: Path) -> None:
+    """Before a step is made, with the exit code of wrong use; nothing is written."""
+    student, smooth = models(tmp_path)
+    bert(tmp_path / "other", vocab_size=120)
+    bert(tmp_path / "lambda", hardness=2.0)
+    data = texts(tmp_path / "texts.txt")
+    shutil.copytree(smooth, tmp_path / "words")
+    vocabulary = [*reversed(BertTokenizer.from_pretrained(smooth).get_vocab())]
+    BertTokenizer(vocab={word: index for index, word in enumerate(vocabulary)}).save_pretrained(tmp_path / "words")
+    before = files(tmp_path)
+    for first, second, options, message in (
+        (smooth, student, (), "the model is smooth"),
+        (tmp_path / "lambda", smooth, (), "call relu_ize(model) first"),
+        (student, student, (), "TEACHER is the smooth model it was made from"),
+        (student, tmp_path / "other", (), "its vocabulary size is 120, the student's is 99"),
+        (student, tmp_path / "words", (), "have other vocabularies"),
+        (student, tmp_path / "nowhere" / "x", (), "there is no folder"),
+        (student, smooth, ("--device", "tpu"), "--device tpu: expected cpu or cuda"),
+        (student, smooth, ("--steps", 0), "--steps"),
+    ):
+        line = ("distill", first, second, "--data", data, "--output", tmp_path / "out", *options)
+        assert message in invoke(*line, code=2).stderr, message
+        assert files(tmp_path) == before
+    assert "exists and is not empty" in invoke("distill", student, smooth, "--data", data, "--output", smooth, code=2).stderr
+    assert "--data" in invoke("distill", student, smooth, "--output", tmp_path / "out", code=2).stderr
+    assert json.loads((smooth / "config.json").read_text())["hidden_act"] == "gelu"
