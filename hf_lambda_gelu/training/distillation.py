@@ -14,6 +14,7 @@ from ..checkpoints.folders import check_writable
 from ..measurement.forward import call, random_state_kept
 from ..structure.edits import without_caches
 from .divergence import LossWatch, check_finite
+from .dropout import without_dropout
 from .predictions import Comparison
 from .resuming import before_a_save, checkpoint_to_resume
 from .teacher import found_teacher, student_model
@@ -37,8 +38,11 @@ class DistillationTrainer(Trainer):
 
     The teacher is in eval mode and without gradients, on the device of the student, in its own dtype, within the run's
     autocast; each process has all of it. It is in no checkpoint. The student is trained in full, or with PEFT's adapters,
-    which `merge_and_unload` takes into the weights. All else is transformers' Trainer; a run resumes to the bit, from the
-    newest checkpoint that is whole. Source: Hinton, Vinyals and Dean 2015 (arXiv 1503.02531), at temperature 1.
+    which `merge_and_unload` takes into the weights; and without dropout, as the teacher has none. All else is
+    transformers' Trainer; a run resumes to the bit, from the newest checkpoint that is whole.
+
+    Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), at temperature
+    1. Of hidden states and without dropout: derived.
 
     Args:
         model: the student, after `relu_ize`, or with adapters put into it afterwards.
@@ -96,7 +100,9 @@ class DistillationTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._losses = LossWatch()
-        result = super().train(checkpoint_to_resume(resume_from_checkpoint, self.args), *args, **kwargs)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
+        with without_dropout(self.model):
+            result = super().train(checkpoint, *args, **kwargs)
         check_finite(self.model, self.state, self.args, self._losses, weights=True)
         return result
 

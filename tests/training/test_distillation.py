@@ -23,7 +23,8 @@ from transformers import BertModel, LlamaForCausalLM, PreTrainedModel, TrainingA
 
 import hf_lambda_gelu as hlg
 
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+DROPOUT = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
+NO_DROPOUT = dict.fromkeys(DROPOUT, 0.0)
 
 
 def trainer(
@@ -293,6 +294,21 @@ def test_it_learns_and_is_evaluated_without_labels(tmp_path: Path) -> None:
     with torch.no_grad():
         logits = student.eval()(**d.stacked(rows)).logits
     np.testing.assert_allclose(seen[0].predictions, logits.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert-classifier", "vit"])
+def test_nothing_is_dropped(name: str, tmp_path: Path) -> None:
+    """A student with dropout in its modules and its attention learns what one without does; both stay as they were."""
+    learned = []
+    for probabilities in (DROPOUT, NO_DROPOUT):
+        student, teacher = d.pair(name, **probabilities)
+        before = [vars(module).get("p") for module in student.modules()]
+        rows = d.texts(12) if name != "vit" else [{"pixel_values": torch.full((3, 32, 32), 0.1 * i)} for i in range(12)]
+        trainer(student, teacher, tmp_path, rows, train_sampling_strategy="sequential").train()
+        assert [vars(module).get("p") for module in student.modules()] == before
+        assert student.config.hidden_dropout_prob == probabilities["hidden_dropout_prob"]
+        learned.append(student.state_dict())
+    assert all(torch.equal(value, learned[1][key]) for key, value in learned[0].items())
 
 
 def test_mixed_precision(tmp_path: Path) -> None:
