@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import tiny
 from support.cli import answer, bert, command, files, invoke, texts
 from support.folders import load, read
@@ -127,6 +127,12 @@ def test_killed_and_called_again(tmp_path: Path) -> None:
     assert all(torch.equal(again[name], value) for name, value in twin.items())
     assert not left.exists()
 
+    shutil.rmtree(tmp_path / "out")
+    shutil.copytree(tmp_path / "kept", left)
+    newest = max(left.glob("checkpoint-*/model.safetensors"), key=lambda path: int(path.parent.name.partition("-")[2]))
+    save_file({name: value + 0.5 for name, value in load_file(newest).items()}, newest, metadata={"format": "pt"})
+    invoke(*line, "--output", tmp_path / "out")  # from what lies there, and not from the start
+    assert not torch.equal(weights(tmp_path / "out")["classifier.bias"], twin["classifier.bias"])
     shutil.rmtree(tmp_path / "out")
     shutil.copytree(tmp_path / "kept", left)
     assert answer(*line, "--learning-rate", 1e-5, "--output", tmp_path / "out")["resumed_from"] is None

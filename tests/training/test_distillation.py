@@ -229,7 +229,8 @@ def test_a_resumed_run_is_the_uninterrupted_run(wrap: Callable[[Any], Any], tmp_
     def build(folder: Path) -> tuple[Any, Any, hlg.DistillationTrainer]:
         student, teacher = d.pair("bert", hidden_dropout_prob=0.1)
         student = wrap(student)
-        return student, teacher.train(), trainer(student, teacher, folder, rows, **changes)
+        made = trainer(student, teacher, folder, rows, **changes)
+        return student, teacher.train(), made
 
     expected, teacher, twin = build(tmp_path / "twin")
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
