@@ -108,7 +108,10 @@ class Distilling:
         if student.resolve() == teacher.resolve():
             raise UsageError(f"STUDENT and TEACHER are both {str(student)!r}: TEACHER is the smooth model it was made from")
         model = loaded(student, self.trust_remote_code)
-        check_relu(model)
+        try:
+            check_relu(model)
+        except ValueError as error:
+            raise UsageError(f"STUDENT, which comes first, is {self.student!r}, no ReLU network: {error}") from error
         left = smooth_modules(model)
         if left:
             raise UsageError(f"the student has smooth modules that no config governs, from {left[0].name} on: not distilled")

@@ -157,7 +157,7 @@ def test_refused(tmp_path: Path) -> None:
     BertTokenizer(vocab={word: index for index, word in enumerate(vocabulary)}).save_pretrained(tmp_path / "words")
     before = files(tmp_path)
     for first, second, options, message in (
-        (smooth, student, (), "the model is smooth"),
+        (smooth, student, (), "STUDENT, which comes first"),
         (tmp_path / "lambda", smooth, (), "call relu_ize(model) first"),
         (student, student, (), "TEACHER is the smooth model it was made from"),
         (student, tmp_path / "other", (), "its vocabulary size is 120, the student's is 99"),

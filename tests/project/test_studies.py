@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import itertools
 from pathlib import Path
@@ -18,6 +19,7 @@ from scripts.studies import run as study
 from scripts.studies.recipes import stages
 from scripts.studies.recipes.recipe import RECIPES, Run
 from scripts.studies.scratch import MLPConfig, MLPForClassification, ScratchTask
+from scripts.studies.training_free import distilled
 from scripts.tools.tables import append, read
 
 FEATURES = 5
@@ -171,6 +173,19 @@ def test_tables(tmp_path: Path) -> None:
     assert lines[2].split("|")[2].strip() == "60.0"
     assert lines[3].split("|")[3].strip().startswith("+2.0 ± 12.7")
     assert "+0.5" in report.gaps(found, before, ["movies"]).splitlines()[-1]
+
+
+def test_the_table_of_steps_after_the_refit(tmp_path: Path) -> None:
+    """Means over the seeds of each setting, over the smooth model's; what is there is not run again."""
+    results = tmp_path / "distilled.csv"
+    common = {"variant": "k2", "steps": 60, "rate": "0.0002", "smooth": 50.0, "refit": 55.0, "seconds": 10}
+    append(results, distilled.FIELDS, [{**common, "seed": seed, "distilled": 51 + seed} for seed in (0, 1)])
+    append(results, distilled.FIELDS, [{**common, "seed": 0, "steps": 20, "distilled": 54}])
+    first, second = distilled.table(results).splitlines()[2:]
+    assert first == "| k2 | 60 | 0.0002 | 2 | 50.00 | 55.00 | 1.100 | 51.50 | 1.030 | 10 |"
+    assert second == "| k2 | 20 | 0.0002 | 1 | 50.00 | 55.00 | 1.100 | 54.00 | 1.080 | 10 |"
+    options = argparse.Namespace(results=results, steps=60, rate=2e-4)
+    assert [distilled._is_there("k2", seed, options) for seed in (0, 1, 2)] == [True, True, False]
 
 
 def test_updates() -> None:
