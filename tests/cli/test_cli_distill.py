@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
-from support.cli import answer, bert, command, files, invoke, texts
+from support.cli import answer, bert, files, invoke, texts
 from support.folders import load, read
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertTokenizer
 
@@ -41,14 +39,6 @@ def predictions(folder: Path, cls: Any) -> torch.Tensor:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
-
-
-def is_complete(path: Path) -> bool:
-    """Whether the last file of a checkpoint is written to its end."""
-    try:
-        return bool(json.loads(path.read_text()))
-    except (ValueError, OSError):
-        return False
 
 
 @pytest.mark.parametrize(("name", "cls"), [("bert-classifier", BertForSequenceClassification), ("bert", BertForMaskedLM)])
@@ -98,52 +88,42 @@ def test_adapters(tmp_path: Path) -> None:
     load(BertForSequenceClassification, tmp_path / "out")
 
 
-def test_killed_and_called_again(tmp_path: Path) -> None:
-    """It goes on from the last checkpoint, and the weights are those of an uninterrupted command, to the bit; other options
-    start anew."""
+def test_killed_and_called_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kill after the second checkpoint would leave: the same command goes on from there, and its weights are those of
+    an uninterrupted one, to the bit. With other options it starts anew."""
     student, smooth = models(tmp_path)
-    data = texts(tmp_path / "texts.txt", 40)
-    line: tuple[Any, ...] = (
-        "distill",
-        student,
-        smooth,
-        "--data",
-        data,
-        "--steps",
-        12,
-        "--batch-size",
-        4,
-        "--max-length",
-        16,
-    )
-    invoke(*line, "--output", tmp_path / "twin")
-    process = command(*line, "--steps", 12, "--output", tmp_path / "out", env=None)
+    data, out, kept = texts(tmp_path / "texts.txt", 40), tmp_path / "out", tmp_path / "kept"
     left = tmp_path / ".out.hf_lambda_gelu-unfinished"
-    until = time.monotonic() + 200
-    while not any(map(is_complete, left.glob("checkpoint-*/trainer_state.json"))):
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < until
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "out").exists()
-    shutil.copytree(left, tmp_path / "kept")
+    line: tuple[Any, ...] = ("distill", student, smooth, "--data", data, "--output", out, *SHORT)
+    save = hlg.DistillationTrainer._save_checkpoint
 
-    found = answer(*line, "--output", tmp_path / "out")
-    assert found["resumed_from"] in range(2, 12, 2)
-    twin, again = weights(tmp_path / "twin"), weights(tmp_path / "out")
-    assert all(torch.equal(again[name], value) for name, value in twin.items())
+    def killed(trainer: Any, *args: Any) -> None:
+        save(trainer, *args)
+        if trainer.state.global_step == 2:
+            shutil.copytree(left, kept)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hlg.DistillationTrainer, "_save_checkpoint", killed)
+        assert answer(*line)["resumed_from"] is None
+    twin = weights(out)
     assert not left.exists()
 
-    shutil.rmtree(tmp_path / "out")
-    shutil.copytree(tmp_path / "kept", left)
-    newest = max(left.glob("checkpoint-*/model.safetensors"), key=lambda path: int(path.parent.name.partition("-")[2]))
-    save_file({name: value + 0.5 for name, value in load_file(newest).items()}, newest, metadata={"format": "pt"})
-    invoke(*line, "--output", tmp_path / "out")  # from what lies there, and not from the start
-    assert not torch.equal(weights(tmp_path / "out")["classifier.bias"], twin["classifier.bias"])
-    shutil.rmtree(tmp_path / "out")
-    shutil.copytree(tmp_path / "kept", left)
-    assert answer(*line, "--learning-rate", 1e-5, "--output", tmp_path / "out")["resumed_from"] is None
+    def again(*options: object, moved: float = 0.0) -> tuple[int | None, dict[str, torch.Tensor]]:
+        """The command on what was left, with its weights moved."""
+        shutil.rmtree(out)
+        shutil.copytree(kept, left)
+        file = left / "checkpoint-2" / "model.safetensors"
+        save_file({name: value + moved for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+        return answer(*line, *options)["resumed_from"], weights(out)
+
+    step, found = again()
+    assert step == 2
+    assert all(torch.equal(found[name], value) for name, value in twin.items())
+    step, found = again(moved=0.5)  # which it goes on from
+    assert step == 2
+    assert not torch.equal(found["classifier.bias"], twin["classifier.bias"])
+    step, _ = again("--learning-rate", 1e-5)
+    assert step is None
 
 
 def test_refused(tmp_path: Path) -> None:
