@@ -47,7 +47,7 @@ def test_it_comes_nearer(name: str, cls: Any, tmp_path: Path) -> None:
     student, smooth = models(tmp_path, name)
     data = texts(tmp_path / "texts.txt", 60)
     line = ("distill", student, smooth, "--data", data, "--output", tmp_path / "out", "--learning-rate", 3e-4)
-    found = answer(*line, "--steps", 30, "--batch-size", 8, "--max-length", 16)
+    found = answer(*line, "--steps", 20, "--batch-size", 8, "--max-length", 16)
     apart = found["divergence"]
     assert found["examples"] == {"learned": 48, "held_out": 12}
     assert apart["after"] < 0.7 * apart["before"]
