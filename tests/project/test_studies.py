@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import math
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from support import tiny
+from transformers import LlamaForCausalLM
 
 import hf_lambda_gelu as hlg
 from scripts.studies import claims, report, sparsity, updates
@@ -186,6 +189,54 @@ def test_the_table_of_steps_after_the_refit(tmp_path: Path) -> None:
     assert second == "| k2 | 20 | 0.0002 | 1 | 50.00 | 55.00 | 1.100 | 54.00 | 1.080 | 10 |"
     options = argparse.Namespace(results=results, steps=60, rate=2e-4)
     assert [distilled._is_there("k2", seed, options) for seed in (0, 1, 2)] == [True, True, False]
+
+
+class TinyTask:
+    """In the place of SmolLM2: a Llama of two layers, which is judged by its loss."""
+
+    metric = "loss"
+
+    def __init__(self) -> None:
+        self.folder = str(FOLDERS[0])
+
+    def load(self) -> LlamaForCausalLM:
+        return LlamaForCausalLM.from_pretrained(self.folder)
+
+    def batches(self, seed: int) -> list[dict[str, torch.Tensor]]:
+        return [{"input_ids": part} for part in tokens(64, seed).split(8)]
+
+    @torch.no_grad()
+    def judge(self, model: LlamaForCausalLM, device: str) -> tuple[float, float]:
+        ids = tokens(8, 9)
+        return float(model(input_ids=ids, labels=ids).loss), math.nan
+
+
+FOLDERS: list[Path] = []
+
+
+def tokens(count: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, 99, (count, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def test_steps_after_the_refit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row has what a recount of the model in the cache gives; the model is refit once; what was measured is not again."""
+    tiny.build("llama").save_pretrained(tmp_path / "smooth")
+    monkeypatch.setattr(f"{__name__}.FOLDERS", [tmp_path / "smooth"])
+    monkeypatch.setattr(distilled, "SmolLM2", TinyTask)
+    monkeypatch.setattr(distilled, "windows", lambda *_: tokens(64, 5))
+    monkeypatch.setattr(distilled.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    line = ["--cache", str(tmp_path / "cache"), "--results", str(tmp_path / "rows.csv"), "--variants", "k1", "--steps", "3"]
+    distilled.main([*line, "--seeds", "0", "--rate", "1e-3"])
+    (row,) = read(tmp_path / "rows.csv")
+    kept = LlamaForCausalLM.from_pretrained(tmp_path / "cache" / "smollm2-k1-seed0").eval()
+    assert kept.config.hidden_act == "relu"
+    task = TinyTask()
+    assert float(row["refit"]) == pytest.approx(task.judge(kept, "cpu")[0], abs=1e-4)
+    assert float(row["smooth"]) == pytest.approx(task.judge(task.load().eval(), "cpu")[0], abs=1e-4)
+    assert len({row["smooth"], row["refit"], row["distilled"]}) == 3
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["smollm2-k1-seed0"]
+    monkeypatch.setattr(distilled, "measure", None)
+    distilled.main([*line, "--seeds", "0", "--rate", "1e-3"])
 
 
 def test_updates() -> None:
