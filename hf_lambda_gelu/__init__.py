@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .surgery.report import SubstitutionReport
     from .surgery.substitution import relu_ize
     from .training.arguments import LambdaGELUTrainingArguments
+    from .training.distillation import DistillationTrainer
     from .training.hardness_callback import HardnessCallback
     from .training.optimizer import attach_hardness_update, parameter_groups
     from .training.schedule import HardeningSchedule
@@ -65,6 +66,7 @@ __all__ = [
     "ConversionError",
     "ConversionReport",
     "DistanceReport",
+    "DistillationTrainer",
     "ExportError",
     "ExportReport",
     "FoldError",
@@ -135,6 +137,7 @@ _MODULES = {
     "ConversionError": ".surgery.conversion",
     "ConversionReport": ".surgery.conversion",
     "DistanceReport": ".downstream.verification.distance",
+    "DistillationTrainer": ".training.distillation",
     "ExportError": ".downstream.onnx.report",
     "ExportReport": ".downstream.onnx.report",
     "FoldError": ".surgery.folding",

@@ -24,14 +24,12 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
 )
 
@@ -207,28 +205,8 @@ def learn(
             report_to="none",
             seed=0,
         )
-        Distiller(model, arguments, train_dataset=rows, teacher=teacher).train()
+        hlg.DistillationTrainer(model, arguments, teacher=teacher, train_dataset=rows).train()
     model.eval()
-
-
-class Distiller(Trainer):
-    """The loss is KL(teacher ‖ model), the mean over tokens that are not padding."""
-
-    def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.teacher = teacher
-        self.model_accepts_loss_kwargs = False  # the loss is this class's, a mean: accumulation has to divide it
-
-    def compute_loss(
-        self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
-        with torch.no_grad():
-            wanted = self.teacher(**inputs).logits
-        outputs = model(**inputs)
-        kept = inputs["attention_mask"].bool()
-        given, wanted = (logits[kept].float().log_softmax(-1) for logits in (outputs.logits, wanted))
-        loss = F.kl_div(given, wanted, log_target=True, reduction="batchmean")
-        return (loss, outputs) if return_outputs else loss
 
 
 @torch.no_grad()

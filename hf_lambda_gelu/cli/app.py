@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from .demo import demo
+from .distill import distill
 from .export import export
 from .measure import audit, calibrate, sensitivity
 from .publish import push, verify
@@ -85,6 +86,7 @@ def _common(
 
 app.command()(convert)
 app.command("relu-ize")(relu_ize)
+app.command()(distill)
 app.command()(fold)
 app.command()(audit)
 app.command()(calibrate)

@@ -118,7 +118,7 @@ class Batches:
     """Batches for `relu_ize`, `calibrate` and `sensitivity`: made when they are asked for, as often as wanted."""
 
     def __init__(self, found: Examples, size: int, collate: Any, label: Any) -> None:
-        self.found, self.size, self._collate, self._label = found, size, collate, label
+        self.found, self.size, self.collate, self._label = found, size, collate, label
 
     def __len__(self) -> int:
         return -(-len(self.found.items) // self.size)
@@ -127,7 +127,7 @@ class Batches:
         import torch
 
         for start in range(0, len(self.found.items), self.size):
-            batch = dict(self._collate(self.found.items[start : start + self.size]))
+            batch = dict(self.collate(self.found.items[start : start + self.size]))
             if self.found.labels is not None:
                 labels = [self._label(value) for value in self.found.labels[start : start + self.size]]
                 batch["labels"] = torch.tensor(labels)

@@ -73,7 +73,7 @@ def way(
     from .outputs import change, outputs
 
     halves = [Examples(fed.found.kind, fed.found.items[start::2]) for start in (0, 1)]
-    learned, held_out = (Batches(half, fed.size, fed._collate, fed._label) for half in halves)
+    learned, held_out = (Batches(half, fed.size, fed.collate, fed._label) for half in halves)
     before = outputs(model, held_out)
     steps = []
 

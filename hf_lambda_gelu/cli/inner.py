@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..checkpoints.card import REPORT_NAME
 from ..checkpoints.carried_code import settle_code
-from ..checkpoints.folders import check_new, whole_folder
+from ..checkpoints.folders import check_new, unfinished_folder, whole_folder
 from ..checkpoints.hub import check_processor, check_target
 from ..checkpoints.on_disk_files import Source
 from ..checkpoints.published_files import published_files
@@ -19,6 +19,7 @@ from ..measurement.forward import call, main_output
 from ..structure.loading import check_trusted, load_saved
 from ..structure.own_code import references
 from ..structure.scratch import scratch_folder
+from ..structure.smooth_activations import smooth_modules
 
 __all__ = [
     "REPORT_NAME",
@@ -39,6 +40,8 @@ __all__ = [
     "rows",
     "scratch_folder",
     "settle_code",
+    "smooth_modules",
     "token_mask",
+    "unfinished_folder",
     "whole_folder",
 ]

@@ -67,7 +67,8 @@ def commands(group: click.Group, path: str = "") -> Iterator[tuple[str, click.Co
 def test_commands() -> None:
     found = dict(commands(typer.main.get_command(app)))  # type: ignore[arg-type]
     assert set(found) == {
-        *("convert", "relu-ize", "fold", "audit", "calibrate", "sensitivity", "verify", "push", "export onnx", "demo"),
+        *("convert", "relu-ize", "distill", "fold", "audit", "calibrate", "sensitivity", "verify", "push"),
+        *("export onnx", "demo"),
     }
     for name, command in found.items():
         option = {o: p for p in command.params for o in p.opts}.get("--trust-remote-code")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import itertools
+import math
 from pathlib import Path
 
 import datasets
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from support import tiny
+from transformers import LlamaForCausalLM
 
 import hf_lambda_gelu as hlg
 from scripts.studies import claims, report, sparsity, updates
@@ -18,6 +22,7 @@ from scripts.studies import run as study
 from scripts.studies.recipes import stages
 from scripts.studies.recipes.recipe import RECIPES, Run
 from scripts.studies.scratch import MLPConfig, MLPForClassification, ScratchTask
+from scripts.studies.training_free import distilled
 from scripts.tools.tables import append, read
 
 FEATURES = 5
@@ -171,6 +176,67 @@ def test_tables(tmp_path: Path) -> None:
     assert lines[2].split("|")[2].strip() == "60.0"
     assert lines[3].split("|")[3].strip().startswith("+2.0 ± 12.7")
     assert "+0.5" in report.gaps(found, before, ["movies"]).splitlines()[-1]
+
+
+def test_the_table_of_steps_after_the_refit(tmp_path: Path) -> None:
+    """Means over the seeds of each setting, over the smooth model's; what is there is not run again."""
+    results = tmp_path / "distilled.csv"
+    common = {"variant": "k2", "steps": 60, "rate": "0.0002", "smooth": 50.0, "refit": 55.0, "seconds": 10}
+    append(results, distilled.FIELDS, [{**common, "seed": seed, "distilled": 51 + seed} for seed in (0, 1)])
+    append(results, distilled.FIELDS, [{**common, "seed": 0, "steps": 20, "distilled": 54}])
+    first, second = distilled.table(results).splitlines()[2:]
+    assert first == "| k2 | 60 | 0.0002 | 2 | 50.00 | 55.00 | 1.100 | 51.50 | 1.030 | 10 |"
+    assert second == "| k2 | 20 | 0.0002 | 1 | 50.00 | 55.00 | 1.100 | 54.00 | 1.080 | 10 |"
+    options = argparse.Namespace(results=results, steps=60, rate=2e-4)
+    assert [distilled._is_there("k2", seed, options) for seed in (0, 1, 2)] == [True, True, False]
+
+
+class TinyTask:
+    """In the place of SmolLM2: a Llama of two layers, which is judged by its loss."""
+
+    metric = "loss"
+
+    def __init__(self) -> None:
+        self.folder = str(FOLDERS[0])
+
+    def load(self) -> LlamaForCausalLM:
+        return LlamaForCausalLM.from_pretrained(self.folder)
+
+    def batches(self, seed: int) -> list[dict[str, torch.Tensor]]:
+        return [{"input_ids": part} for part in tokens(64, seed).split(8)]
+
+    @torch.no_grad()
+    def judge(self, model: LlamaForCausalLM, device: str) -> tuple[float, float]:
+        ids = tokens(8, 9)
+        return float(model(input_ids=ids, labels=ids).loss), math.nan
+
+
+FOLDERS: list[Path] = []
+
+
+def tokens(count: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, 99, (count, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def test_steps_after_the_refit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row has what a recount of the model in the cache gives; the model is refit once; what was measured is not again."""
+    tiny.build("llama").save_pretrained(tmp_path / "smooth")
+    monkeypatch.setattr(f"{__name__}.FOLDERS", [tmp_path / "smooth"])
+    monkeypatch.setattr(distilled, "SmolLM2", TinyTask)
+    monkeypatch.setattr(distilled, "windows", lambda *_: tokens(64, 5))
+    monkeypatch.setattr(distilled.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    line = ["--cache", str(tmp_path / "cache"), "--results", str(tmp_path / "rows.csv"), "--variants", "k1", "--steps", "3"]
+    distilled.main([*line, "--seeds", "0", "--rate", "1e-3"])
+    (row,) = read(tmp_path / "rows.csv")
+    kept = LlamaForCausalLM.from_pretrained(tmp_path / "cache" / "smollm2-k1-seed0").eval()
+    assert kept.config.hidden_act == "relu"
+    task = TinyTask()
+    assert float(row["refit"]) == pytest.approx(task.judge(kept, "cpu")[0], abs=1e-4)
+    assert float(row["smooth"]) == pytest.approx(task.judge(task.load().eval(), "cpu")[0], abs=1e-4)
+    assert len({row["smooth"], row["refit"], row["distilled"]}) == 3
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["smollm2-k1-seed0"]
+    monkeypatch.setattr(distilled, "measure", None)
+    distilled.main([*line, "--seeds", "0", "--rate", "1e-3"])
 
 
 def test_updates() -> None:
