@@ -87,7 +87,7 @@ def model_batches(model: nn.Module, loader: Iterable[Any], team: Team = ALONE) -
             if isinstance(value, Cache):
                 raise CalibrationError(f"{where}: {name} is a cache, which grows from run to run. Leave it out of the batch")
         seen = seen or any_token(kept)
-        if team.size > 1:
+        if team.size > 1 and not team.dealt:
             digests.append(digest(kept))
         yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kept.items()}
     shares = team.gathered((count, seen, digests), "the batches of all")

@@ -154,8 +154,6 @@ class CalibrationReport:
         return "\n".join([f"pre-activations of {len(self.sites)} activations", *lines])
 
 
-@transaction
-@torch.no_grad()
 def calibrate(model: nn.Module, dataloader: Iterable[Any], *, processes: Processes | None = None) -> CalibrationReport:
     """Measures the pre-activations of every λ-GELU of `model`, with its present λ, in one pass over `dataloader`.
 
@@ -186,12 +184,18 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any], *, processes: Process
         >>> _ = hlg.convert(model)
         >>> print(hlg.calibrate(model, [batch]))
     """
-    team = team_of(processes, model)
+    return calibrate_by(model, dataloader, team_of(processes, model))
+
+
+@transaction
+@torch.no_grad()
+def calibrate_by(model: nn.Module, dataloader: Iterable[Any], team: Team) -> CalibrationReport:
+    """`calibrate` by a team, of which each process has its own share of the batches."""
     with team.whole():
-        return _measured(team, model, dataloader)
+        return _measured(model, dataloader, team)
 
 
-def _measured(team: Team, model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
+def _measured(model: nn.Module, dataloader: Iterable[Any], team: Team) -> CalibrationReport:
     sites, profile = calibration_sites(model), hardness_profile(model)
     called: set[str] = set()
     first: list[Mapping[str, Any]] = []

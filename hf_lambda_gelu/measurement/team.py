@@ -42,12 +42,14 @@ class Team:
         rank: the number of this process, from 0.
         size: how many there are.
         device: where tensors go that another process has sent; None for where they were.
+        dealt: whether the package has dealt out the batches itself, so that equal ones are no mistake.
         over: whether somebody has failed, and all know it.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device | None = None
+    dealt: bool = False
     over: bool = False
 
     @property
@@ -184,10 +186,11 @@ class Team:
 ALONE = Team()
 
 
-def team_of(processes: Processes | None, model: object, alone: str = "") -> Team:
+def team_of(processes: Processes | None, model: object, alone: str = "", dealt: bool = False) -> Team:
     """The team that `processes` asks for; "one" is this process alone.
 
     Args:
+        dealt: as in `Team`.
         alone: what this process would do by itself for None, where several run and that must not happen by surprise.
 
     Raises:
@@ -212,7 +215,7 @@ def team_of(processes: Processes | None, model: object, alone: str = "") -> Team
     if processes != "all" or size == 1:
         return ALONE
     device = device_of(model) if isinstance(model, nn.Module) else torch.device("cpu")
-    return Team(distributed.get_rank(), size, device)
+    return Team(distributed.get_rank(), size, device, dealt)
 
 
 def fingerprint(model: nn.Module) -> dict[str, int]:
