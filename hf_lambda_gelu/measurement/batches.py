@@ -105,7 +105,7 @@ def check_dealt(loader: Iterable[Any], team: Team) -> None:
     more = repeated(loader) if team.size > 1 else 0
     if more:
         raise CalibrationError(
-            f"{more} examples of the calibration set are repeated, so that all processes have as many batches, and would "
+            f"the calibration set repeats {more} of its examples, so that all processes have as many batches: these would "
             "count twice. With accelerate: Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False)); else "
             "deal out the batches, batches[rank::size]"
         )

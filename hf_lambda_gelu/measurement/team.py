@@ -74,8 +74,7 @@ class Team:
             if other != values[0]:
                 self.over = True
                 raise DivergedError(
-                    f"{what} is not the same on every process: {_short(values[0])} on process 0, {_short(other)} on "
-                    f"process {rank}. Let all processes load the same weights, and call with the same options"
+                    f"{what} is not the same on every process: {values[0]} on process 0, {other} on process {rank}"
                 )
         return value
 
@@ -129,7 +128,7 @@ class Team:
         except expected as error:
             found = error
         kinds = [kind for kind in expected if isinstance(found, kind)][:1]
-        worst = max(self.gathered(expected.index(kinds[0]) if kinds else -1, f"no {expected[-1].__name__}"))
+        worst = max(self.gathered(expected.index(kinds[0]) if kinds else -1, "what each has found"))
         if found is not None and kinds and expected.index(kinds[0]) == worst:
             raise found
         if worst >= 0:
@@ -158,8 +157,7 @@ class Team:
                 distributed.all_gather_object(found, (what, value, failure))
         except RuntimeError as error:
             raise RuntimeError(
-                f"another of the {self.size} processes that work together ended, or could not be reached: {what} was to be "
-                f"joined ({error})"
+                f"another of the {self.size} processes that work together has ended, or cannot be reached ({error})"
             ) from error
         failures = [(rank, failed) for rank, (_, _, failed) in enumerate(found) if failed is not None]
         if failures:
@@ -218,9 +216,20 @@ def team_of(processes: Processes | None, model: object, alone: str = "", dealt: 
     return Team(distributed.get_rank(), size, device, dealt)
 
 
-def fingerprint(model: nn.Module) -> dict[str, int]:
-    """{parameter: the sum of its bits, modulo 2⁶⁴}: models with the same weights have the same."""
-    return {name: _bits(p.detach()) for name, p in model.named_parameters() if not p.is_meta and p.numel()}
+def check_same_weights(team: Team, model: nn.Module) -> None:
+    """DivergedError unless the model has the same weights on every process, by the sums of their bits."""
+    if team.size == 1:
+        return
+    own = {name: _bits(p.detach()) for name, p in model.named_parameters() if not p.is_meta and p.numel()}
+    every = team.gathered(own, "the weights")
+    for rank, other in enumerate(every):
+        for name in {**every[0], **other}:
+            if every[0].get(name) != other.get(name):
+                team.over = True
+                raise DivergedError(
+                    f"{type(model).__name__} is not the same on every process: {name} of process {rank} is not that of "
+                    "process 0. Let all processes load the same weights before they work together"
+                )
 
 
 def _bits(tensor: Tensor) -> int:
@@ -254,8 +263,3 @@ def _error(rank: int, failure: Failure) -> Exception:
     with suppress(Exception):
         return kind(f"process {rank}: {message}")
     return RuntimeError(f"process {rank}: {kind.__name__}: {message}")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -18,7 +18,7 @@ from ..activation.module import hardness_profile, hardness_sites
 from ..measurement.batches import check_dealt, model_batches
 from ..measurement.change import MeasuredChange, measure_change
 from ..measurement.forward import measuring
-from ..measurement.team import Processes, Team, fingerprint, team_of
+from ..measurement.team import Processes, Team, check_same_weights, team_of
 from ..reports import length
 from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import hard_coded_sites
@@ -124,14 +124,13 @@ def _relu_ized(
     swapped = compensate is None and wanted is None
     soft = _soft_sites(sites, tolerance, targets, refused=not force and swapped)
     report = SubstitutionReport(sites, tolerance, forced=bool(soft) and swapped)
-    if team.size > 1:
-        team.same((fingerprint(model), compensate, wanted), "the model, or what is asked for,")
+    team.same({"compensate": compensate, "hinges": wanted, "force": force}, "what is asked for")
+    check_same_weights(team, model)
     if compensate is not None and calibration is not None:
         _refit(model, calibration, compensate, report, 0 if force else len(soft), asked)
     else:
         _measure(model, report, asked)
-    if team.size > 1:
-        team.same(fingerprint(model), "the ReLU network")
+    check_same_weights(team, model)
     _attach_report(model, report)
     return report
 

@@ -34,7 +34,7 @@ from support.training import (
     trainer_of,
 )
 from torch import Tensor
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 from transformers.trainer_utils import RemoveColumnsCollator
 
