@@ -9,6 +9,7 @@ from typing import Any
 from . import options as o
 from .data import Data, batches, examples
 from .models import loaded, processors, resolved, with_hardness, without_weights
+from .shared import check_alone, shared
 from .work import UsageError, working
 
 _NO_DATA = (
@@ -86,6 +87,8 @@ def relu_ize(
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
 
+        if calibration is None or stream:
+            check_alone("--stream" if stream else "what needs no data")
         check_target_folder(target)
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
         _check_data(calibration, compensate, stream, wider := hinges != 1 or budget is not None)
@@ -98,11 +101,15 @@ def relu_ize(
                 model = without_weights(folder, target, trust_remote_code)
                 how |= {"calibration": batches(found, data, model, folder, trust_remote_code), "device": device}
             return result.set(hlg.relu_ize_checkpoint(folder, target, **how, **kept, link=not copy))
-        model = with_hardness(loaded(folder, trust_remote_code, device))
-        how |= {} if found is None else {"calibration": batches(found, data, model, folder, trust_remote_code)}
-        report = hlg.relu_ize(model, **how, hinges=hinges, budget=budget)
-        saved = hlg.save_relu_pretrained(model, target, processor=processors(folder, trust_remote_code), **kept)
-        result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
+        with shared(device) as share:
+            model = with_hardness(loaded(folder, trust_remote_code, share.device))
+            if found is not None:
+                how["calibration"] = share.of(batches(found, data, model, folder, trust_remote_code))
+            report = hlg.relu_ize(model, **how, hinges=hinges, budget=budget, processes="all")
+            result.silent = share.rank > 0
+            if share.rank == 0:
+                saved = hlg.save_relu_pretrained(model, target, processor=processors(folder, trust_remote_code), **kept)
+                result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
 
 
 def fold(

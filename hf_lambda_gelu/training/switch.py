@@ -104,9 +104,9 @@ def try_a_batch(model: nn.Module, args: LambdaGELUTrainingArguments, data: Switc
 def calibrated_targets(model: nn.Module, args: LambdaGELUTrainingArguments, data: SwitchData) -> dict[str, float]:
     """{module name: λ} at which each site's relative error is `args.hardness_relative_tolerance`. [derived]
 
-    Measured by `calibrate` on up to 64 examples, spread evenly over the data set. Several processes deal the batches out, all
-    get the same. A site that none of them reaches gets its ℓ1 target. The run's random numbers and the order of its data
-    are not touched.
+    Measured by `calibrate` on up to 64 examples, spread evenly over the data set. Several processes deal the batches out,
+    and all get the same. A site that none of them reaches gets its ℓ1 target. The run's random numbers and the order of its
+    data are not touched.
 
     Raises:
         CalibrationError: see `calibrate`.
