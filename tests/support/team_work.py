@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
+from safetensors.torch import load_file
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -23,13 +24,15 @@ from transformers import PreTrainedModel
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.surgery.refit import engine
 from hf_lambda_gelu.surgery.refit.runs import ReplayError
-from support import tiny
+from support import cli, tiny
 from support.calibration import calibration_set, labelled
 from support.experts import experts_model
 from support.models import converted
 from support.states import full_snapshot, parameters
 
 SIZE = 2
+# options of relu-ize that several processes cannot share
+REFUSED: list[list[object]] = [["--force"], ["--stream", "--calibration", "texts.txt"], ["--hinges", "4", "--force"]]
 Batches = list[dict[str, Tensor]]
 
 
@@ -229,6 +232,22 @@ def with_accelerate(rank: int, size: int) -> Any:
     return found
 
 
+def command(rank: int, size: int) -> Any:
+    """The command line, for which torchrun has started two processes; what each prints, and the weights that are saved."""
+    folder = Path(os.environ["TEAM_WORK_FOLDER"]) / f"command-{size}"
+    if rank == 0:
+        cli.bert(folder / "src", hardness=1.0)
+        cli.texts(folder / "texts.txt", 20)
+    if size > 1:
+        distributed.barrier()
+    options = ["--compensate", "least_squares", "--calibration", folder / "texts.txt", "--batch-size", 4]
+    done = cli.invoke("relu-ize", folder / "src", folder / "relu", *options)
+    refused = (
+        [cli.invoke("relu-ize", folder / "src", folder / "other", *o, code=2).stderr for o in REFUSED] if size > 1 else []
+    )
+    return done.stdout, load_file(folder / "relu" / "model.safetensors") if rank == 0 else {}, refused
+
+
 def killed(rank: int, size: int) -> Any:
     """The second process is gone in the middle of it: the last case."""
     if rank == 1:
@@ -241,7 +260,7 @@ CASES: dict[str, Callable[[int, int], Any]] = {
     for case in (
         bert, vit, llama, empty_share, experts, minimax, measured, hardened, calibrated, cannot_be_replayed,
         broken_loader, bad_batch, stopped, soft, same_batches, other_weights, other_options, not_said, unknown, first_alone,
-        with_accelerate, killed,
+        with_accelerate, command, killed,
     )
 }  # fmt: skip
 
@@ -250,11 +269,14 @@ def _process(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"WORLD_SIZE": str(SIZE), "LOCAL_WORLD_SIZE": str(SIZE)}
+    os.environ |= {"TEAM_WORK_FOLDER": str(folder)}
     try:
         early = refit(lively("bert-classifier"), texts())  # no group yet
         torch.save(early, folder / f"early-{rank}.pt")
         distributed.init_process_group("gloo")
         for name, case in CASES.items():
+            if not distributed.is_initialized():  # a command ends its own
+                distributed.init_process_group("gloo")
             torch.save(case(rank, SIZE), folder / f"{name}-{rank}.pt")
     finally:
         os._exit(0)  # of a group that has lost one nothing can be taken down

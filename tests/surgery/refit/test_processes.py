@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,6 +140,20 @@ def test_the_first_process_alone(outcomes: Outcomes) -> None:
     first, second = outcomes["first_alone"]
     assert second is None
     check_like_one(first, team_work.bert(0, 1))
+
+
+def test_command(outcomes: Outcomes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the processes prints and saves; what cannot be shared is refused on both."""
+    monkeypatch.setenv("TEAM_WORK_FOLDER", str(tmp_path))
+    (text, weights, refused), (nothing, _, others) = outcomes["command"]
+    alone, expected, _ = team_work.command(0, 1)
+    assert largest_difference(weights, expected) < SAME
+    assert nothing == ""
+    assert [line for line in text.splitlines() if "stream" in line] == [x for x in alone.splitlines() if "stream" in x]
+    assert "2 activations are ReLU now" in text
+    for messages in zip(refused, others, strict=True):
+        for message in messages:
+            assert "2 processes were started, and each would do all of it" in message
 
 
 def test_loaders_of_accelerate(outcomes: Outcomes) -> None:
