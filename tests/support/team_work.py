@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.surgery.refit import engine
 from hf_lambda_gelu.surgery.refit.runs import ReplayError
-from support import cli, tiny
+from support import cli
 from support.calibration import calibration_set, labelled
 from support.experts import experts_model
 from support.models import converted
@@ -234,18 +234,18 @@ def with_accelerate(rank: int, size: int) -> Any:
 
 def command(rank: int, size: int) -> Any:
     """The command line, for which torchrun has started two processes; what each prints, and the weights that are saved."""
-    folder = Path(os.environ["TEAM_WORK_FOLDER"]) / f"command-{size}"
-    if rank == 0:
-        cli.bert(folder / "src", hardness=1.0)
-        cli.texts(folder / "texts.txt", 20)
-    if size > 1:
-        distributed.barrier()
+    folder = Path(os.environ["TEAM_WORK_FOLDER"])
     options = ["--compensate", "least_squares", "--calibration", folder / "texts.txt", "--batch-size", 4]
     done = cli.invoke("relu-ize", folder / "src", folder / "relu", *options)
-    refused = (
-        [cli.invoke("relu-ize", folder / "src", folder / "other", *o, code=2).stderr for o in REFUSED] if size > 1 else []
-    )
+    wrong = REFUSED if size > 1 else []
+    refused = [cli.invoke("relu-ize", folder / "src", folder / "other", *o, code=2).stderr for o in wrong]
     return done.stdout, load_file(folder / "relu" / "model.safetensors") if rank == 0 else {}, refused
+
+
+def checkpoint(folder: Path) -> None:
+    """What `command` works on."""
+    cli.bert(folder / "src", hardness=1.0)
+    cli.texts(folder / "texts.txt", 20)
 
 
 def killed(rank: int, size: int) -> Any:
@@ -260,39 +260,40 @@ CASES: dict[str, Callable[[int, int], Any]] = {
     for case in (
         bert, vit, llama, empty_share, experts, minimax, measured, hardened, calibrated, cannot_be_replayed,
         broken_loader, bad_batch, stopped, soft, same_batches, other_weights, other_options, not_said, unknown, first_alone,
-        with_accelerate, command, killed,
+        with_accelerate, killed,
     )
 }  # fmt: skip
 
 
-def _process(rank: int, port: int, folder: Path) -> None:
+def _process(rank: int, ports: list[int], folder: Path) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     os.environ |= {"WORLD_SIZE": str(SIZE), "LOCAL_WORLD_SIZE": str(SIZE)}
     os.environ |= {"TEAM_WORK_FOLDER": str(folder)}
     try:
         early = refit(lively("bert-classifier"), texts())  # no group yet
         torch.save(early, folder / f"early-{rank}.pt")
+        torch.save(command(rank, SIZE), folder / f"command-{rank}.pt")  # it makes and ends a group of its own
+        os.environ["MASTER_PORT"] = str(ports[1])
         distributed.init_process_group("gloo")
         for name, case in CASES.items():
-            if not distributed.is_initialized():  # a command ends its own
-                distributed.init_process_group("gloo")
             torch.save(case(rank, SIZE), folder / f"{name}-{rank}.pt")
     finally:
         os._exit(0)  # of a group that has lost one nothing can be taken down
 
 
 def main(folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    tiny.build("bert-classifier")  # what is built once is built before the fork
+    with socket.socket() as free, socket.socket() as other:
+        for one in (free, other):
+            one.bind(("127.0.0.1", 0))
+        ports = [one.getsockname()[1] for one in (free, other)]
+    checkpoint(folder)
     context = multiprocessing.get_context("fork")
-    started = [context.Process(target=_process, args=(rank, port, folder)) for rank in range(SIZE)]
+    started = [context.Process(target=_process, args=(rank, ports, folder)) for rank in range(SIZE)]
     for process in started:
         process.start()
     for process in started:
-        process.join(240)
+        process.join(200)
         if process.is_alive():
             process.kill()
             sys.exit("a process waits for another")

@@ -42,7 +42,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found: Outcomes = {}
-    for name in ("early", *team_work.CASES):
+    for name in ("early", "command", *team_work.CASES):
         files = [folder / f"{name}-{rank}.pt" for rank in range(team_work.SIZE)]
         found[name] = [torch.load(file, weights_only=False) if file.exists() else done.stderr[-3000:] for file in files]
     return found
@@ -145,6 +145,7 @@ def test_the_first_process_alone(outcomes: Outcomes) -> None:
 def test_command(outcomes: Outcomes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the processes prints and saves; what cannot be shared is refused on both."""
     monkeypatch.setenv("TEAM_WORK_FOLDER", str(tmp_path))
+    team_work.checkpoint(tmp_path)
     (text, weights, refused), (nothing, _, others) = outcomes["command"]
     alone, expected, _ = team_work.command(0, 1)
     assert largest_difference(weights, expected) < SAME
