@@ -17,8 +17,8 @@ from scripts.tools.processes import ROOT
 
 Outcomes = dict[str, list[Any]]
 
-# of the weights, by the largest of each; fp32 sums are rounded in another order, and a solve makes the more of it
-SAME = 1e-6
+# of the weights, by the largest of each, in fp64; in fp32 a solve makes more of sums that are rounded in another order
+SAME, SAME_FP32 = 1e-7, 1e-5
 REFUSED = {
     "early": ("ValueError", "2 processes were started, and have not been brought together"),
     "broken_loader": ("OSError", "the disk is gone"),
@@ -78,7 +78,7 @@ def test_as_one_process_with_all_batches(name: str, outcomes: Outcomes) -> None:
     """The processes have the same bits; weights and report are those of one process but for rounding."""
     first, second = outcomes[name]
     check_same(first, second)
-    check_like_one(first, team_work.CASES[name](0, 1))
+    check_like_one(first, team_work.CASES[name](0, 1), SAME_FP32 if name == "experts" else SAME)
 
 
 def test_layers_are_wider(outcomes: Outcomes) -> None:
@@ -95,7 +95,7 @@ def test_a_block_that_one_process_cannot_run_apart(outcomes: Outcomes) -> None:
     """All of them run the model whole then, and end with the same bits."""
     first, second = outcomes["cannot_be_replayed"]
     check_same(first, second)
-    check_like_one(first, team_work.bert(0, 1), 1e-5)
+    check_like_one(first, team_work.bert(0, 1), 1e-6)
 
 
 def test_statistics(outcomes: Outcomes) -> None:
@@ -148,7 +148,7 @@ def test_command(outcomes: Outcomes, tmp_path: Path, monkeypatch: pytest.MonkeyP
     team_work.checkpoint(tmp_path)
     (text, weights, refused), (nothing, _, others) = outcomes["command"]
     alone, expected, _ = team_work.command(0, 1)
-    assert largest_difference(weights, expected) < SAME
+    assert largest_difference(weights, expected) < SAME_FP32
     assert nothing == ""
     assert [line for line in text.splitlines() if "stream" in line] == [x for x in alone.splitlines() if "stream" in x]
     assert "2 activations are ReLU now" in text
