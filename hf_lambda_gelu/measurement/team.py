@@ -1,8 +1,8 @@
 """Processes that work together on one calibration set: what each has found is joined, and if one fails, all of them raise.
 
 A process works alone, or in the team of all processes of torch.distributed's default group. Every meeting of a team says
-what it is for, and whether somebody has failed: so a process that raises between two meetings is missed at the next one by
-nobody. It tells the others in the place of that meeting (`Team.whole`), and they raise the same kind of error.
+what it is for, and whether somebody has failed. A process that raises between two meetings holds the next one to tell so
+(`Team.whole`); the others, whatever they meet for, learn it there, and raise the same kind of error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class DivergedError(RuntimeError):
 class Team:
     """The processes that work together, seen from one of them. With one process nothing of it costs anything.
 
-    All methods but `together` are meetings: every process calls them, in the same order.
+    All methods are meetings, or end with one: every process calls them, in the same order.
 
     Attributes:
         rank: the number of this process, from 0.
@@ -117,7 +117,7 @@ class Team:
     def together(self, *expected: type[Exception]) -> Iterator[None]:
         """Each process does the block by itself; an error of these kinds that one has is raised on all, the last kind first.
 
-        No meeting is held within the block. Other errors go to `whole`.
+        No meeting is held within the block, and one at its end. Other errors go to `whole`.
         """
         if self.size == 1:
             yield

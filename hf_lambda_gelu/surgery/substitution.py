@@ -88,6 +88,7 @@ def relu_ize(
         ValueError: called in torch.inference_mode, no λ-GELU in the model, offloaded weights, a `compensate` that is unknown
             or lacks a calibration set, or, where several processes run, `processes`; or a fused kernel in the place of sites
             or ReLUs: it says what to switch off. What one of the processes raises that work together, all raise.
+        RuntimeError: processes that work together and have not the same model, or of which one has ended.
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`.
         FoldError: a hard-coded site whose weights cannot take λ up.
