@@ -158,6 +158,7 @@ def refit_streamed(
                 calibration=batches,
                 compensate=compensate,
                 compute_metrics=compute_metrics,
+                processes="one",
             )
         streamed.check_unchanged()
         yield report

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import options as o
-from .data import Data, batches, examples
+from .data import Batches, Data, batches, examples
 from .models import loaded, processors, resolved, with_hardness, without_weights
-from .work import UsageError, working
+from .shared import check_alone, shared
+from .work import Result, UsageError, working
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NO_DATA = (
     "{} runs the model: add --calibration with examples like those that it will meet, such as a text file with a line each. "
@@ -86,6 +92,8 @@ def relu_ize(
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
 
+        if calibration is None or stream:
+            check_alone("--stream" if stream else "what needs no data")
         check_target_folder(target)
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
         _check_data(calibration, compensate, stream, wider := hinges != 1 or budget is not None)
@@ -98,11 +106,37 @@ def relu_ize(
                 model = without_weights(folder, target, trust_remote_code)
                 how |= {"calibration": batches(found, data, model, folder, trust_remote_code), "device": device}
             return result.set(hlg.relu_ize_checkpoint(folder, target, **how, **kept, link=not copy))
-        model = with_hardness(loaded(folder, trust_remote_code, device))
-        how |= {} if found is None else {"calibration": batches(found, data, model, folder, trust_remote_code)}
-        report = hlg.relu_ize(model, **how, hinges=hinges, budget=budget)
-        saved = hlg.save_relu_pretrained(model, target, processor=processors(folder, trust_remote_code), **kept)
-        result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
+        made = None if found is None else partial(batches, found, data)
+        how |= {"hinges": hinges, "budget": budget}
+        _relu_ize_in_memory(result, (folder, target, device), made, how, kept)
+
+
+def _relu_ize_in_memory(
+    result: Result,
+    places: tuple[Path, Path, str],
+    found: Callable[[PreTrainedModel, Path, bool], Batches] | None,
+    how: dict[str, Any],
+    kept: dict[str, Any],
+) -> None:
+    """`relu_ize` and `save_relu_pretrained`, by all processes that were started; the first one saves and prints.
+
+    Args:
+        places: source, target and device.
+        found: makes batches of the examples, for the model in that folder; None without any.
+        how, kept: options of the two.
+    """
+    import hf_lambda_gelu as hlg
+
+    (folder, target, device), trusted = places, kept["trust_remote_code"]
+    with shared(device) as share:
+        model = with_hardness(loaded(folder, trusted, share.device))
+        if found is not None:
+            how["calibration"] = share.of(found(model, folder, trusted))
+        report = hlg.relu_ize(model, **how, processes="all")
+        result.silent = share.rank > 0
+        if share.rank == 0:
+            saved = hlg.save_relu_pretrained(model, target, processor=processors(folder, trusted), **kept)
+            result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
 
 
 def fold(

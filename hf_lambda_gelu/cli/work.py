@@ -36,11 +36,13 @@ class Result:
         value: for `--json`, an object.
         text: for people; by default the value's own.
         code: 1 where the answer is no.
+        silent: whether another process prints it.
     """
 
     value: Any = None
     text: str = ""
     code: int = 0
+    silent: bool = False
 
     def set(self, value: Any, text: str | None = None, code: int = 0) -> None:
         self.value, self.text, self.code = value, str(value) if text is None else text, code
@@ -68,7 +70,8 @@ def working(as_json: bool, debug: bool) -> Iterator[Result]:
             _set_bars()
             yield result
         text = json.dumps(to_dict(result.value), ensure_ascii=False, allow_nan=False) if as_json else result.text
-        print(text, flush=True)
+        if not result.silent:
+            print(text, flush=True)
     except typer.Exit:
         raise
     except BrokenPipeError:  # `| head` has seen enough

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..structure.block_source import device_of
+from .deal import digest, repeated, same_share
+from .team import ALONE, Team
 from .towers import decoder_mask
 
 
@@ -40,22 +42,25 @@ def forward_failed(model: nn.Module, index: int, error: Exception) -> Exception:
     )
 
 
-def model_batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[dict[str, Any]]:
+def model_batches(model: nn.Module, loader: Iterable[Any], team: Team = ALONE) -> Iterator[dict[str, Any]]:
     """The batches of `loader` as keyword arguments: cut to what `model.forward` takes, on the model's device.
 
     Keys that forward does not take are dropped, as the Trainer does with columns. Labels stay: some models make their
     decoder's input from them. A tensor, or the tensors of a tuple, are forward's first arguments, for modules that are not
     transformers models; what is over (labels) is dropped. A batch for a model that takes one mapping keeps all its keys.
 
+    Args:
+        team: of which each process has a loader with its own share. A share may be empty. Its end is a meeting.
+
     Raises:
         CalibrationError: a batch that holds no tensor that the model takes, or has another dtype or device than the first;
-            a loader that yields nothing, or nothing but padding.
+            a loader that yields nothing, or nothing but padding; of a team the same share twice.
     """
     mapping, accepted = takes_a_mapping(model), accepted_names(model)
     main = getattr(model, "main_input_name", None)
     device = device_of(model)
     first: dict[str, tuple[torch.dtype, torch.device]] = {}
-    count, seen = 0, False
+    count, seen, digests = 0, False, list[str]()
     for count, batch in enumerate(loader, 1):
         where = f"calibration batch {count - 1}"
         if main is None and not mapping and isinstance(batch, (Tensor, tuple, list)):
@@ -82,13 +87,39 @@ def model_batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[dict[str,
             if isinstance(value, Cache):
                 raise CalibrationError(f"{where}: {name} is a cache, which grows from run to run. Leave it out of the batch")
         seen = seen or any_token(kept)
+        if team.size > 1 and not team.dealt:
+            digests.append(digest(kept))
         yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kept.items()}
-    if not count:
+    shares = team.gathered((count, seen, digests), "the batches of all")
+    _check_shares([share for *_, share in shares])
+    if not any(count for count, *_ in shares):
         raise CalibrationError(
             "the calibration set yielded no batch: a generator that was consumed before, or an empty loader?"
         )
-    if not seen:
+    if not any(seen for _, seen, _ in shares):
         raise CalibrationError("the calibration set holds only padding: its attention mask is 0 everywhere")
+
+
+def check_dealt(loader: Iterable[Any], team: Team) -> None:
+    """CalibrationError if the shares are made even by examples that are repeated, which would count twice."""
+    more = repeated(loader) if team.size > 1 else 0
+    if more:
+        raise CalibrationError(
+            f"the calibration set repeats {more} of its examples, so that all processes have as many batches: these would "
+            "count twice. With accelerate: Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False)); else "
+            "deal out the batches, batches[rank::size]"
+        )
+
+
+def _check_shares(digests: Sequence[Sequence[str]]) -> None:
+    """CalibrationError if a process has no batch that another one has not: then nothing was dealt out."""
+    found = same_share(digests)
+    if found is not None:
+        raise CalibrationError(
+            f"process {found[1]} has no calibration batch that process {found[0]} has not, so that they would count twice: "
+            "with processes='all' each process passes its own share, such as batches[rank::size], or what "
+            "Accelerator.prepare makes of a loader; where all have the same batches, processes='one'"
+        )
 
 
 def takes_a_mapping(model: nn.Module) -> bool:

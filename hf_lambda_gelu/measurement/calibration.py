@@ -22,11 +22,12 @@ from ..reports import finite_or_none, progress, table, to_dict
 from ..structure.forwards import foreign_forwards
 from ..structure.offloading import check_not_offloaded
 from ..structure.transaction import transaction
-from .batches import CalibrationError, model_batches
+from .batches import CalibrationError, check_dealt, model_batches
 from .forward import measuring, run_batch
 from .in_effect import check_in_effect, counting_calls
 from .places import Places
 from .site_rows import Count, SiteRows
+from .team import Processes, Team, team_of
 
 # A histogram of log2|x|. Its lowest bin is for 0 and what fp32 has as subnormal, taken as 0; in its highest, |x| ≥ 2¹⁰,
 # every gate is 0 or 1 at any λ ≥ 1. A bin's width displaces |x| by a factor of at most 2^(1/128).
@@ -153,9 +154,7 @@ class CalibrationReport:
         return "\n".join([f"pre-activations of {len(self.sites)} activations", *lines])
 
 
-@transaction
-@torch.no_grad()
-def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
+def calibrate(model: nn.Module, dataloader: Iterable[Any], *, processes: Processes | None = None) -> CalibrationReport:
     """Measures the pre-activations of every λ-GELU of `model`, with its present λ, in one pass over `dataloader`.
 
     By site: count, mean, std, fraction of x < 0, mean of ReLU(x)² and a histogram of log2|x|, summed in fp64 whatever dtype
@@ -167,6 +166,8 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
         model: a converted model.
         dataloader: batches, mappings of what the model's forward takes, like those that it will see; some dozens of examples
             are enough, and labels are not needed.
+        processes: "all" joins the processes of torch.distributed: each passes its own share of the batches, and gets the
+            report on all batches. Else this process measures what it is given.
 
     Raises:
         ValueError: the model has no λ-GELU, or is on the meta device or offloaded.
@@ -183,6 +184,18 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
         >>> _ = hlg.convert(model)
         >>> print(hlg.calibrate(model, [batch]))
     """
+    return calibrate_by(model, dataloader, team_of(processes, model))
+
+
+@transaction
+@torch.no_grad()
+def calibrate_by(model: nn.Module, dataloader: Iterable[Any], team: Team) -> CalibrationReport:
+    """`calibrate` by a team, of which each process has its own share of the batches."""
+    with team.whole():
+        return _measured(model, dataloader, team)
+
+
+def _measured(model: nn.Module, dataloader: Iterable[Any], team: Team) -> CalibrationReport:
     sites, profile = calibration_sites(model), hardness_profile(model)
     called: set[str] = set()
     first: list[Mapping[str, Any]] = []
@@ -200,14 +213,35 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> CalibrationReport:
 
     rows = SiteRows(model, sites, take)
     with measuring(model):
-        for index, batch in enumerate(model_batches(model, progress(dataloader, "calibration"))):
+        for index, batch in enumerate(_batches(model, dataloader, team)):
             with rows.counting(batch), counting_calls(model, called):
                 run_batch(model, batch, index)
             first = first or [batch]
         # hooks were on in every run here, so that nothing but a forward of another kind can be in the way
         native = {name for name in sites if not foreign_forwards(model, name)}
-        check_in_effect(model, called | native, lambda: run_batch(model, first[0], 0))
+        called.update(*team.gathered(called, "the sites that ran"))
+        if first:
+            check_in_effect(model, called | native, lambda: run_batch(model, first[0], 0))
+    _join(running, rows.counts, team)
     return CalibrationReport([s.of(n, sites[n].base, profile[n], rows.counts[n]) for n, s in running.items()])
+
+
+def _batches(model: nn.Module, loader: Iterable[Any], team: Team) -> Iterator[Mapping[str, Any]]:
+    check_dealt(loader, team)
+    return model_batches(model, progress(loader, "calibration"), team)
+
+
+def _join(running: dict[str, _RunningStatistics], counts: dict[str, Count], team: Team) -> None:
+    """Let each site's statistics be those of all processes: the same sums in the same order on each."""
+    if team.size == 1:
+        return
+    for other, others in enumerate(team.gathered((running, counts), "the statistics of all sites")):
+        for name, statistics in others[0].items():
+            if other == 0:
+                running[name], counts[name] = statistics, others[1][name]
+            else:
+                running[name].join(statistics)
+                counts[name].join(others[1][name])
 
 
 def calibration_sites(model: nn.Module) -> dict[str, LambdaGELU]:
@@ -248,6 +282,18 @@ class _RunningStatistics:
         # counts, not sums of weights: integers add up to the same on every device and in every order
         bins = ((x.abs().log2() - _LOWEST_OCTAVE) * _BINS_PER_OCTAVE).floor().clamp(0, _BINS - 1).long()
         self.histogram += bins.bincount(minlength=_BINS).cpu()
+
+    def join(self, other: _RunningStatistics) -> None:
+        """Takes in what another process has seen."""
+        total = self.count + other.count
+        if other.count:
+            shift = other.mean - self.mean
+            self.squares += other.squares + shift * shift * self.count * other.count / total
+            self.mean += shift * other.count / total
+        self.count = total
+        self.negative += other.negative
+        self.relu_squares += other.relu_squares
+        self.histogram += other.histogram
 
     def of(self, name: str, base: str, hardness: float, seen: Count) -> SiteStatistics:
         n = self.count or math.nan

@@ -20,6 +20,7 @@ from .forward import main_output, run_batch, same_random_numbers
 from .in_effect import check_in_effect, counting_calls
 from .places import Places
 from .site_rows import SiteRows
+from .team import ALONE, Team
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -49,12 +50,14 @@ def measure_change(
     after: State,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
     total: int | None = None,
+    team: Team = ALONE,
 ) -> MeasuredChange:
     """Runs the model on each batch in both states, with the same random numbers, and measures what differs.
 
     Args:
         compute_metrics: as for `Trainer`, called for either state on the logits of all batches that hold labels.
         total: how many batches there are, for the progress bar, if `batches` has no length.
+        team: whose processes each have their own share of the batches; all get what was measured on all.
 
     Raises:
         CalibrationError: the model's forward raises, or the output changes its shape, or a site is not what runs.
@@ -70,10 +73,14 @@ def measure_change(
         first = first or (batch, first_example(hard))
         comparison.add(index, batch, smooth, hard)
         del smooth, hard  # before there are the next ones
+    called.update(*team.gathered(called, "the sites that ran"))
+    comparison.join(team)
+    zeros.join(team)
     unreached: list[str] = []
     if first is not None:
         with before():
             unreached = check_in_effect(model, called, partial(run_batch, model, first[0], 0))
+    unreached = max(team.gathered(unreached, "the sites that did not run"), key=len)  # none where a share is empty
     change = comparison.relative_change(), comparison.metrics(compute_metrics), zeros.fractions()
     return MeasuredChange(*change, unreached, first)
 
@@ -122,6 +129,20 @@ class _Comparison:
         self.logits = both if self.logits is None else nested_concat(self.logits, both)
         self.labels = truth if self.labels is None else nested_concat(self.labels, truth)
 
+    def join(self, team: Team) -> None:
+        """All batches were added, on each process of the team its own."""
+        if team.size == 1:
+            return
+        sums = team.gathered((self.change, self.norm, self.losses), "the change of the outputs")
+        self.change, self.norm = sum(change for change, *_ in sums), sum(norm for _, norm, _ in sums)
+        self.losses = [pair for *_, losses in sums for pair in losses]
+        if self.keep_logits:
+            kept = team.gathered((self.logits, self.labels), "the logits")
+            self.logits = self.labels = None
+            for logits, labels in kept:
+                if logits is not None and labels is not None:
+                    self._keep(logits, labels)
+
     def relative_change(self) -> float:
         """‖after − before‖ / ‖before‖ of all outputs; NaN if any of them is, infinite where they were 0 and are not now."""
         if self.norm:
@@ -160,6 +181,11 @@ class _Zeros:
     def _take(self, name: str, x: Tensor, _: Places) -> None:
         self.counts[name][0] += int((x <= 0).sum())
         self.counts[name][1] += x.numel()
+
+    def join(self, team: Team) -> None:
+        """All batches were added, on each process of the team its own."""
+        every = team.gathered(self.counts, "the zeros of all sites")
+        self.counts = {name: [sum(counts[name][i] for counts in every) for i in (0, 1)] for name in self.counts}
 
     def fractions(self) -> dict[str, float]:
         """Without the sites that no batch reached."""

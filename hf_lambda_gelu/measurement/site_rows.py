@@ -38,6 +38,11 @@ class Count:
         self.padding += seen.count - tokens
         self.told = self.told and seen.told
 
+    def join(self, other: Count) -> None:
+        """Take in what another process has seen."""
+        self.tokens, self.padding = self.tokens + other.tokens, self.padding + other.padding
+        self.told = self.told and other.told
+
 
 @dataclass
 class SiteRows:

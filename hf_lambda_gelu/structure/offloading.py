@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,20 @@ def check_not_offloaded(model: nn.Module) -> None:
         raise ValueError(
             f"weights of {type(model).__name__} are offloaded by accelerate, from {name or 'the model itself'} on: they are "
             "in memory only while a module runs. Load it without device_map and offload_folder (or by a device_map that "
-            "names neither 'disk' nor a 'cpu' beside a GPU); a checkpoint too large for memory is converted on disk by "
-            "convert_checkpoint, and refit a block at a time by relu_ize_checkpoint(src, dst, calibration=…, compensate=…)"
+            "names neither 'disk' nor a 'cpu' beside a GPU). If it is too large for that, work on the folder that it was "
+            f"loaded from, a block at a time: {_call(model)}"
         )
+
+
+def _call(model: nn.Module) -> str:
+    """What refits the saved model, without offloading."""
+    name = str(getattr(model, "name_or_path", "") or "")
+    saved = repr(name) if Path(name).is_dir() else f"huggingface_hub.snapshot_download({name!r})"
+    source = saved if name else "src"
+    devices = {str(value) for value in (getattr(model, "hf_device_map", None) or {}).values()}
+    device = "cuda" if any(value.isdigit() or value.startswith("cuda") for value in devices) else "cpu"
+    return (
+        f"hf_lambda_gelu.relu_ize_checkpoint({source}, 'NEW-FOLDER', calibration=batches, compensate='least_squares', "
+        f"device={device!r}). It takes GELU and λ-GELU checkpoints, and changes no file of the source; "
+        f"convert_checkpoint({source}, 'NEW-FOLDER') makes a λ-GELU one"
+    )

@@ -11,6 +11,7 @@ from ..activation.copies import stepped_copy
 from ..activation.hardness import DEFAULT_TOLERANCE, target_hardness
 from ..activation.module import hardness_sites
 from ..measurement.forward import measuring
+from ..measurement.team import ALONE, Processes, Team, team_of
 from ..structure.transaction import keep, transaction
 from .refit.engine import compensation
 from .refit.report import Compensate, CompensationReport
@@ -25,6 +26,7 @@ def harden(
     compensate: Compensate = "least_squares",
     tolerance: float = DEFAULT_TOLERANCE,
     targets: Mapping[str, float] | None = None,
+    processes: Processes | None = None,
 ) -> CompensationReport:
     """Sets every λ to its target and refits the linear maps after the sites, so that the function stays. [derived]
 
@@ -34,10 +36,11 @@ def harden(
 
     Args:
         model: after `convert`, in whatever mode it is.
-        calibration: batches of inputs as for `relu_ize`, a few hundred examples. With several processes: the same on each.
+        calibration: batches of inputs as for `relu_ize`, a few hundred examples.
         compensate: "least_squares" or "bias", as for `relu_ize`.
         tolerance: ε, which gives λ's target, 159.58 by default; see `target_hardness`.
         targets: {module name: λ} instead, of `calibrate` for one. A λ that is larger stays.
+        processes: as for `relu_ize`. Without it each process refits by itself, and all must pass the same batches.
 
     Returns:
         What was refit.
@@ -57,13 +60,26 @@ def harden(
         >>> {name: round(value, 2) for name, value in hlg.hardness_profile(model).items()}
         {'1': 159.58}
     """
+    team = team_of(processes, model)
+    with team.whole():
+        return _hardened(model, calibration, compensate, tolerance, targets, team)
+
+
+def _hardened(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    compensate: Compensate,
+    tolerance: float,
+    targets: Mapping[str, float] | None,
+    team: Team,
+) -> CompensationReport:
     check_substitutable(model, calibration, compensate)
     sites = hardness_sites(model)
     wanted = {name: target_hardness(tolerance, site.base) for name, site in sites.items()} if targets is None else targets
     missing = [name for name in sites if name not in wanted]
     if missing:
         raise ValueError(f"targets names no λ for {len(missing)} of {len(sites)} sites, {missing[0]} the first of them")
-    report, _ = refit_for_hard_gates(model, calibration, compensate)
+    report, _ = refit_for_hard_gates(model, calibration, compensate, team)
     for name, site in sites.items():
         for held in (site.unclipped_hardness, stepped_copy(site.unclipped_hardness)):
             if held is not None:
@@ -74,10 +90,14 @@ def harden(
 
 @transaction
 def refit_for_hard_gates(
-    model: nn.Module, batches: Iterable[Any], method: Compensate
+    model: nn.Module, batches: Iterable[Any], method: Compensate, team: Team = ALONE
 ) -> tuple[CompensationReport, list[nn.Parameter]]:
-    """The report, and the parameters that were refit, for gates that become hard now; λ stays."""
-    with measuring(model), compensation(model, batches) as work:
+    """The report, and the parameters that were refit, for gates that become hard now; λ stays.
+
+    Args:
+        team: the processes that refit together, within `whole`; the batches are this one's share.
+    """
+    with measuring(model), compensation(model, batches, team=team) as work:
         report = work.run(method, biases=False)
     return report, list(work.originals)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
 
@@ -14,9 +15,10 @@ from transformers.activations import ACT2FN
 
 from ..activation.hardness import DEFAULT_TOLERANCE, sup_error, target_hardness
 from ..activation.module import hardness_profile, hardness_sites
-from ..measurement.batches import model_batches
+from ..measurement.batches import check_dealt, model_batches
 from ..measurement.change import MeasuredChange, measure_change
 from ..measurement.forward import measuring
+from ..measurement.team import Processes, Team, check_same_weights, team_of
 from ..reports import length
 from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import hard_coded_sites
@@ -35,6 +37,7 @@ from .hinges.without_data import minimax_hinges
 from .hinges.work import HingeWork
 from .refit.engine import compensation
 from .refit.report import Compensate
+from .refit.two_networks import TwoNetworks
 from .relu_runs import Runs, check_relu_runs, run_as_relu, runs_by_part
 from .report import FOLDED_HARDNESS, SubstitutedSite, SubstitutionReport
 
@@ -54,6 +57,7 @@ def relu_ize(
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     hinges: int = 1,
     budget: float | None = None,
+    processes: Processes | None = None,
 ) -> SubstitutionReport:
     """Replace, in place, every λ-GELU, x Φ(λx), by ReLU, max(x, 0), and let the config say so: stock transformers loads it.
 
@@ -74,13 +78,17 @@ def relu_ize(
         hinges: k ReLUs in the place of each gate, f(x) ≈ Σᵢ aᵢ max(x − tᵢ, 0), in layers k times as wide, as the config then
             says. With `compensate` k ≤ 4, tᵢ by the data; without, k = 4 to 6 by minimax, the report bounds |f − Σ|.
         budget: the width over the width before, 1 to 4, in place of `hinges`; spent where it saves most. Needs `compensate`.
+        processes: "all" joins the processes of torch.distributed: each calls with the same model and its own share of the
+            batches, all end with the same bits, as one process with all batches but for rounding. "one" works alone.
 
     Returns:
         Per site λ and the bound on what changes; what was refit; the measured changes; the smooth activations that remain.
 
     Raises:
         ValueError: called in torch.inference_mode, no λ-GELU in the model, offloaded weights, a `compensate` that is unknown
-            or lacks a calibration set, or a fused kernel in the place of sites or ReLUs: it says what to switch off.
+            or lacks a calibration set, or, where several processes run, `processes`; or a fused kernel in the place of sites
+            or ReLUs: it says what to switch off. What one of the processes raises that work together, all raise.
+        RuntimeError: processes that work together and have not the same model, or of which one has ended.
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`.
         FoldError: a hard-coded site whose weights cannot take λ up.
@@ -92,15 +100,38 @@ def relu_ize(
         >>> _ = hlg.convert(model, init_hardness=200.0)
         >>> _ = hlg.relu_ize(model)
     """
-    wanted = check_hinges(hinges, budget, compensate is not None)
+    team = team_of(processes, model, "" if compensate is None else "refit the model")
+    with team.whole():
+        asked = _Asked(calibration, compensate, compute_metrics, check_hinges(hinges, budget, compensate is not None), team)
+        return _relu_ized(model, force, tolerance, targets, asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked for, on which batches, and of whom."""
+
+    calibration: Iterable[Any] | None
+    compensate: Compensate | None
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None
+    wanted: Wanted | None
+    team: Team
+
+
+def _relu_ized(
+    model: nn.Module, force: bool, tolerance: float, targets: Mapping[str, float] | None, asked: _Asked
+) -> SubstitutionReport:
+    calibration, compensate, wanted, team = asked.calibration, asked.compensate, asked.wanted, asked.team
     sites = check_substitutable(model, calibration, compensate)
     swapped = compensate is None and wanted is None
     soft = _soft_sites(sites, tolerance, targets, refused=not force and swapped)
     report = SubstitutionReport(sites, tolerance, forced=bool(soft) and swapped)
+    team.same({"compensate": compensate, "hinges": wanted, "force": force}, "what is asked for")
+    check_same_weights(team, model)
     if compensate is not None and calibration is not None:
-        _refit(model, calibration, compensate, report, compute_metrics, 0 if force else len(soft), wanted)
+        _refit(model, calibration, compensate, report, 0 if force else len(soft), asked)
     else:
-        _measure(model, calibration, report, compute_metrics, wanted)
+        _measure(model, report, asked)
+    check_same_weights(team, model)
     _attach_report(model, report)
     return report
 
@@ -110,18 +141,17 @@ def _refit(
     calibration: Iterable[Any],
     compensate: Compensate,
     report: SubstitutionReport,
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
     refused: int,
-    wanted: Wanted | None,
+    asked: _Asked,
 ) -> None:
     """Refit the maps, measure what ReLU then changes, fold what stays smooth; the model is as it was if any of it fails.
 
     Args:
         refused: how many soft gates there are that only a refit makes good.
-        wanted: how wide the layers shall be; None for as wide as they are.
     """
-    stay = hard_coded_sites(model)
-    with compensation(model, calibration, None if wanted is None else partial(HingeWork, wanted=wanted)) as work:
+    stay, team = hard_coded_sites(model), asked.team
+    wider = None if asked.wanted is None else partial(HingeWork, wanted=asked.wanted)
+    with compensation(model, calibration, wider, team) as work:
         with measuring(model):
             report.compensation = work.run(compensate)
             if refused and not report.compensation.sites:
@@ -130,56 +160,50 @@ def _refit(
                     f"{refused} gates are soft, and the map after none of the sites can be refit ({name}: {reason}). "
                     f"{'Merge adapters before; else ' if has_adapters(model) else ''}force=True substitutes all the same"
                 )
-            networks = work.networks
-            batches = map(networks.batch, range(networks.count))
-            change = measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics, networks.count)
+            change = _changed_by(work.networks, asked.compute_metrics)
             _note(report, change)
-            _fold(model, stay, networks.batch(0), report)
+            _fold(model, stay, work.networks.batches.shown(0), report)
         if isinstance(work.wider, HingeWork):
             report.hinges = work.wider.finish()
         _put_relu(model, report, _run(model, change, report))
 
 
-def _widen(
-    model: nn.Module,
-    calibration: Iterable[Any] | None,
-    report: SubstitutionReport,
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
-    wanted: Wanted,
-) -> None:
+def _changed_by(
+    networks: TwoNetworks, compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None
+) -> MeasuredChange:
+    """How far the substituted network is from the smooth one, on the whole calibration set."""
+    count, states = networks.batches.count, (networks.smooth, networks.substituted)
+    batches = map(networks.batches.get, range(count))
+    return measure_change(networks.model, batches, *states, compute_metrics, count, networks.team)
+
+
+def _widen(model: nn.Module, report: SubstitutionReport, wanted: Wanted, asked: _Asked) -> None:
     """Put minimax hinges in the place of the gates; measure, if there are batches to do so, what that changes."""
     stay = hard_coded_sites(model)
     change: MeasuredChange | None = None
-    with measuring(model), minimax_hinges(model, calibration, wanted) as work:
-        networks = work.networks
-        batches = map(networks.batch, range(networks.count))
-        if networks.count:
-            change = measure_change(model, batches, networks.smooth, networks.substituted, compute_metrics, networks.count)
+    with measuring(model), minimax_hinges(model, asked.calibration, wanted, asked.team) as work:
+        batches = work.networks.batches
+        if batches.deal.order:
+            change = _changed_by(work.networks, asked.compute_metrics)
             _note(report, change)
-        _fold(model, stay, networks.batch(0) if networks.count else None, report)
+        _fold(model, stay, batches.shown(0) if batches.deal.order else None, report)
     report.hinges = work.finish()
     _put_relu(model, report, runs_by_part(model) if change is None else _run(model, change, report))
 
 
-def _measure(
-    model: nn.Module,
-    calibration: Iterable[Any] | None,
-    report: SubstitutionReport,
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
-    wanted: Wanted | None,
-) -> None:
+def _measure(model: nn.Module, report: SubstitutionReport, asked: _Asked) -> None:
     """Measure, if there are batches to do so, what ReLU, or several, changes; fold what stays smooth."""
-    if wanted is not None:
-        _widen(model, calibration, report, compute_metrics, wanted)
+    if asked.wanted is not None:
+        _widen(model, report, asked.wanted, asked)
         return
-    stay = hard_coded_sites(model)
+    stay, calibration, team = hard_coded_sites(model), asked.calibration, asked.team
     change: MeasuredChange | None = None
     if calibration is not None:
         with measuring(model):
-            batches = model_batches(model, calibration)
-            as_relu = partial(gates_as_relu, model)
-            total = length(calibration)
-            change = measure_change(model, batches, contextlib.nullcontext, as_relu, compute_metrics, total)
+            check_dealt(calibration, team)
+            batches = model_batches(model, calibration, team)
+            as_relu, total = partial(gates_as_relu, model), length(calibration)
+            change = measure_change(model, batches, contextlib.nullcontext, as_relu, asked.compute_metrics, total, team)
             _note(report, change)
     _fold(model, stay, change.first[0] if change and change.first else None, report)
     _put_relu(model, report, runs_by_part(model) if change is None else _run(model, change, report))

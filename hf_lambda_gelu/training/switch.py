@@ -6,25 +6,26 @@ Targets from data and the refit are derived, not the paper's (arXiv 2603.21991).
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list  # it ships no types
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers.utils import logging
 
-from ..activation.copies import renew_stepped_copies
 from ..activation.hardness import target_hardness
 from ..activation.module import hardness_sites
 from ..measurement.batches import CalibrationError, model_batches
-from ..measurement.calibration import calibrate
+from ..measurement.calibration import calibrate_by
 from ..measurement.forward import measuring, run_batch
+from ..measurement.team import Team, team_of
 from ..structure.random_state import random_numbers_from
 from ..structure.sharding import check_whole
+from ..structure.transaction import transaction
 from ..surgery.hardening import refit_for_hard_gates, rehearse_refit
 from ..surgery.refit.report import Compensate, CompensationReport
 from .arguments import LambdaGELUTrainingArguments
@@ -55,6 +56,10 @@ class SwitchData:
     dataset: Dataset[Any]
     collate: Callable[[list[Any]], Any]
     inputs: Callable[[Any], Iterable[Any]]
+
+    def share(self, args: LambdaGELUTrainingArguments, examples: int, team: Team) -> Iterator[Any]:
+        """This process's share of `batches`; each process makes them all, as collators may draw random numbers."""
+        return itertools.islice(self.batches(args, examples), team.rank, None, team.size)
 
     def batches(self, args: LambdaGELUTrainingArguments, examples: int) -> Iterator[Any]:
         """Batches of up to so many examples, spread evenly over the data set."""
@@ -99,39 +104,40 @@ def try_a_batch(model: nn.Module, args: LambdaGELUTrainingArguments, data: Switc
 def calibrated_targets(model: nn.Module, args: LambdaGELUTrainingArguments, data: SwitchData) -> dict[str, float]:
     """{module name: λ} at which each site's relative error is `args.hardness_relative_tolerance`. [derived]
 
-    Measured by `calibrate` on up to 64 examples, spread evenly over the data set, the same on every process; all get what
-    the first one found. A site that none of them reaches gets its ℓ1 target. The run's random numbers and the order of its
+    Measured by `calibrate` on up to 64 examples, spread evenly over the data set. Several processes deal the batches out,
+    and all get the same. A site that none of them reaches gets its ℓ1 target. The run's random numbers and the order of its
     data are not touched.
 
     Raises:
         CalibrationError: see `calibrate`.
     """
+    team = _team(model, args)
     with random_numbers_from(args.seed, args.device):
-        report = calibrate(model, data.batches(args, CALIBRATION_EXAMPLES))
+        report = calibrate_by(model, data.share(args, CALIBRATION_EXAMPLES, team), team)
     targets = l1_targets(model, args)
     targets |= {site.name: site.target_hardness(args.hardness_relative_tolerance) for site in report.sites if site.count}
-    first: list[dict[str, float]] = broadcast_object_list([targets])  # a sum of floats may differ on another device
-    return first[0]
+    return team.given(0, targets, "the targets of all sites")  # another device may round otherwise
 
 
+@transaction
 def refit_at_switch(model: nn.Module, args: LambdaGELUTrainingArguments, data: SwitchData) -> CompensationReport:
     """Refits, in place, the linear maps after the sites as `relu_ize(compensate=…)` does, for gates that become hard now.
 
-    On up to 300 examples, spread evenly over the data set, the same on every process; all get the first one's
-    weights. The optimizer goes on with the same parameters. None is added: where a map has no bias, its weights alone are
+    On up to 300 examples, spread evenly over the data set. Several processes deal out the batches, and all end with the same
+    bits. The optimizer goes on with the same parameters. None is added: where a map has no bias, its weights alone are
     refit. The run's random numbers and the order of its data are not touched.
 
     Raises:
-        CalibrationError: see `relu_ize`; the model is as it was.
+        CalibrationError: see `relu_ize`; the model is as it was, on every process.
     """
-    with random_numbers_from(args.seed, args.device):
-        batches = data.batches(args, REFIT_EXAMPLES)
-        report, refit = refit_for_hard_gates(model, batches, cast("Compensate", args.hardness_compensate))
-    if args.world_size > 1:
-        for parameter in refit:
-            torch.distributed.broadcast(parameter.data, 0)
-        renew_stepped_copies(refit)
+    team, method = _team(model, args), cast("Compensate", args.hardness_compensate)
+    with random_numbers_from(args.seed, args.device), team.whole():
+        report, _ = refit_for_hard_gates(model, data.share(args, REFIT_EXAMPLES, team), method, team)
     return report
+
+
+def _team(model: nn.Module, args: LambdaGELUTrainingArguments) -> Team:
+    return team_of("all" if args.world_size > 1 else "one", model, dealt=True)
 
 
 def check_calibratable(args: LambdaGELUTrainingArguments, model: nn.Module, dataset: Any) -> None:

@@ -4,6 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,34 @@ def test_verbs(verb: str, tmp_path: Path) -> None:
     assert not (tmp_path / "relu").exists()
 
 
+def test_the_call_that_is_named(tmp_path: Path) -> None:
+    """The refusal has the call to make, which is then made: what `relu_ize` does with the same model in memory."""
+    model = _by_load(build("llama"), tmp_path)
+    data = [{"input_ids": torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(i))} for i in range(5)]
+    with pytest.raises(ValueError, match="a block at a time") as caught:
+        hlg.convert(model)
+    call = re.search(r"(hf_lambda_gelu\.relu_ize_checkpoint\(.*?\))\. It takes", str(caught.value))
+    assert call is not None
+    target = str(tmp_path / "relu")
+    report = eval(call[1].replace("NEW-FOLDER", target), {"hf_lambda_gelu": hlg, "batches": data})
+    whole = build("llama")
+    hlg.convert(whole)
+    alone = hlg.relu_ize(whole, calibration=data, compensate="least_squares")
+    assert report.model.relative_change == alone.relative_change
+    for name, value in type(whole).from_pretrained(target).state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+
+
+def test_the_call_for_a_model_of_the_hub(tmp_path: Path) -> None:
+    model = disk_offload(build("bert"), str(tmp_path), execution_device="cpu")
+    model.name_or_path, model.hf_device_map = "google-bert/bert-base-uncased", {"bert": 0, "cls": "disk"}
+    with pytest.raises(ValueError, match=r"checkpoint\(huggingface_hub\.snapshot_download\('google-bert/.*device='cuda'"):
+        hlg.convert(model)
+    model.name_or_path = ""
+    with pytest.raises(ValueError, match=r"relu_ize_checkpoint\(src, 'NEW-FOLDER'"):
+        hlg.convert(model)
+
+
 def test_inside_another_module(tmp_path: Path) -> None:
     """An offloaded part of a plain module too."""
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), cpu_offload(nn.Sequential(nn.Linear(4, 4)), execution_device="cpu"))
@@ -108,9 +137,9 @@ def test_inside_another_module(tmp_path: Path) -> None:
         hlg.convert(model)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_hooks_that_offload_nothing(name: str, tmp_path: Path) -> None:
-    """With all of it in memory, hooks or not, every number is the same."""
+    """With all of it in memory, hooks or not, every number is the same, in wider layers too."""
     plain = build(name).eval()
     hooked = copy.deepcopy(plain)
     dispatch_model(hooked, {n: "cpu" for n, _ in hooked.named_children()}, main_device="cpu", force_hooks=True)
@@ -125,7 +154,7 @@ def test_hooks_that_offload_nothing(name: str, tmp_path: Path) -> None:
             site.set_hardness(3.0)
         if name == "gpt2":
             hlg.fold(folded, data[0])
-        hlg.relu_ize(model, calibration=data, compensate="least_squares")
+        hlg.relu_ize(model, calibration=data, compensate="least_squares", budget=1.25 if name == "llama" else None)
         folder = tmp_path / type(model).__name__ / str(len(tables))
         hlg.save_relu_pretrained(model, folder)
         assert hlg.verify_relu_pretrained(model, folder) == 0.0

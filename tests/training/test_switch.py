@@ -164,31 +164,38 @@ torch.set_num_threads(1)
 from scripts.finetuning import leave_process_group
 from support.gloo_threads import check_none_is_left, gloo_workers
 from support.training import Rows, arguments, converted
+import copy
 import hf_lambda_gelu as hlg
-import hf_lambda_gelu.surgery.hardening
+from hf_lambda_gelu.surgery.hardening import refit_for_hard_gates
+from hf_lambda_gelu.surgery.refit import dealt_batches, engine
+from hf_lambda_gelu.training import callback
 folder = Path({folder!r})
 args = arguments(folder / "out", hardness_compensate="least_squares", max_steps=8, per_device_train_batch_size=4)
-if args.process_index:  # what this process finds for itself is worth nothing: the first one's weights must arrive
-    compensation = hf_lambda_gelu.surgery.hardening.compensation
-    class Wrong:
-        def __init__(self, inner): self.inner = inner
-        def __enter__(self):
-            self.work = self.inner.__enter__()
-            run = self.work.run
-            def spoiled(*a, **k):
-                report = run(*a, **k)
-                for parameter in self.work.originals:
-                    parameter.data.add_(1.0)
-                return report
-            self.work.run = spoiled
-            return self.work
-        def __exit__(self, *a): return self.inner.__exit__(*a)
-    hf_lambda_gelu.surgery.hardening.compensation = lambda *a: Wrong(compensation(*a))
+decide, refit, keep, apart, sizes = engine.decide, callback.refit_at_switch, dealt_batches.DealtBatches.keep, [], []
+targets_apart = []
+if args.process_index:  # what this process would decide is not asked for: the first one has the sums
+    engine.decide = None
+def kept(self, batches):
+    keep(self, batches)
+    sizes.append([self.team.size, self.sizes])
+def compared(model, args, data):  # with one process on all batches, which no other is needed for
+    alone = copy.deepcopy(model)
+    report = refit(model, args, data)
+    targets = callback.calibrated_targets(model, args, data)
+    engine.decide = decide
+    found = hlg.calibrate(model, data.batches(args, 64)).targets(args.hardness_relative_tolerance)
+    targets_apart.append(max(abs(targets[site] / found[site] - 1) for site in found))
+    refit_for_hard_gates(alone, data.batches(args, 300), "least_squares")
+    for a, b in zip(alone.parameters(), model.parameters()):
+        apart.append(float((a - b).double().norm() / a.double().norm()))
+    return report
+dealt_batches.DealtBatches.keep, callback.refit_at_switch = kept, compared
 def main():  # a trainer at the module's level would outlive the process group
     trainer = hlg.LambdaGELUTrainer(converted(hardness=1.5), args, train_dataset=Rows())
     trainer.train()
     sums = {{name: float(t.double().sum()) for name, t in trainer.model.state_dict().items()}}
-    (folder / f"rank{{args.process_index}}.json").write_text(json.dumps([args.world_size, gloo_workers(), sums]))
+    record = [args.world_size, gloo_workers(), sizes[1:], targets_apart, apart, sums]
+    (folder / f"rank{{args.process_index}}.json").write_text(json.dumps(record))
 main()
 leave_process_group()
 check_none_is_left()
@@ -196,11 +203,13 @@ check_none_is_left()
 
 
 def test_two_processes_go_on_with_the_same_weights(tmp_path: Path) -> None:
-    """Though the second one's own refit is spoiled on purpose."""
+    """Each refits on half of the 32 examples: what one process finds on all of them, and the same bits on both."""
     script = tmp_path / "two.py"
     script.write_text(_TWO.format(folder=str(tmp_path)))
     done = in_fork(_TORCHRUN, str(script), env={**os.environ, "ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    assert first[:2] == [2, WORKERS]
+    assert first[:3] == [2, WORKERS, [[2, [4, 4, 4, 4]], [1, [4] * 8]]]
+    assert first[3][0] < 1e-9
+    assert max(first[4]) < 1e-6
     assert first == second

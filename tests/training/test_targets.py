@@ -34,7 +34,7 @@ from support.training import (
     trainer_of,
 )
 from torch import Tensor
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 from transformers.trainer_utils import RemoveColumnsCollator
 
@@ -115,16 +115,6 @@ def test_calibrated_targets_do_not_depend_on_the_random_state() -> None:
         found.append(calibrated_targets(model, args, SwitchData(NoisyRows(), wrapped, lambda batch: [batch])))
     assert found[0] == found[1]
     assert torch.equal(collator.generator.get_state(), Masking().generator.get_state())
-
-
-def test_calibrated_targets_are_those_of_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `broadcast_object_list` brings is used, whatever was measured here."""
-    monkeypatch.setattr(
-        "hf_lambda_gelu.training.switch.broadcast_object_list", lambda objects: [dict.fromkeys(objects[0], 7.0)]
-    )
-    args = hlg.LambdaGELUTrainingArguments(use_cpu=True)
-    data = SwitchData(Rows(), default_collate, lambda batch: [batch])
-    assert calibrated_targets(converted(), args, data) == dict.fromkeys(SITES, 7.0)
 
 
 def test_a_calibrated_target_below_the_learned_hardness(tmp_path: Path) -> None:

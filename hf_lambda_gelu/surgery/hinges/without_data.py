@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ...measurement.batches import FORWARD_ERRORS, model_batches
+from ...measurement.batches import FORWARD_ERRORS, check_dealt, model_batches
 from ...measurement.examples.choice import example_inputs
 from ...measurement.forward import run_batch
+from ...measurement.team import ALONE, Team
 from ...structure.modules import transformers_parts
 from ...structure.scratch import scratch_folder
 from ..refit.two_networks import TwoNetworks
@@ -20,21 +21,25 @@ from .work import HingeWork
 
 
 @contextmanager
-def minimax_hinges(model: nn.Module, calibration: Iterable[Any] | None, wanted: Wanted) -> Iterator[HingeWork]:
+def minimax_hinges(
+    model: nn.Module, calibration: Iterable[Any] | None, wanted: Wanted, team: Team = ALONE
+) -> Iterator[HingeWork]:
     """Within the block, `networks.substituted()` has minimax hinges in the place of all gates, and afterwards the model.
 
     Args:
         calibration: batches that the block may want; the first one shows where the maps are. None for one that is made up.
+        team: whose processes each have their own share of the batches.
     """
     with scratch_folder() as folder:
-        networks = TwoNetworks(model, folder)
+        networks = TwoNetworks(model, folder, team=team)
         work = HingeWork(networks, wanted)
         try:
             if calibration is None:
                 run = _examples(model)
             else:
-                networks.keep(model_batches(model, calibration))
-                run = networks.forward(0)
+                check_dealt(calibration, team)
+                networks.batches.keep(model_batches(model, calibration, team))
+                run = networks.forward_of_all(0)
             networks.biases.add(work.plan(run))
             work.widen_all()
             networks.hard = set(networks.sites)

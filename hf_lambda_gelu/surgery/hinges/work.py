@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +14,17 @@ from ...activation.bases import BASES
 from ...measurement.batches import CalibrationError
 from ...measurement.places import chunks, places
 from ...structure.edits import own_config
+from ...structure.feed_forward import FeedForward
 from ...structure.linear_maps import LinearMap
 from ...structure.modules import joined
 from ...structure.tracing import Trace
 from ...structure.widths import misfit, set_width
 from ..refit.chain_walk import ChainWalk
-from ..refit.held_out import Examples, split
+from ..refit.held_out import split
 from ..refit.meeting_point import flat, observe
 from ..refit.ridge import wide_device
 from ..refit.row_weights import RowWeights
+from ..refit.runs import ReplayError
 from ..refit.two_networks import Network, TwoNetworks
 from .minimax import minimax
 from .placement import Histogram, place
@@ -74,7 +77,7 @@ class HingeWork:
             if [linear.parameter for linear in found] != [site.block.after.parameter]:
                 reason = traced.obstacles.get(name, "another map takes up its output")
                 raise HingeError(f"{name}: the map after it cannot be refit ({reason}). Use hinges=1")
-            rows = math.prod(traced.leading[name]) * networks.examples // max(1, networks.sizes[0])
+            rows = math.prod(traced.leading[name]) * networks.batches.deal.examples // max(1, networks.batches.deal.size(0))
             if method == "least_squares" and rows < site.units:
                 raise CalibrationError(
                     f"{name} will have {site.units} units, and the calibration set has about {rows} rows (tokens, patches) "
@@ -90,12 +93,16 @@ class HingeWork:
         if site is None or name in self.networks.wide:
             return
         histogram = self._measured(walk, name, site, positions_first)
+        hinges = self.networks.team.led(lambda: self._placed(name, site, histogram), f"the hinges of {name}")
+        self._put(name, site, hinges)
+
+    def _placed(self, name: str, site: PlannedSite, histogram: Histogram) -> Hinges:
         gate, block = self.networks.sites[name], site.block
         shifted = block.up is None and block.after.bias is not None
         found = place(histogram, BASES[gate.base].activation, self.wanted.most, shifted=shifted, activity=_ACTIVITY)
         gain = histogram.weight.sum(1) * column_norms(block.after).to(histogram.device)
         gain = gain / torch.as_tensor(histogram.hardness, device=gain.device).double().square()
-        self._put(name, site, spent(found, gain, site.units))
+        return spent(found, gain, site.units)
 
     def widen_all(self) -> None:
         """Make all layers wider by minimax hinges, without data."""
@@ -114,13 +121,31 @@ class HingeWork:
 
     def _measured(self, walk: ChainWalk, name: str, site: PlannedSite, positions_first: bool) -> Histogram:
         """What the gate gets in the substituted network; in a gated layer weighed by u², what the gate is multiplied by."""
-        networks, block = self.networks, site.block
-        hardness = networks.sites[name].hardness.detach().float()
-        histogram = Histogram(block.units, hardness, wide_device(hardness.device))
-        weigh, first = RowWeights(), 0
-        for index in range(networks.count):
-            examples = Examples(first, networks.examples <= 1)
-            first += networks.sizes[index]
+        team, batches = self.networks.team, self.networks.batches
+        hardness = self.networks.sites[name].hardness.detach().float()
+        histogram, weigh = Histogram(site.block.units, hardness, wide_device(hardness.device)), RowWeights()
+        add = partial(self._add, walk, name, site.block, positions_first, histogram, weigh)
+        with team.together(ReplayError):
+            add(batches.head)
+        weigh.reference = team.given(batches.deal.leader, weigh.reference, f"weights of {name}")
+        with team.together(ReplayError):
+            add(batches.rest)
+        team.add_up([histogram.weight], f"the histogram of {name}")
+        return histogram
+
+    def _add(
+        self,
+        walk: ChainWalk,
+        name: str,
+        block: FeedForward,
+        positions_first: bool,
+        histogram: Histogram,
+        weigh: RowWeights,
+        own: Iterable[int],
+    ) -> None:
+        """Let the histogram have what the gate gets on some of the own batches."""
+        networks = self.networks
+        for index in own:
             for run in walk.runs(Network.SMOOTH if walk.pooled else Network.SUBSTITUTED, index):
                 with networks.substituted(name):
                     seen = observe(replace(run, sample=None), block.before)
@@ -128,14 +153,13 @@ class HingeWork:
                 ups = [None] * len(gate) if block.up is None else seen.calls.get(block.up.label, [])
                 stream = None if seen.hidden is None else flat(seen.hidden)
                 for call, up, chunk in zip(gate, ups, chunks([c.note for c in gate]), strict=True):
-                    fit, held_out = split(places(call.note, chunk, positions_first), examples)
+                    fit, held_out = split(places(call.note, chunk, positions_first), networks.batches.examples(index))
                     rows = (fit | held_out).to(call.input.device)
                     weight = None if up is None else up.output[rows].float().square()
                     if stream is not None and len(stream) == len(call.output):
                         each = weigh.of(stream)[rows].unsqueeze(1)
                         weight = each if weight is None else weight * each
                     histogram.add(call.output[rows], weight)
-        return histogram
 
     # ------------------------------------------------------------------------------------------------------- at the end
 

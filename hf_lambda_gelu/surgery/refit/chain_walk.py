@@ -21,7 +21,7 @@ from .capture import Call, Sample, capture
 from .chains import Chain
 from .meeting_point import Meeting, Observed, find_meeting
 from .ridge import Correction
-from .runs import Run
+from .runs import ReplayError, Run
 from .shift import Shift, features_of
 from .skipping import LookedAtError, can_be_skipped, capture_skipping
 from .two_networks import Network, TwoNetworks
@@ -54,6 +54,7 @@ class ChainWalk:
         self._samples: dict[tuple[int, int], list[Sample | None]] = {}  # (batch, step) → of each call, smooth
         if not self.whole:
             self._capture()
+            self.aligned = not networks.team.any(not self.aligned, "whether both networks get the same rows")
 
     @property
     def whole(self) -> bool:
@@ -68,22 +69,27 @@ class ChainWalk:
     # ------------------------------------------------------------------------------------------------- what is kept
 
     def _capture(self) -> None:
-        networks = self.networks
-        for index in range(networks.count):
+        networks, team, own = self.networks, self.networks.team, range(self.networks.batches.count)
+        for index in own:
             networks.store.discard(_key(Network.SMOOTH, "next", index))  # of the last block of another chain
         if len(self.chain.blocks) > 1 and not self.pooled:
             try:
-                return self._capture_skipping()
+                with team.together(LookedAtError, DependentError):
+                    self._capture_skipping()
+                return
             except LookedAtError as error:
                 logger.info(f"{self.chain.blocks[0]} … {self.chain.blocks[-1]} are run to see what they get ({error})")
-        for index in progress(range(networks.count), "Running both networks"):
-            with networks.smooth():
-                count = self._keep_calls(Network.SMOOTH, index)
-            self.pooled = self.pooled or count > len(self.chain.blocks)
+        with team.together(DependentError):
+            for index in progress(own, "Running both networks"):
+                with networks.smooth():
+                    count = self._keep_calls(Network.SMOOTH, index)
+                self.pooled = self.pooled or count > len(self.chain.blocks)
+        self.pooled = team.any(self.pooled, "whether a block runs several times")
         if not self.pooled:
-            for index in range(networks.count):
-                self._keep_substituted(index)
-                self.aligned = self.aligned and self._is_aligned(index)
+            with team.together(DependentError):
+                for index in own:
+                    self._keep_substituted(index)
+                    self.aligned = self.aligned and self._is_aligned(index)
 
     def _capture_skipping(self) -> None:
         """Find what the blocks get without running them, but for the smooth network's on the first batch and the last.
@@ -94,7 +100,9 @@ class ChainWalk:
         Raises:
             LookedAtError: the blocks have to be run on every batch.
         """
-        networks, last = self.networks, self.networks.count - 1
+        networks, last = self.networks, self.networks.batches.count - 1
+        if last < 0:  # an empty share
+            return
         with networks.smooth():
             whole, known = self._run_all(0)
         for index in progress(range(last + 1), "Running both networks"):
@@ -173,7 +181,7 @@ class ChainWalk:
 
     def _is_aligned(self, index: int) -> bool:
         smooth, hard = (self._calls(network, index) for network in (Network.SMOOTH, Network.SUBSTITUTED))
-        size = self.networks.sizes[index]
+        size = self.networks.batches.sizes[index]
         return len(smooth) == len(hard) and all(
             a.hidden is not None and b.hidden is not None and a.hidden.shape == b.hidden.shape and a.has_all_rows(size)
             for a, b in zip(smooth, hard, strict=True)
@@ -195,7 +203,7 @@ class ChainWalk:
         if self.whole:
             return [Run(block, networks.forward(index), networks.towers)]
         samples = self._samples[index, self._step] if network is Network.SMOOTH else []
-        size = networks.sizes[index]
+        size = networks.batches.sizes[index]
         return [
             Run(
                 block,
@@ -213,17 +221,24 @@ class ChainWalk:
         Raises:
             ReplayError: the block gives something else than in the model's forward.
         """
+        team, batches = self.networks.team, self.networks.batches
         with self.networks.smooth():
-            for index in range(self.networks.count):
-                runs = self.runs(Network.SMOOTH, index)
-                if len(runs) == 1:
-                    return find_meeting(runs[0], linear)
-        return None
+            single = (index for index in range(batches.count) if len(self.runs(Network.SMOOTH, index)) == 1)
+            own = next(single, None)
+            number = None if own is None else batches.deal.number(team.rank, own)
+            numbers = [n for n in team.gathered(number, "where a block runs once") if n is not None]
+            if not numbers:
+                return None
+            rank, found = batches.deal.order[min(numbers)][0], None
+            with team.together(ReplayError):
+                if team.rank == rank:
+                    found = find_meeting(self.runs(Network.SMOOTH, own or 0)[0], linear)
+            return team.given(rank, found, f"where {linear.label} meets the stream")
 
     def prove(self) -> None:
         """Run the smooth network's block on the first batch that reaches it; ReplayError if that gives something else."""
-        with self.networks.smooth():
-            for index in range(0 if self.whole else self.networks.count):
+        with self.networks.smooth(), self.networks.team.together(ReplayError):
+            for index in range(0 if self.whole else self.networks.batches.count):
                 runs = self.runs(Network.SMOOTH, index)
                 for run in runs:
                     run()
@@ -238,7 +253,7 @@ class ChainWalk:
     def forget_given(self) -> None:
         """A site is refit: what the block of the substituted network puts out will be another."""
         self._shift = None
-        for index in range(self.networks.count):
+        for index in range(self.networks.batches.count):
             self.networks.store.discard(_key(Network.SUBSTITUTED, "next", index))
 
     def keep_given(self, index: int, given: Observed, linear: LinearMap, meeting: Meeting) -> None:
@@ -258,9 +273,15 @@ class ChainWalk:
         Returns:
             The names of the substituted network's states in the store, if some were shifted: a run rounds otherwise.
         """
-        store, count, any_shifted = self.networks.store, self.networks.count, False
-        shifts = all(_key(Network.SUBSTITUTED, "next", index) in store for index in range(count))
-        for index in range(count):
+        with self.networks.team.together(ReplayError):
+            shifted = self._step_on(range(self.networks.batches.count))
+        self._step += 1
+        return shifted
+
+    def _step_on(self, own: range) -> list[str]:
+        store, any_shifted = self.networks.store, False
+        shifts = all(_key(Network.SUBSTITUTED, "next", index) in store for index in own)
+        for index in own:
             self._run_on(Network.SMOOTH, index)
             kept, shifted = _key(Network.SUBSTITUTED, "next", index), None
             if shifts and self._shift is not None:
@@ -275,8 +296,7 @@ class ChainWalk:
                 shifts = ran is not None and ran.matches(Sample.of(shifted))
             for network in Network:
                 store.rename(_key(network, "next", index), _key(network, "hidden", index))
-        self._step += 1
-        return [_key(Network.SUBSTITUTED, "hidden", index) for index in range(count)] if any_shifted else []
+        return [_key(Network.SUBSTITUTED, "hidden", index) for index in own] if any_shifted else []
 
     def _run_on(self, network: Network, index: int) -> None:
         """Keep what the block puts out, unless that was kept before."""

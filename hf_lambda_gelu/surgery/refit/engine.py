@@ -14,15 +14,17 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ...measurement.batches import CalibrationError, model_batches
+from ...measurement.batches import CalibrationError, check_dealt, model_batches
 from ...measurement.forward import main_output
 from ...measurement.site_rows import positions_first
+from ...measurement.team import ALONE, Team
 from ...reports import length, progress
 from ...structure.block_source import source_of
 from ...structure.linear_maps import LinearMap, eager_experts
@@ -32,11 +34,12 @@ from .capture import Sample
 from .chain_walk import ChainWalk, DependentError
 from .chains import Chain, find_chains
 from .evidence import Evidence, MeetingError
-from .held_out import Examples, decide
+from .held_out import Verdict, decide
 from .meeting_point import Meeting, observe
 from .norm_biases import borrow_biases
 from .pruned import support
 from .report import FEW_ROWS, Compensate, CompensatedSite, CompensationReport, describe
+from .ridge import Correction
 from .row_weights import RowWeights
 from .runs import ReplayError
 from .sources import RefitWeights
@@ -77,7 +80,7 @@ class Refit:
         report.sites.sort(key=lambda site: order[site.name])
         report.seconds = time.perf_counter() - start
         few = [site.name for site in report.sites if FEW_ROWS in site.note]
-        if few:
+        if few and networks.team.leads:
             logger.warning(
                 f"{len(few)} of {len(report.sites)} sites were refit from few rows for their effective rank, {few[0]} the "
                 "first of them: more calibration data would do better"
@@ -91,10 +94,14 @@ class Refit:
         return dict(traced.obstacles)
 
     def _look(self, biases: bool, report: CompensationReport, method: Compensate) -> tuple[Trace, list[Chain]]:
-        """Where the maps are and the chains that the sites are refit along; what will be wider; maps are given biases."""
+        """Where the maps are and the chains that the sites are refit along; what will be wider; maps are given biases.
+
+        Every process of a team runs the same batches here, so that all find the same.
+        """
         networks = self.networks
+        others = [networks.forward_of_all(number) for number in range(1, len(networks.batches.deal.order))]
         outputs: list[Sample | None] = []  # of the smooth network on the first batch, run after run
-        first = networks.forward(0)
+        first = networks.forward_of_all(0)
 
         def run_first() -> Any:
             output = first()
@@ -102,27 +109,29 @@ class Refit:
             return output
 
         with networks.smooth():
-            traced = trace(networks.model, run_first, *map(networks.forward, range(1, networks.count)))
+            traced = trace(networks.model, run_first, *others)
         wanting = [m for maps in traced.maps.values() for m in maps]
         if self.wider is not None:
-            wanting += self.wider.plan(lambda: [networks.forward(index)() for index in traced.batches])
+            wanting += self.wider.plan(lambda: [networks.forward_of_all(number)() for number in traced.batches])
         if biases:
             report.bias_attribute = networks.biases.add(wanting)
         if self.wider is not None:
             self.wider.check(traced, method)
         with networks.smooth(), torch.no_grad():
             maps = {site: traced.maps[site] for site in traced.order if site in traced.maps}
-            chains = find_chains(networks.model, run_first, maps, *map(networks.forward, traced.batches[1:]))
+            chains = find_chains(networks.model, run_first, maps, *(others[number - 1] for number in traced.batches[1:]))
             if biases:
                 borrow_biases(networks.model, wanting, first)
             if not _alike(*outputs):  # with and without a graph, perhaps by kernels that round otherwise
                 self._check_repeats()
             self._positions_first = self._turned(traced)
+        labels = {site: [(linear.label, linear.bias is not None) for linear in found] for site, found in maps.items()}
+        networks.team.same((labels, traced.obstacles, chains), "what is to be refit")
         return traced, chains
 
     def _check_repeats(self) -> None:
         """CalibrationError if the smooth network puts out something else each time: then there is nothing to compare."""
-        if not _alike(*(Sample.of(main_output(self.networks.forward(0)())) for _ in range(2))):
+        if not _alike(*(Sample.of(main_output(self.networks.forward_of_all(0)())) for _ in range(2))):
             raise CalibrationError(
                 f"{type(self.networks.model).__name__}.forward puts out something else each time it runs on calibration "
                 "batch 0. Switch off what keeps state from run to run, or draws random numbers of its own"
@@ -130,13 +139,13 @@ class Refit:
 
     def _turned(self, traced: Trace) -> Collection[str]:
         """The sites that work on (positions, examples, …); a run on one example less shows them."""
-        networks, size = self.networks, self.networks.sizes[0]
+        networks, size = self.networks, self.networks.batches.deal.size(0)
         second = {s: leading for s, leading in traced.leading.items() if len(leading) > 1 and leading[1] == size > 1}
         doubtful: dict[nn.Module, Sequence[int]] = {
             networks.sites[site]: leading for site, leading in second.items() if site in traced.maps
         }
         with networks.autocast.entered():
-            turned = positions_first(networks.model, doubtful, networks.batch(0), size) if doubtful else ()
+            turned = positions_first(networks.model, doubtful, networks.batches.shown(0), size) if doubtful else ()
         return {site for site in second if networks.sites[site] in turned}
 
     def _refit_all(self, chains: list[Chain], traced: Trace, method: Compensate) -> Iterator[CompensatedSite]:
@@ -179,20 +188,25 @@ class Refit:
         """Refit the maps after one site, of a layer that is wider by then if it shall be."""
         if self.wider is not None:
             self.wider.widen(walk, site, site in self._positions_first)
-        evidence = self._evidence(walk, site, maps)
-        evidence.check_finite()
+        evidence, team = self._evidence(walk, site, maps), self.networks.team
+        team.led(evidence.check_finite, f"whether the sums of {site} are finite")
         verdicts = []
         for linear in maps:
-            fit, held_out = evidence.sums[linear.label]
-            correction, verdict = decide(
-                fit, held_out, method, biased=linear.bias is not None, scale=evidence.scale, kept=support(linear)
-            )
+            decided = partial(self._decided, linear, evidence, method)
+            correction, verdict = team.led(decided, f"what {linear.label} gets")
             self.networks.correct(linear, correction)
             walk.correct(correction, evidence.meeting)
             verdicts.append(verdict)
         target = "local" if evidence.meeting is None else "stream"
         biased = all(linear.bias is not None for linear in maps)
-        return describe(site, maps[0].name, target, verdicts, evidence, biased)
+        described = partial(describe, site, maps[0].name, target, verdicts, evidence, biased)
+        return team.led(described, f"the report of {site}")
+
+    @staticmethod
+    def _decided(linear: LinearMap, evidence: Evidence, method: Compensate) -> tuple[Correction, Verdict]:
+        fit, held_out = evidence.sums[linear.label]
+        biased, kept = linear.bias is not None, support(linear)
+        return decide(fit, held_out, method, biased=biased, scale=evidence.scale, kept=kept)
 
     def _evidence(self, walk: ChainWalk, site: str, maps: list[LinearMap]) -> Evidence:
         """What a refit of the maps needs; on the smooth gate's own output where the stream is not there on every batch."""
@@ -211,14 +225,25 @@ class Refit:
 
     def _gather(self, walk: ChainWalk, site: str, maps: list[LinearMap], meeting: Meeting | None) -> Evidence:
         """Run the block as both networks over the calibration set, and gather what a refit of the maps needs."""
-        networks = self.networks
+        team, batches = self.networks.team, self.networks.batches
         evidence = Evidence(site, maps, meeting, site in self._positions_first)
         evidence.weigh = None if self.wider is None else RowWeights()
         walk.forget_given()
-        first = 0
-        for index in range(networks.count):
-            examples = Examples(first, networks.examples <= 1)
-            first += networks.sizes[index]
+        left = range(batches.count)
+        if evidence.weigh is not None:  # all rows are weighed by the first ones
+            with team.together(MeetingError, ReplayError):
+                self._add(evidence, walk, batches.head)
+            evidence.weigh.reference = team.given(batches.deal.leader, evidence.weigh.reference, f"weights of {site}")
+            left = batches.rest
+        with team.together(MeetingError, ReplayError):
+            self._add(evidence, walk, left)
+        evidence.finish(team)
+        return evidence
+
+    def _add(self, evidence: Evidence, walk: ChainWalk, own: Iterable[int]) -> None:
+        """Let the evidence have the rows of some of the own batches."""
+        networks, site, maps, meeting = self.networks, evidence.site, evidence.maps, evidence.meeting
+        for index in own:
             smooth_runs = walk.runs(Network.SMOOTH, index) if walk.pooled or meeting is not None else []
             hard_runs = smooth_runs if walk.pooled else walk.runs(Network.SUBSTITUTED, index)
             for place, run in enumerate(hard_runs):
@@ -238,9 +263,7 @@ class Refit:
                         f"calibration batch {index}: {site} runs, but not {maps[0].name}, which takes up its output on "
                         "another batch. Let every batch hold the same inputs, or leave out those that differ"
                     )
-                evidence.add(given, wanted, examples)
-        evidence.finish()
-        return evidence
+                evidence.add(given, wanted, networks.batches.examples(index))
 
 
 def _alike(first: Sample | None, second: Sample | None) -> bool:
@@ -249,18 +272,25 @@ def _alike(first: Sample | None, second: Sample | None) -> bool:
 
 @contextmanager
 def compensation(
-    model: nn.Module, loader: Iterable[Any], wider: Callable[[TwoNetworks], Wider] | None = None
+    model: nn.Module,
+    loader: Iterable[Any],
+    wider: Callable[[TwoNetworks], Wider] | None = None,
+    team: Team = ALONE,
 ) -> Iterator[Refit]:
     """A `Refit` that has the calibration set; the model is as it was if the block raises.
 
     Args:
         wider: makes what lets layers be wider; None for layers as they are.
+        team: the processes that refit together, within `whole`; the loader has this one's share.
     """
     with scratch_folder() as folder:
         source = source_of(model)
-        networks = TwoNetworks(model, folder, None if source is None else RefitWeights(source, source.folder or folder))
+        weights = None if source is None else RefitWeights(source, source.folder or folder)
+        networks = TwoNetworks(model, folder, weights, team)
         try:
-            networks.keep(progress(model_batches(model, loader), "Reading the calibration set", length(loader)))
+            check_dealt(loader, team)
+            batches = model_batches(model, loader, team)
+            networks.batches.keep(progress(batches, "Reading the calibration set", length(loader)))
             if networks.weights is not None:
                 networks.weights.read_journal()
             yield Refit(networks, None if wider is None else wider(networks))

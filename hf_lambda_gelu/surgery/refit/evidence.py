@@ -10,6 +10,7 @@ from torch import Tensor
 from ...measurement.batches import CalibrationError
 from ...measurement.places import chunks, places, routed
 from ...measurement.site_rows import Count
+from ...measurement.team import Team
 from ...measurement.towers import Note
 from ...structure.linear_maps import LinearMap
 from .held_out import Examples, split
@@ -37,7 +38,7 @@ class Evidence:
         seen: tokens and padding among the rows, of all maps.
         weigh: what a row counts, by the stream there; None for all alike.
 
-    The sums and the norm are there once `finish` was called.
+    The sums and the norm are there once `finish` was called; of a team's processes, the first one has them.
     """
 
     site: str
@@ -122,13 +123,27 @@ class Evidence:
             self._norms.append((squares if each is None else squares * each.index_select(0, judged_by)).sum())
             self.seen.add(seen)
 
-    def finish(self) -> None:
-        """All runs were added."""
+    def finish(self, team: Team) -> None:
+        """All runs were added, on each process of the team its own."""
         for pair in self._pieces.values():
             for pieces in pair:
                 pieces.finish()
         if self._norms:
             self.norm = float(torch.stack(self._norms).sum())
+        if team.size > 1:
+            self._join(team)
+
+    def _join(self, team: Team) -> None:
+        every = [moments for pair in self.sums.values() for moments in pair]
+        team.add_up((t for m in every for t in (m.r, m.e, m.rr, m.re, m.ee)), f"the sums of {self.site}")
+        own = [(m.count, m.mass) for m in every], self.norm, self.seen
+        told = team.gathered(own, f"the rows of {self.site}")
+        for place, moments in enumerate(every):
+            moments.count = sum(counts[place][0] for counts, *_ in told)
+            moments.mass = sum(counts[place][1] for counts, *_ in told)
+        self.norm, self.seen = sum(norm for _, norm, _ in told), Count()
+        for *_, seen in told:
+            self.seen.join(seen)
 
     def check_finite(self) -> None:
         """CalibrationError unless all sums are finite."""

@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 from ...activation.copies import renew_stepped_copies, stepped_copy
 from ...activation.module import hardness_sites
-from ...measurement.batches import FORWARD_ERRORS, batch_size, forward_failed
+from ...measurement.batches import FORWARD_ERRORS, forward_failed
 from ...measurement.forward import call, same_random_numbers
+from ...measurement.team import ALONE, Team
 from ...measurement.towers import Towers
 from ...structure.autocast import Autocast
 from ...structure.block_source import device_of
@@ -42,6 +43,7 @@ from ...structure.edits import reshape
 from ...structure.linear_maps import LinearMap
 from ...structure.transaction import keep
 from .biases import AddedBiases
+from .dealt_batches import DealtBatches
 from .report import CompensatedSite
 from .ridge import Correction
 from .sources import RefitWeights
@@ -74,18 +76,19 @@ class TwoNetworks:
         hard: the sites that are ReLU in the substituted network by now.
         originals: the parameters that were refit, with what they were, in the memory that was theirs; after `commit` a copy.
         biases: those that the maps were given.
-        sizes: how many examples each batch in the store has.
+        team: the processes that refit together, each on its own share of the batches.
+        batches: the calibration set.
         autocast: the state of autocast at the start.
         towers: knows which mask belongs to what runs.
         weights: where refit weights rest, if the model's weights come and go with its blocks; None otherwise.
         wide: site → what is wider around it.
     """
 
-    def __init__(self, model: nn.Module, folder: Path, weights: RefitWeights | None = None) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, folder: Path, weights: RefitWeights | None = None, team: Team = ALONE) -> None:
+        self.model, self.team = model, team
         self.sites = hardness_sites(model)
         self.store = Store(folder, device_of(model))
-        self.sizes: list[int] = []
+        self.batches = DealtBatches(model, self.store, team)
         self.autocast = Autocast.now(model)
         self.towers = Towers(model, self.sites.values())
         self.state: Network | None = None
@@ -246,32 +249,22 @@ class TwoNetworks:
 
     # -------------------------------------------------------------------------------------------------- the batches
 
-    @property
-    def count(self) -> int:
-        """How many batches there are."""
-        return len(self.sizes)
-
-    @property
-    def examples(self) -> int:
-        """How many examples there are, in all batches."""
-        return sum(self.sizes)
-
-    def keep(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Keep the calibration set on disk: it is iterated once."""
-        for batch in batches:
-            self.store.put(f"batch-{self.count}", dict(batch))
-            self.sizes.append(batch_size(self.model, batch))
-
-    def batch(self, index: int) -> dict[str, Any]:
-        batch: dict[str, Any] = self.store.get(f"batch-{index}")
-        return batch
-
     def forward(self, index: int) -> Callable[[], Any]:
-        """The model's forward on a batch, the same each time even if the model draws random numbers.
+        """The model's forward on an own batch, the same each time even if the model draws random numbers.
 
         It runs in the autocast in which the refit was asked for, and `towers` follows it.
         """
-        batch = self.batch(index)
+        return self._forward(self.batches.get(index), self.batches.sizes[index], index)
+
+    def forward_of_all(self, number: int) -> Callable[[], Any]:
+        """`forward` on a batch of all: each process runs it, on the same batch."""
+
+        def run() -> Any:
+            return self._forward(self.batches.shown(number), self.batches.deal.size(number), number)()
+
+        return run
+
+    def _forward(self, batch: dict[str, Any], size: int, index: int) -> Callable[[], Any]:
         extra = {"use_cache": False} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
 
         def run() -> Any:
@@ -279,7 +272,7 @@ class TwoNetworks:
             quiet = warnings.catch_warnings()
             with same_random_numbers(self.model), quiet, self.autocast.entered():
                 try:
-                    with self.towers.following(self.sizes[index], batch):
+                    with self.towers.following(size, batch):
                         return call(self.model, {**batch, **extra})
                 except FORWARD_ERRORS as error:
                     raise forward_failed(self.model, index, error) from error

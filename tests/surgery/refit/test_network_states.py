@@ -17,7 +17,7 @@ def networks_of(folder: Path) -> TwoNetworks:
     model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)).eval()
     hlg.convert(model)
     networks = TwoNetworks(model, folder)
-    networks.keep([{"input": torch.randn(3, 4)}])
+    networks.batches.keep([{"input": torch.randn(3, 4)}])
     return networks
 
 
@@ -25,7 +25,7 @@ def test_neither_network_runs(tmp_path: Path) -> None:
     """Outside of both contexts a forward is refused; within them it gives what plain torch gives for GELU and for ReLU."""
     networks = networks_of(tmp_path)
     first, _, second = networks.model
-    x = networks.batch(0)["input"]
+    x = networks.batches.get(0)["input"]
     forward = networks.forward(0)
     for refused in (forward, networks.check):
         with pytest.raises(RuntimeError, match=r"neither network here: run it within smooth\(\) or substituted\(\)"):

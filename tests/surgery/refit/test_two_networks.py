@@ -40,7 +40,7 @@ def test_no_biases() -> None:
     before, batches = full_snapshot(model), calibration_set(model)
     with tempfile.TemporaryDirectory() as folder:
         networks = two_networks.TwoNetworks(model, Path(folder))
-        networks.keep(batches)
+        networks.batches.keep(batches)
         report = engine.Refit(networks).run("least_squares", biases=False)
         assert report.bias_attribute is None
         assert all("weights only: the map has no bias" in site.note for site in report.sites)
@@ -59,7 +59,7 @@ def test_smooth_network_of_a_refit_model() -> None:
     before = full_snapshot(model)
     with tempfile.TemporaryDirectory() as folder:
         work = two_networks.TwoNetworks(model, Path(folder))
-        work.keep(calibration_set(model, 6))
+        work.batches.keep(calibration_set(model, 6))
         engine.Refit(work).run("least_squares")
         assert len(work.originals) == 4
         refit = {p: p.data_ptr() for p in work.originals}
