@@ -25,6 +25,7 @@ from ..structure.loading import CheckpointError, save_parts
 from ..structure.scratch import scratch_folder
 from ..structure.transaction import transaction
 from ..surgery.conversion import ConversionReport, convert
+from ..surgery.hinges.wanted import check_hinges
 from ..surgery.refit.report import Compensate
 from ..surgery.report import SubstitutionReport
 from ..surgery.substitution import check_options, relu_ize
@@ -139,6 +140,8 @@ def relu_ize_checkpoint(
     calibration: Iterable[Any] | None = None,
     compensate: Compensate | None = None,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+    hinges: int = 1,
+    budget: float | None = None,
     device: str | torch.device = "cpu",
     details: CardDetails | None = None,
     link: bool = True,
@@ -150,12 +153,13 @@ def relu_ize_checkpoint(
     It holds what `relu_ize(model)` and `save_relu_pretrained(model, dst)` write, made as `convert_checkpoint` makes its own.
     Weight files with λ in them, or with refit weights, are rewritten in a stream; the others are hard links.
 
-    With `calibration` the model, GELU or λ-GELU, runs with one block of weights in memory; killed, it goes on there.
+    With `calibration`, `hinges` or `budget` the model, GELU or λ-GELU, runs with one block of weights in memory; killed, the
+    same call goes on where it was.
 
     Args:
         src: folder of a λ-GELU checkpoint in safetensors, by `save_pretrained`, a Trainer or `convert_checkpoint`.
         dst: the folder to make; not in `src`.
-        force, tolerance, targets, calibration, compensate, compute_metrics: as for `relu_ize`.
+        force, tolerance, targets, calibration, compensate, compute_metrics, hinges, budget: as for `relu_ize`.
         device: where blocks run, and what lies outside of them (embeddings, head) is.
         details: what the model card, a new one, should say.
         link, overwrite: False copies the weight files; True puts `dst` in the place of a saved model that is there.
@@ -167,8 +171,9 @@ def relu_ize_checkpoint(
     Raises:
         `src` is as it was, then, and `dst` is not made.
         CheckpointError: as for `convert_checkpoint`; λ of sites that the model does not have; with `calibration`, weights
-            that change meanwhile, or that the checkpoint holds in another form than the model (Mixtral's experts).
-        CalibrationError, SoftGateError, ValueError: as for `relu_ize`; no such device, or `dst` cannot be made.
+            that change meanwhile, or that the checkpoint holds in another form than the model (Mixtral's experts); no room
+            on a disk; what a killed process left was begun with other data or options.
+        CalibrationError, SoftGateError, HingeError, ValueError: as for `relu_ize`; no such device, or `dst` cannot be made.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -179,11 +184,14 @@ def relu_ize_checkpoint(
         1 activations are ReLU now (forced: gates were soft)
         ...
     """
+    wanted = check_hinges(hinges, budget, compensate is not None)
     check_options(calibration, compensate)
     place, source = usable_device(device), Source(src, dst, overwrite, trust_remote_code=trust_remote_code)
-    if calibration is not None:
+    if calibration is not None or wanted is not None:
         streamed = Streamed(source, place)
-        with refit_streamed(streamed, calibration, force, tolerance, targets, compensate, compute_metrics) as report:
+        asked = {"force": force, "tolerance": tolerance, "targets": targets, "compensate": compensate}
+        asked |= {"compute_metrics": compute_metrics, "hinges": hinges, "budget": budget}
+        with refit_streamed(streamed, calibration, asked) as report:
             return _write_relu(source, streamed.model, report, details, link, overwrite, streamed)
     model = source.load()
     dropped = _load_hardness(model, source.shards)

@@ -11,15 +11,16 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import EvalPrediction
 from transformers.utils import CONFIG_NAME
 
 from .._compat import pytree
@@ -29,12 +30,11 @@ from ..structure.block_source import BlockSource, FileChanged, Place, blocks_of,
 from ..structure.config_probe import hard_coded_sites
 from ..structure.loading import CheckpointError, load_without_reading
 from ..surgery.conversion import convert
-from ..surgery.refit.report import Compensate
 from ..surgery.report import SubstitutionReport
 from ..surgery.substitution import relu_ize
 from .folders import unfinished_folder
 from .on_disk_files import Source
-from .shards import mapped_tensors
+from .shards import Replacement, mapped_tensors
 
 _MAKE_ROOM = "Make room, let TMPDIR name a folder on a larger disk, or pass fewer calibration batches"
 
@@ -97,9 +97,10 @@ class Streamed:
         for place in self.places:
             check_same(place)
 
-    def changed(self) -> dict[str, Path]:
-        """{what the checkpoint calls it: the file with its new bytes} of the weights that were refit."""
-        return {self.names[p]: path for p, path in self.source.changed.items() if p in self.names}
+    def changed(self) -> dict[str, Replacement]:
+        """{what the checkpoint calls it: its new bytes} of the weights that were refit."""
+        changed = self.source.changed
+        return {self.names[p]: Replacement(path, tuple(p.shape)) for p, path in changed.items() if p in self.names}
 
     def added(self) -> dict[str, Tensor]:
         """The biases that maps were given, by the model's names."""
@@ -130,35 +131,25 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 @contextmanager
 def refit_streamed(
-    streamed: Streamed,
-    calibration: Iterable[Any],
-    force: bool,
-    tolerance: float,
-    targets: Mapping[str, float] | None,
-    compensate: Compensate | None,
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
+    streamed: Streamed, calibration: Iterable[Any] | None, options: Mapping[str, Any]
 ) -> Iterator[SubstitutionReport]:
-    """Within the block, the model is a ReLU network, its refit weights in files; it goes on with what a killed process did.
+    """Within the block, the model is a ReLU network, its changed weights in files; it goes on with what a killed process did.
+
+    Args:
+        options: the other ones of `relu_ize`, by name.
 
     Raises:
-        As `relu_ize`; CheckpointError for files that change meanwhile, or no room.
+        As `relu_ize`; CheckpointError for files that change meanwhile, no room, or other work that was left unfinished.
     """
     source = streamed.source
     with _file_errors(), unfinished_folder(streamed.files.target) as folder:
         source.folder = folder
-        options = (compensate, force, tolerance, targets, source.device.type)
         source.identity = _identity(streamed, options)
-        batches = _Hashed(calibration, streamed, compensate is not None)
+        room = _Room(streamed, shifts=options["compensate"] is not None)
+        source.expect = room.check
+        batches = None if calibration is None else _Hashed(calibration, source, room)
         with source.attached():
-            report = relu_ize(
-                streamed.model,
-                force,
-                tolerance=tolerance,
-                targets=targets,
-                calibration=batches,
-                compensate=compensate,
-                compute_metrics=compute_metrics,
-            )
+            report = relu_ize(streamed.model, calibration=batches, **options)
         streamed.check_unchanged()
         yield report
         streamed.check_unchanged()
@@ -181,26 +172,31 @@ def _file_errors() -> Iterator[None]:
         ) from error
 
 
-def _identity(streamed: Streamed, options: tuple[Any, ...]) -> str:
-    """Of the files, of what is asked for, and of what does it."""
+def _identity(streamed: Streamed, options: Mapping[str, Any]) -> dict[str, str]:
+    """Of the files, of what is asked for, and of what does it. The calibration set adds its own."""
     files = [(str(place.path.resolve()), place.state) for place in streamed.places]
     config = (streamed.files.folder / CONFIG_NAME).read_bytes()
-    said = json.dumps([files, repr(options), torch.__version__, config.decode("utf-8", "replace")])
-    return hashlib.sha256(said.encode()).hexdigest()
+    said = json.dumps([files, config.decode("utf-8", "replace")])
+    asked = {name: repr(value) for name, value in options.items() if name != "compute_metrics"}
+    return {
+        "weight files": hashlib.sha256(said.encode()).hexdigest(),
+        **asked,
+        "device": streamed.source.device.type,
+        "version of torch": torch.__version__,
+    }
 
 
 class _Hashed:
     """A calibration set that adds what it holds to the identity of the work, once it has been read, and asks for room."""
 
-    def __init__(self, batches: Iterable[Any], streamed: Streamed, refit: bool) -> None:
-        self._batches, self._streamed, self._refit = batches, streamed, refit
+    def __init__(self, batches: Iterable[Any], source: BlockSource, room: _Room) -> None:
+        self._batches, self._source, self._room = batches, source, room
 
     def __len__(self) -> int:
         return len(self._batches)  # type: ignore[arg-type]  # what has no length raises, as asked for
 
     def __iter__(self) -> Iterator[Any]:
         digest = hashlib.sha256()
-        tokens = 0
         for batch in self._batches:
             for leaf in pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch):
                 if isinstance(leaf, Tensor):
@@ -210,30 +206,65 @@ class _Hashed:
                 else:
                     digest.update(repr(leaf).encode())
             main = batch.get("input_ids") if isinstance(batch, Mapping) else None
-            tokens += main.numel() if isinstance(main, Tensor) else 0
+            self._room.tokens += main.numel() if isinstance(main, Tensor) else 0
             yield batch
-        self._streamed.source.identity += digest.hexdigest()
-        if self._refit:
-            _check_room(self._streamed, tokens)
+        self._source.identity["calibration data"] = digest.hexdigest()
+        self._room.check({})
 
 
-def _check_room(streamed: Streamed, tokens: int) -> None:
-    """CheckpointError if the disks have no room, where the main input is text: for both networks' hidden states before and
-    after a block, with what its map gets; for the new weight files, and the states that a killed process leaves, twice."""
-    width = getattr(streamed.model.config.get_text_config(), "hidden_size", 0)
-    each, shifts = tokens * streamed.model.dtype.itemsize, streamed.model.dtype in (torch.float32, torch.float64)
-    matrices = [p for block in blocks_of(streamed.model) for p in block.parameters() if p.dim() == 2]
-    widest = max((size for p in matrices for size in p.shape), default=0)
-    needed = {Path(tempfile.gettempdir()): each * (4 * width + (widest if shifts else 0))}
-    target = next(parent for parent in streamed.files.target.parents if parent.is_dir())
-    streamed.check_unchanged()
-    weights = sum(place.path.stat().st_size for place in streamed.places) + (2 * each * width if shifts else 0)
-    same = target.stat().st_dev == Path(tempfile.gettempdir()).stat().st_dev
-    needed = {target: weights + sum(needed.values())} if same else {**needed, target: weights}
-    for folder, size in needed.items():
-        free = shutil.disk_usage(folder).free
-        if size > free:
-            raise CheckpointError(
-                f"hidden states of {tokens:,} tokens and new weight files need up to {size:,} bytes in {str(folder)!r}, "
-                f"where {free:,} are free. {_MAKE_ROOM}"
-            )
+class _Room:
+    """Asks the disks for room: for hidden states, where the main input is text, and for weights.
+
+    Attributes:
+        tokens: of the calibration set, as far as it was read.
+    """
+
+    def __init__(self, streamed: Streamed, shifts: bool) -> None:
+        """
+        Args:
+            shifts: whether maps are refit: then features of theirs are kept, and states for whoever goes on after a kill.
+        """
+        self._streamed, self.tokens = streamed, 0
+        self._shifts = shifts and streamed.model.dtype in (torch.float32, torch.float64)
+
+    def check(self, shapes: Mapping[nn.Parameter, tuple[int, ...]]) -> None:
+        """CheckpointError if there is too little.
+
+        Args:
+            shapes: those of the weights that will be changed; none as long as they are not known.
+        """
+        target = next(parent for parent in self._streamed.files.target.parents if parent.is_dir())
+        needed = {Path(tempfile.gettempdir()): self._states(shapes)}
+        if target.stat().st_dev == Path(tempfile.gettempdir()).stat().st_dev:
+            needed = {target: self._weights(shapes) + sum(needed.values())}
+        else:
+            needed[target] = self._weights(shapes)
+        for folder, size in needed.items():
+            free = shutil.disk_usage(folder).free
+            if size > free:
+                raise CheckpointError(
+                    f"hidden states of {self.tokens:,} tokens and new weight files need up to {size:,} bytes in "
+                    f"{str(folder)!r}, where {free:,} are free. {_MAKE_ROOM}"
+                )
+
+    def _states(self, shapes: Mapping[nn.Parameter, tuple[int, ...]]) -> int:
+        """Of both networks before and after a block, and what the block's map gets."""
+        model = self._streamed.model
+        matrices = [shapes.get(p, p.shape) for block in blocks_of(model) for p in block.parameters() if p.dim() == 2]
+        features = max((size for shape in matrices for size in shape), default=0) if self._shifts else 0
+        return self.tokens * model.dtype.itemsize * (4 * self._hidden + features)
+
+    def _weights(self, shapes: Mapping[nn.Parameter, tuple[int, ...]]) -> int:
+        """Of the new weight files, what was changed by itself until these are made, and states kept for after a kill, twice."""
+        streamed = self._streamed
+        streamed.check_unchanged()
+        files = sum(place.path.stat().st_size for place in streamed.places)
+        changed = {p: math.prod(shape) * p.itemsize for p, shape in shapes.items()}
+        grown = sum(size - (p.nbytes if p in streamed.names else 0) for p, size in changed.items())
+        there = sum(path.stat().st_size for path in streamed.source.folder.iterdir()) if streamed.source.folder else 0
+        states = 2 * self.tokens * streamed.model.dtype.itemsize * self._hidden if self._shifts else 0
+        return files + grown + max(0, sum(changed.values()) - there) + states
+
+    @property
+    def _hidden(self) -> int:
+        return int(getattr(self._streamed.model.config.get_text_config(), "hidden_size", 0))

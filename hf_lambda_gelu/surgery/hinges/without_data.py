@@ -11,8 +11,10 @@ from torch import nn
 from ...measurement.batches import FORWARD_ERRORS, model_batches
 from ...measurement.examples.choice import example_inputs
 from ...measurement.forward import run_batch
+from ...structure.block_source import source_of
 from ...structure.modules import transformers_parts
 from ...structure.scratch import scratch_folder
+from ..refit.sources import RefitWeights
 from ..refit.two_networks import TwoNetworks
 from .plan import HingeError
 from .wanted import Wanted
@@ -27,7 +29,8 @@ def minimax_hinges(model: nn.Module, calibration: Iterable[Any] | None, wanted: 
         calibration: batches that the block may want; the first one shows where the maps are. None for one that is made up.
     """
     with scratch_folder() as folder:
-        networks = TwoNetworks(model, folder)
+        source = source_of(model)
+        networks = TwoNetworks(model, folder, None if source is None else RefitWeights(source, source.folder or folder))
         work = HingeWork(networks, wanted)
         try:
             if calibration is None:
@@ -35,6 +38,8 @@ def minimax_hinges(model: nn.Module, calibration: Iterable[Any] | None, wanted: 
             else:
                 networks.keep(model_batches(model, calibration))
                 run = networks.forward(0)
+            if networks.weights is not None:
+                networks.weights.read_journal()
             networks.biases.add(work.plan(run))
             work.widen_all()
             networks.hard = set(networks.sites)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...activation.bases import BASES
 from ...measurement.batches import CalibrationError
@@ -82,6 +83,19 @@ class HingeWork:
                     "Pass more examples, or a smaller width"
                 )
 
+    def shapes(self) -> dict[nn.Parameter, tuple[int, ...]]:
+        """The shapes that the parameters around the sites will have."""
+        found: dict[nn.Parameter, tuple[int, ...]] = {}
+        for site in self._plan.sites.values():
+            for parameter, dim in site.block.parameters:
+                found[parameter] = tuple(site.units if d == dim else n for d, n in enumerate(parameter.shape))
+        return found
+
+    def around(self, site: str) -> Sequence[LinearMap]:
+        """The maps of the layer around a site that will be wider."""
+        planned = self._plan.sites.get(site)
+        return () if planned is None else planned.maps
+
     # ----------------------------------------------------------------------------------------------------- site by site
 
     def widen(self, walk: ChainWalk, name: str, positions_first: bool) -> None:
@@ -100,12 +114,14 @@ class HingeWork:
     def widen_all(self) -> None:
         """Make all layers wider by minimax hinges, without data."""
         check_biases(self._plan)
+        self.networks.expect(self.shapes())
         for name, site in self._plan.sites.items():
             gate = self.networks.sites[name]
             best = minimax(gate.base, self.wanted.hinges)
             hardness = gate.hardness.detach().reshape(-1)
             hinges = alike(hardness, site.block.units, torch.tensor(best.at), torch.tensor(best.weights))
-            self._put(name, site, hinges, best.bound / float(hardness.min()))
+            with self.networks.holding([p for linear in site.maps for p in (linear.parameter, linear.bias) if p is not None]):
+                self._put(name, site, hinges, best.bound / float(hardness.min()))
 
     def _put(self, name: str, site: PlannedSite, hinges: Hinges, bound: float | None = None) -> None:
         units = site.block.units
@@ -136,6 +152,20 @@ class HingeWork:
                         weight = each if weight is None else weight * each
                     histogram.add(call.output[rows], weight)
         return histogram
+
+    def note(self, sites: Sequence[str]) -> dict[str, Any]:
+        """The reports of these sites, as far as they are wider."""
+        return {site.name: asdict(site) for site in self.report.sites if site.name in sites}
+
+    def resume(self, noted: Mapping[str, Any]) -> None:
+        """Take over what another process noted, whose wider data the parameters have."""
+        for name, entry in noted.items():
+            site = self._plan.sites[name]
+            changed = [parameter for parameter, _ in site.block.parameters]
+            changed += [site.block.after.bias] if site.block.after.bias is not None else []
+            self.networks.widen(name, {parameter: parameter.data for parameter in changed}, site.numbers)
+            neurons = {int(number): count for number, count in entry["neurons"].items()}  # JSON has made texts of numbers
+            self.report.sites.append(HingedSite(name, tuple(entry["units"]), neurons, entry["bound"]))
 
     # ------------------------------------------------------------------------------------------------------- at the end
 
