@@ -102,10 +102,14 @@ class Streamed:
         changed = self.source.changed
         return {self.names[p]: Replacement(path, tuple(p.shape)) for p, path in changed.items() if p in self.names}
 
+    def new(self) -> dict[nn.Parameter, str]:
+        """The biases that maps were given, with the model's names."""
+        known = {*self.names, *(site.unclipped_hardness for site in hardness_sites(self.model).values())}
+        return {p: name for name, p in self.model.named_parameters() if p not in known}
+
     def added(self) -> dict[str, Tensor]:
         """The biases that maps were given, by the model's names."""
-        known = {*self.names, *(site.unclipped_hardness for site in hardness_sites(self.model).values())}
-        return {n: p.detach().to("cpu") for n, p in self.model.named_parameters() if p not in known}
+        return {name: p.detach().to("cpu") for p, name in self.new().items()}
 
 
 def _is_view(parameter: nn.Parameter, called: Mapping[int, str], tensors: Mapping[str, Tensor]) -> bool:
@@ -145,7 +149,7 @@ def refit_streamed(
     with _file_errors(), unfinished_folder(streamed.files.target) as folder:
         source.folder = folder
         source.identity = _identity(streamed, options)
-        room = _Room(streamed, shifts=options["compensate"] is not None)
+        room = _Room(streamed, refit=options["compensate"] is not None)
         source.expect = room.check
         batches = None if calibration is None else _Hashed(calibration, source, room)
         with source.attached():
@@ -209,23 +213,22 @@ class _Hashed:
             self._room.tokens += main.numel() if isinstance(main, Tensor) else 0
             yield batch
         self._source.identity["calibration data"] = digest.hexdigest()
-        self._room.check({})
+        if self._room.refit:
+            self._room.check({})
 
 
 class _Room:
     """Asks the disks for room: for hidden states, where the main input is text, and for weights.
 
     Attributes:
+        refit: whether maps are refit, for which hidden states are kept.
         tokens: of the calibration set, as far as it was read.
     """
 
-    def __init__(self, streamed: Streamed, shifts: bool) -> None:
-        """
-        Args:
-            shifts: whether maps are refit: then features of theirs are kept, and states for whoever goes on after a kill.
-        """
-        self._streamed, self.tokens = streamed, 0
-        self._shifts = shifts and streamed.model.dtype in (torch.float32, torch.float64)
+    def __init__(self, streamed: Streamed, refit: bool) -> None:
+        self._streamed, self.refit, self.tokens = streamed, refit, 0
+        # then what maps get is kept, and one network's states for whoever goes on after a kill
+        self._shifts = refit and streamed.model.dtype in (torch.float32, torch.float64)
 
     def check(self, shapes: Mapping[nn.Parameter, tuple[int, ...]]) -> None:
         """CheckpointError if there is too little.
@@ -233,37 +236,42 @@ class _Room:
         Args:
             shapes: those of the weights that will be changed; none as long as they are not known.
         """
+        temporary = Path(tempfile.gettempdir())
         target = next(parent for parent in self._streamed.files.target.parents if parent.is_dir())
-        needed = {Path(tempfile.gettempdir()): self._states(shapes)}
-        if target.stat().st_dev == Path(tempfile.gettempdir()).stat().st_dev:
-            needed = {target: self._weights(shapes) + sum(needed.values())}
-        else:
-            needed[target] = self._weights(shapes)
+        self._streamed.check_unchanged()
+        states, weights = self._states(shapes), self._weights(shapes)
+        needed = {temporary: states, target: weights}
+        if target.stat().st_dev == temporary.stat().st_dev:
+            needed = {target: states + weights}
         for folder, size in needed.items():
             free = shutil.disk_usage(folder).free
             if size > free:
+                hidden = f"hidden states of {self.tokens:,} tokens and " if self.refit else ""
                 raise CheckpointError(
-                    f"hidden states of {self.tokens:,} tokens and new weight files need up to {size:,} bytes in "
-                    f"{str(folder)!r}, where {free:,} are free. {_MAKE_ROOM}"
+                    f"{hidden}new weight files need up to {size:,} bytes in {str(folder)!r}, where {free:,} are free. "
+                    f"{_MAKE_ROOM}"
                 )
 
     def _states(self, shapes: Mapping[nn.Parameter, tuple[int, ...]]) -> int:
         """Of both networks before and after a block, and what the block's map gets."""
+        if not self.refit:
+            return 0
         model = self._streamed.model
         matrices = [shapes.get(p, p.shape) for block in blocks_of(model) for p in block.parameters() if p.dim() == 2]
         features = max((size for shape in matrices for size in shape), default=0) if self._shifts else 0
         return self.tokens * model.dtype.itemsize * (4 * self._hidden + features)
 
     def _weights(self, shapes: Mapping[nn.Parameter, tuple[int, ...]]) -> int:
-        """Of the new weight files, what was changed by itself until these are made, and states kept for after a kill, twice."""
+        """Of the new weight files, of what was changed until these are made, and of states for after a kill, twice."""
         streamed = self._streamed
-        streamed.check_unchanged()
+        sizes = {p: math.prod(shape) * p.itemsize for p, shape in shapes.items()}
         files = sum(place.path.stat().st_size for place in streamed.places)
-        changed = {p: math.prod(shape) * p.itemsize for p, shape in shapes.items()}
-        grown = sum(size - (p.nbytes if p in streamed.names else 0) for p, size in changed.items())
-        there = sum(path.stat().st_size for path in streamed.source.folder.iterdir()) if streamed.source.folder else 0
+        files += sum(size - p.nbytes for p, size in sizes.items() if p in streamed.names)
+        files += sum(sizes.get(p, p.nbytes) for p in streamed.new())
+        folder = streamed.source.folder
+        done = 0 if folder is None else sum(path.stat().st_size for path in folder.iterdir())  # by a killed process
         states = 2 * self.tokens * streamed.model.dtype.itemsize * self._hidden if self._shifts else 0
-        return files + grown + max(0, sum(changed.values()) - there) + states
+        return files + max(0, sum(sizes.values()) + states - done)
 
     @property
     def _hidden(self) -> int:

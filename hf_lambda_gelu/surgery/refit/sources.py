@@ -56,9 +56,9 @@ class RefitWeights:
             other = [name for name in {**now, **then} if then.get(name) != now.get(name)]
             if other:
                 raise CheckpointError(
-                    f"{str(self.folder)!r} holds {len(found['done'])} blocks that a killed process has refit, of other "
-                    f"{', '.join(other)}: pass what that process was given, to go on where it was, or delete the folder, "
-                    "to start anew"
+                    f"{str(self.folder)!r} holds {len(found['done'])} blocks that a killed process has refit, begun with "
+                    f"other {', '.join(other)}: pass what it was given, to go on where it was, or delete that folder, to "
+                    "start anew"
                 )
             self.done = found["done"]
             return
