@@ -32,9 +32,10 @@ from ..surgery.substitution import check_options, relu_ize
 from .card import PLOT_NAME, REPORT_NAME, CardDetails
 from .folders import whole_folder
 from .on_disk_files import Source, WrittenFiles
-from .on_disk_refit import Streamed, refit_streamed, usable_device
+from .on_disk_refit import refit_streamed, usable_device
 from .save import write_card
 from .shards import Shard
+from .streamed_model import Streamed
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def relu_ize_checkpoint(
     place, source = usable_device(device), Source(src, dst, overwrite, trust_remote_code=trust_remote_code)
     if calibration is not None or wanted is not None:
         streamed = Streamed(source, place)
-        asked = {"force": force, "tolerance": tolerance, "targets": targets, "compensate": compensate}
+        asked: dict[str, Any] = {"force": force, "tolerance": tolerance, "targets": targets, "compensate": compensate}
         asked |= {"compute_metrics": compute_metrics, "hinges": hinges, "budget": budget}
         with refit_streamed(streamed, calibration, asked) as report:
             return _write_relu(source, streamed.model, report, details, link, overwrite, streamed)

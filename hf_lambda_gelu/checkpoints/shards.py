@@ -36,7 +36,7 @@ _TRAINER = {"trainer_state.json", "training_args.json"}
 
 @dataclass(frozen=True)
 class Replacement:
-    """What takes the place of a tensor's bytes: a file with nothing else in it, and the tensor's shape, in the same dtype."""
+    """What takes the place of a tensor's bytes: a file with nothing else in it; the tensor's shape, in the same dtype."""
 
     path: Path
     shape: tuple[int, ...]

@@ -23,7 +23,8 @@ from .tracing import MADE_BY, ancestors, graph_alone, made_by
 from .unread_maps import differentiable, operation_of
 
 # operations that leave each unit where it is: views too, as what they connect has the same shape in the end
-_UNITWISE = frozenset({MADE_BY, "Relu", "Mul", "Clone", "Alias", "View", "UnsafeView", "ReshapeAlias", "Contiguous", "ToCopy"})
+_UNITWISE = frozenset({"Relu", "Mul", "Clone", "Alias", "View", "UnsafeView", "ReshapeAlias", "Contiguous", "ToCopy"})
+_UNITWISE |= {MADE_BY}
 
 
 @dataclass(frozen=True)

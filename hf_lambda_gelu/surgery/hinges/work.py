@@ -77,10 +77,11 @@ class HingeWork:
                 raise HingeError(f"{name}: the map after it cannot be refit ({reason}). Use hinges=1")
             rows = math.prod(traced.leading[name]) * networks.examples // max(1, networks.sizes[0])
             if method == "least_squares" and rows < site.units:
+                enough = math.ceil(site.units * networks.examples / max(1, rows))
                 raise CalibrationError(
                     f"{name} will have {site.units} units, and the calibration set has about {rows} rows (tokens, patches) "
-                    f"for it: a refit of so wide a layer wants {site.units} at least, and several times as many to be good. "
-                    "Pass more examples, or a smaller width"
+                    f"for it: a refit of so wide a layer wants {site.units} at least, as {enough} examples in place of "
+                    f"{networks.examples} would have, and several times as many to be good. Pass more, or a smaller width"
                 )
 
     def shapes(self) -> dict[nn.Parameter, tuple[int, ...]]:
@@ -120,7 +121,8 @@ class HingeWork:
             best = minimax(gate.base, self.wanted.hinges)
             hardness = gate.hardness.detach().reshape(-1)
             hinges = alike(hardness, site.block.units, torch.tensor(best.at), torch.tensor(best.weights))
-            with self.networks.holding([p for linear in site.maps for p in (linear.parameter, linear.bias) if p is not None]):
+            around = [p for linear in site.maps for p in (linear.parameter, linear.bias) if p is not None]
+            with self.networks.holding(around):
                 self._put(name, site, hinges, best.bound / float(hardness.min()))
 
     def _put(self, name: str, site: PlannedSite, hinges: Hinges, bound: float | None = None) -> None:
