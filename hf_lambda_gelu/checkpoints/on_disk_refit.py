@@ -10,18 +10,20 @@ import errno
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import EvalPrediction
 from transformers.utils import CONFIG_NAME
 
 from .._compat import pytree
 from ..structure.block_source import BlockSource, FileChanged
 from ..structure.loading import CheckpointError
+from ..surgery.refit.report import Compensate
 from ..surgery.report import SubstitutionReport
 from ..surgery.substitution import relu_ize
 from .disk_room import MAKE_ROOM, Room
@@ -42,14 +44,21 @@ def usable_device(device: str | torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found
 
 
-@contextmanager
-def refit_streamed(
-    streamed: Streamed, calibration: Iterable[Any] | None, options: Mapping[str, Any]
-) -> Iterator[SubstitutionReport]:
-    """Within the block, the model is a ReLU network, its changed weights in files; a killed process is gone on with.
+class Asked(NamedTuple):
+    """What `relu_ize` is asked for, its calibration set aside, under its own names."""
 
-    Args:
-        options: the other ones of `relu_ize`, by name.
+    force: bool
+    tolerance: float
+    targets: Mapping[str, float] | None
+    compensate: Compensate | None
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None
+    hinges: int
+    budget: float | None
+
+
+@contextmanager
+def refit_streamed(streamed: Streamed, calibration: Iterable[Any] | None, asked: Asked) -> Iterator[SubstitutionReport]:
+    """Within the block, the model is a ReLU network, its changed weights in files; a killed process is gone on with.
 
     Raises:
         As `relu_ize`; CheckpointError for files that change meanwhile, no room, or other work that was left unfinished.
@@ -57,12 +66,12 @@ def refit_streamed(
     source = streamed.source
     with _file_errors(), unfinished_folder(streamed.files.target) as folder:
         source.folder = folder
-        source.identity = _identity(streamed, options)
-        room = Room(streamed, refit=options["compensate"] is not None)
+        source.identity = _identity(streamed, asked)
+        room = Room(streamed, refit=asked.compensate is not None)
         source.expect = room.check
         batches = None if calibration is None else _Hashed(calibration, source, room)
         with source.attached():
-            report = relu_ize(streamed.model, calibration=batches, **options)
+            report = relu_ize(streamed.model, calibration=batches, **asked._asdict())
         streamed.check_unchanged()
         yield report
         streamed.check_unchanged()
@@ -85,15 +94,14 @@ def _file_errors() -> Iterator[None]:
         ) from error
 
 
-def _identity(streamed: Streamed, options: Mapping[str, Any]) -> dict[str, str]:
+def _identity(streamed: Streamed, asked: Asked) -> dict[str, str]:
     """Of the files, of what is asked for, and of what does it. The calibration set adds its own."""
     files = [(str(place.path.resolve()), place.state) for place in streamed.places]
     config = (streamed.files.folder / CONFIG_NAME).read_bytes()
     said = json.dumps([files, config.decode("utf-8", "replace")])
-    asked = {name: repr(value) for name, value in options.items() if name != "compute_metrics"}
     return {
         "weight files": hashlib.sha256(said.encode()).hexdigest(),
-        **asked,
+        **{name: repr(value) for name, value in asked._asdict().items() if name != "compute_metrics"},
         "device": streamed.source.device.type,
         "version of torch": torch.__version__,
     }
