@@ -158,8 +158,7 @@ def relu_ize_checkpoint(
     Args:
         src, dst: folder of a λ-GELU checkpoint in safetensors, by whomever it was saved; the folder to make, not in `src`.
         force, tolerance, targets, calibration, compensate, compute_metrics, hinges, budget: as for `relu_ize`.
-        device: where blocks run, and what lies outside of them (embeddings, head) is.
-        details: what the model card, a new one, should say.
+        device, details: where blocks run, and what lies outside of them is; what the model card, a new one, should say.
         link, overwrite: False copies the weight files; True puts `dst` in the place of a saved model that is there.
         trust_remote_code: run code of its own that `src` has, which then comes along. Without it such a folder is refused.
 

@@ -73,7 +73,8 @@ def relu_ize(
 
     Stock transformers loads it. Without --calibration the weights are not loaded, and gates must be hard. With it the
     change of the outputs is measured, a GELU model converted first; --compensate refits the weights, so that gates may be
-    soft; --stream keeps one block of them in memory. With --hinges or --budget layers get wider, and nearer to the smooth.
+    soft; --stream keeps one block of them in memory. With --hinges or --budget layers get wider, and nearer to the smooth;
+    both go with --stream too.
 
     \b
     Examples:
@@ -89,6 +90,7 @@ def relu_ize(
         check_target_folder(target)
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
         _check_data(calibration, compensate, stream, wider := hinges != 1 or budget is not None)
+        width = {"hinges": hinges, "budget": budget}
         kept: dict[str, Any] = {"details": details, "trust_remote_code": trust_remote_code}
         how: dict[str, Any] = {"force": force, "tolerance": tolerance, "compensate": compensate}
         data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
@@ -96,11 +98,12 @@ def relu_ize(
         if stream or (found is None and not wider):
             if found is not None:
                 model = without_weights(folder, target, trust_remote_code)
-                how |= {"calibration": batches(found, data, model, folder, trust_remote_code), "device": device}
-            return result.set(hlg.relu_ize_checkpoint(folder, target, **how, **kept, link=not copy))
+                how |= {"calibration": batches(found, data, model, folder, trust_remote_code)}
+            how |= {"device": device} if stream else {}
+            return result.set(hlg.relu_ize_checkpoint(folder, target, **how, **width, **kept, link=not copy))
         model = with_hardness(loaded(folder, trust_remote_code, device))
         how |= {} if found is None else {"calibration": batches(found, data, model, folder, trust_remote_code)}
-        report = hlg.relu_ize(model, **how, hinges=hinges, budget=budget)
+        report = hlg.relu_ize(model, **how, **width)
         saved = hlg.save_relu_pretrained(model, target, processor=processors(folder, trust_remote_code), **kept)
         result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
 
@@ -140,9 +143,7 @@ def fold(
 
 def _check_data(calibration: str | None, compensate: str | None, stream: bool, wider: bool) -> None:
     """UsageError for options that need data, or do not go together."""
-    if stream and wider:
-        raise UsageError("--stream refits layers as they are: leave it out, or --hinges and --budget")
-    if (compensate is not None or stream) and calibration is None:
+    if (compensate is not None or (stream and not wider)) and calibration is None:
         raise UsageError(_NO_DATA.format("--stream" if compensate is None else f"--compensate {compensate}"))
 
 
