@@ -56,8 +56,9 @@ class Claim:
                 check_own(self.folder)
             lock = _locked(self.folder)
             if lock is not None and (self._making or (adopt and lock != _NO_LOCKS)):
+                self._lock = lock  # first: without it, `remove` would find the folder locked
                 found = self.folder.stat()
-                self._lock, self.mode = lock, stat.S_IMODE(found.st_mode)
+                self.mode = stat.S_IMODE(found.st_mode)
                 self._identity = found.st_dev, found.st_ino
                 self.folder.chmod(0o700)
                 return
@@ -147,5 +148,8 @@ def _locked(folder: Path) -> int | None:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOENT):
             os.close(opened)
             return _NO_LOCKS
+    except BaseException:
+        os.close(opened)
+        raise
     os.close(opened)
     return None

@@ -13,6 +13,10 @@ from .refit.report import CompensationReport
 # of sites that stay GELU: a power of two, so that weights are scaled without rounding; 1e-5 from ReLU
 FOLDED_HARDNESS = 2.0**14
 
+# relative error of a site after a refit: SmolLM2, whose perplexity is 1.57 × SiLU's then, has 0.9 in the median; with two
+# hinges, and 1.05 ×, 0.37
+_MUCH = 0.5
+
 
 @dataclass(frozen=True)
 class SubstitutedSite:
@@ -61,6 +65,12 @@ class SubstitutionReport:
             lines.append(str(self.hinges))
         if self.compensation is not None:
             lines.append(str(self.compensation))
+            many = [site for site in self.compensation.sites if site.after > _MUCH]
+            if self.hinges is None and len(many) > len(self.compensation.sites) / 2:
+                lines.append(
+                    f"  at {len(many)} sites an error above {_MUCH:g} is left: one ReLU cannot follow such gates. hinges=2 "
+                    "puts two in the place of each, in layers twice as wide"
+                )
         if self.relative_change is not None:
             lines.append(f"  outputs changed by {self.relative_change:.2e} (relative, root mean square)")
         lines += [f"  {name}: {before:.4f} → {after:.4f}" for name, (before, after) in self.metrics.items()]

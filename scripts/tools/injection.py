@@ -36,7 +36,7 @@ from .injection_cases import MODELS, VERBS, Verb
 from .tables import append, read
 
 RESULTS = Path(__file__).parent / "results" / "injection.csv"
-FIELDS = ["verb", "model", "points", "tried", "raised", "absorbed", "changed", "seconds", "first"]
+FIELDS = ["verb", "model", "every", "points", "tried", "raised", "absorbed", "changed", "seconds", "first"]
 _ERRORS: tuple[type[BaseException], ...] = (KeyboardInterrupt, MemoryError, OSError)
 _RESUME = dis.opmap["RESUME"]
 _SAME, _ABSORBED, _CHANGED, _BROKEN = 0, 10, 11, 12
@@ -219,7 +219,7 @@ def main() -> int:
                 start = time.monotonic()
                 found = inject(verb, model, every=options.every, offset=options.offset, lines=options.lines)
                 row = {field: getattr(found, field, "") for field in FIELDS}
-                row |= {"verb": verb, "model": model, "seconds": round(time.monotonic() - start)}
+                row |= {"verb": verb, "model": model, "every": options.every, "seconds": round(time.monotonic() - start)}
                 append(options.out, FIELDS, [row])
             changed += int(row["changed"])
             text = f"{verb:26} {model:8} {row['changed']} changed of {row['raised']} ({row['absorbed']} absorbed, "

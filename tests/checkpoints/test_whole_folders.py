@@ -322,3 +322,20 @@ def test_the_table_of_writers_that_were_disturbed() -> None:
     assert sum(int(row["tries"]) for row in killed) >= 200
     assert all(int(row["as before"]) for row in killed)
     assert sum(int(row["complete"]) for row in killed) >= 50
+
+
+@pytest.mark.parametrize("call", ["stat", "chmod"])
+def test_stopped_while_it_is_claimed(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the lock and the end of `take`: `remove` knows that it is this process which has the folder."""
+    claim = Claim(tmp_path / "claimed")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, call, stop)
+        with pytest.raises(KeyboardInterrupt):
+            claim.take()
+    assert claim.folder.is_dir()
+    claim.remove()
+    assert not claim.folder.exists()

@@ -1,4 +1,4 @@
-"""Several ReLUs per gate without training: quality, width, zeros and time, on three pretrained models.
+"""Several ReLUs per gate without training: quality, width, zeros and time, on four pretrained models.
 
     python -m scripts.studies.training_free.hinges                       # what results/hinges.csv lacks
     python -m scripts.studies.training_free.hinges --tasks smollm2 --variants k2 k3 --seeds 0 --device cuda
@@ -6,12 +6,14 @@
 
 A row of results/hinges.csv is one substitution; the seed draws the calibration examples and nothing else. An interrupted run
 goes on where it stopped: a row is written as soon as it is there. Seeds come last in order, so that a run which is cut short
-has each variant once.
+has each variant once. Each network is saved and loaded by stock transformers in a process of its own: `stock` is the largest
+difference of its outputs. With --keep FOLDER what was saved stays there, as TASK-VARIANT-seedN.
 
 - smollm2: perplexity on 10,240 tokens of the test splits, after 20,480 tokens of the train splits (assets of three kinds of
   text, windows of 256 tokens).
-- dinov2: accuracy of a linear probe on the smooth model's class token, frozen, on 2,000 pictures, after 200 pictures.
+- dinov2: accuracy of a linear probe on the smooth model's class token, frozen, on 2,000 pictures, after 800 pictures.
 - minilm: the same of a probe on mean sentence vectors, on 2,000 reviews, after 500 reviews.
+- whisper: word error rate of voice prompts, after 50 others, as in tasks.py.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,14 +42,14 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints.card import package_versions
 from scripts.relu_ize_lm import Arguments, windows
-from scripts.studies.training_free.tasks import Dinov2
+from scripts.studies.training_free import tasks
 from scripts.tools.assets import asset
 from scripts.tools.tables import append, read
 
 RESULTS = Path(__file__).parents[1] / "results" / "hinges.csv"
 FIELDS = (
     "task", "variant", "seed", "calibration", "metric", "smooth", "substituted", "feature_error", "width", "zeros",
-    "parameters", "smooth_parameters", "seconds", "device", "versions",
+    "parameters", "smooth_parameters", "stock", "seconds", "device", "versions",
 )  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "k1": {},
@@ -147,11 +151,11 @@ class Probed(ABC):
 class Pictures(Probed):
     """DINOv2-small on Fashion-MNIST, as in tasks.py."""
 
-    calibration = "200 pictures"
+    calibration = "800 pictures"
 
     def __init__(self) -> None:
         super().__init__()
-        self.task = Dinov2()
+        self.task = tasks.Dinov2()
 
     def load(self) -> nn.Module:
         return self.task.load()
@@ -160,7 +164,7 @@ class Pictures(Probed):
         return np.arange(self.task.judged_images) if split == "test" else self.task.order()[: self.task.probe_images]
 
     def batches(self, seed: int) -> Iterator[Batch]:
-        return self.task.batches({}, 200, seed)
+        return self.task.batches({}, 800, seed)  # 20,800 tokens
 
     @torch.no_grad()
     def features(self, model: nn.Module, split: str, device: str) -> Tensor:
@@ -214,7 +218,30 @@ class Reviews(Probed):
         return list(self.rows(split)["label"])
 
 
-TASKS: dict[str, type[Any]] = {"smollm2": SmolLM2, "dinov2": Pictures, "minilm": Reviews}
+class Prompts:
+    """Whisper, on the CPU. The smooth model comes first: the decoder is calibrated on what it transcribes."""
+
+    metric, calibration = "word error rate", "50 prompts"
+
+    def __init__(self) -> None:
+        self.task = tasks.Whisper()
+        self.smooth: tasks.Found | None = None
+
+    def load(self) -> nn.Module:
+        return self.task.load()
+
+    def batches(self, seed: int) -> Iterator[Batch]:
+        assert self.smooth is not None
+        return self.task.batches(self.smooth, 50, seed)
+
+    def judge(self, model: Any, device: str) -> tuple[float, float]:
+        found = self.task.judge(model.to("cpu"), self.smooth)
+        model.to(device)
+        self.smooth = self.smooth or found
+        return found["score"], math.nan
+
+
+TASKS: dict[str, type[Any]] = {"smollm2": SmolLM2, "dinov2": Pictures, "minilm": Reviews, "whisper": Prompts}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -228,6 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--device", default="cpu", help="where the models run, such as cuda")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the saved networks there")
     parser.add_argument("--table", action="store_true", help="print what is there as Markdown, and measure nothing")
     options = parser.parse_args(argv)
     if options.table:
@@ -259,6 +287,9 @@ def measure(name: str, missing: list[tuple[str, int]], options: argparse.Namespa
         report = hlg.relu_ize(model, calibration=batches, compensate="least_squares", **VARIANTS[variant])
         seconds = time.perf_counter() - start
         after, error = task.judge(model, options.device)
+        with nullcontext(options.keep) if options.keep else TemporaryDirectory() as folder:
+            saved = hlg.save_relu_pretrained(model, Path(folder, f"{name}-{variant}-seed{seed}"), overwrite=True)
+            stock = hlg.verify_relu_pretrained(model, saved)
         hinged = {} if report.hinges is None else {site.name: site.units[1] for site in report.hinges.sites}
         row = {
             "task": name,
@@ -273,6 +304,7 @@ def measure(name: str, missing: list[tuple[str, int]], options: argparse.Namespa
             "zeros": f"{statistics.fmean(report.zeros.values()):.4f}",
             "parameters": sum(p.numel() for p in model.parameters()),
             "smooth_parameters": count,
+            "stock": stock,
             "seconds": f"{seconds:.1f}",
             "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
             "versions": " ".join(package_versions().values()),
@@ -282,22 +314,41 @@ def measure(name: str, missing: list[tuple[str, int]], options: argparse.Namespa
 
 
 def table(results: Path = RESULTS) -> str:
-    """Means over the seeds, as Markdown."""
+    """Means over the draws, with the least and the most, as Markdown."""
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in read(results):
         groups.setdefault((row["task"], row["variant"]), []).append(row)
-    heads = ("task", "variant", "seeds", "smooth", "substituted", "÷ smooth", "zeros", "parameters ÷ smooth", "seconds")
+    heads = ("task", "variant", "draws", "smooth", "ReLU", "apart", "zeros", "parameters", "seconds")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for (task, variant), rows in groups.items():
-
-        def mean(name: str, rows: list[dict[str, str]] = rows) -> float:
-            return statistics.fmean(float(row[name]) for row in rows)
-
-        cells = [task, variant, str(len(rows)), f"{mean('smooth'):.3f}", f"{mean('substituted'):.3f}"]
-        cells += [f"{mean('substituted') / mean('smooth'):.3f}", f"{100 * mean('zeros'):.0f} %"]
-        cells += [f"{mean('parameters') / mean('smooth_parameters'):.2f}", f"{mean('seconds'):.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+    for task in TASKS:
+        for variant in VARIANTS:
+            rows = groups.get((task, variant), [])
+            if rows:
+                lines.append(f"| {task} | {variant} | {len(rows)} | {' | '.join(_cells(rows))} |")
     return "\n".join(lines)
+
+
+def _cells(rows: list[dict[str, str]]) -> list[str]:
+    """Of one network: perplexity is a ratio apart, a share of right or wrong words and pictures so many points."""
+
+    def mean(name: str) -> float:
+        return statistics.fmean(float(row[name]) for row in rows)
+
+    if rows[0]["metric"] == "perplexity":
+        apart = [float(row["substituted"]) / float(row["smooth"]) for row in rows]
+        cells = [f"{mean('smooth'):.1f}", f"{mean('substituted'):.1f}", f"× {spread(apart, '.3f')}"]
+    else:
+        apart = [100 * (float(row["substituted"]) - float(row["smooth"])) for row in rows]
+        cells = [f"{100 * mean('smooth'):.1f}", f"{100 * mean('substituted'):.1f}", spread(apart, "+.2f")]
+    parameters = mean("parameters") / mean("smooth_parameters")
+    return [*cells, f"{100 * mean('zeros'):.0f} %", f"× {parameters:.2f}", f"{mean('seconds'):.0f}"]
+
+
+def spread(numbers: list[float], form: str) -> str:
+    """The mean, and in brackets the least and the most of several."""
+    text = f"{statistics.fmean(numbers):{form}}"
+    text += "" if len(numbers) == 1 else f" [{min(numbers):{form}}, {max(numbers):{form}}]"
+    return text.replace("-", "−")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+"""The study's tables, in its page and in README, are what its commands make of the committed results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from scripts.studies import claims, report, run, sparsity, updates
+from scripts.studies.scratch import SCRATCH
+from scripts.studies.tasks import PRETRAINED
+from scripts.studies.training_free import hinges
+from scripts.studies.training_free import run as training_free
+from scripts.tools.tables import read
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def recipes() -> str:
+    """All tables of `scripts.studies.report` but those of README."""
+    scores, before = report.accuracies(run.RESULTS), report.accuracies(run.RESULTS, "before")
+    tasks = [[task.name for task in group] for group in (PRETRAINED, SCRATCH)]
+    return "\n".join(
+        "\n".join([report.table(scores, names), report.differences(scores, names), report.gaps(scores, before, names)])
+        for names in tasks
+    )
+
+
+def tested() -> list[dict[str, str]]:
+    return [row for row in read(run.RESULTS) if row["split"] == "test"]
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "recipes": ("docs/study.md", recipes),
+    "README": ("README.md", lambda: report.headline(report.accuracies(run.RESULTS), PRETRAINED)),
+    "profiles": ("docs/study.md", lambda: claims.profiles(tested())),
+    "drops": ("docs/study.md", lambda: claims.drops(tested())),
+    "updates": ("docs/study.md", lambda: updates.table(updates.read(updates.RESULTS))),
+    "without training": ("docs/study.md", training_free.table),
+    "hinges": ("docs/study.md", hinges.table),
+    "sparsity": ("docs/how-to/sparsity.md", lambda: sparsity.table(read(sparsity.RESULTS))),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_page_shows_the_table(name: str) -> None:
+    page, made = TABLES[name]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    lines = [line for line in made().splitlines() if line.startswith("|")]
+    assert len(lines) > 2
+    assert [line for line in lines if line not in text] == []
