@@ -1,7 +1,7 @@
 """What a refit costs whose weights stay in the checkpoint's files, against one in memory: seconds by part, and peak memory.
 
     python -m scripts.benchmarks.streaming                                        # 8, 16 and 32 blocks on the CPU, both ways
-    python -m scripts.benchmarks.streaming --hinges 2 --blocks 8 16 --tokens 4096 --add  # layers twice as wide, rows added
+    python -m scripts.benchmarks.streaming --hinges 2 --blocks 8 16 --size 512 288 --tokens 640 --batch 1 --length 128 --add
     python -m scripts.benchmarks.streaming --device cuda --parameters 1.3e9       # one model through one GPU, streamed alone
 
 Llamas with random weights and random tokens. Each run is a process of its own, which reads a saved folder and leaves a ReLU
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--size", type=int, nargs=2, default=[1024, 1088], help="hidden size, and that of the FFN")
     parser.add_argument("--parameters", type=float, help="one model of about so many, in place of --blocks")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
@@ -115,9 +116,9 @@ def _arguments(options: argparse.Namespace, folder: Path, way: str) -> list[str]
 
 
 def configs(options: argparse.Namespace) -> list[LlamaConfig]:
-    """Blocks of 30 MB in fp32; of 51 or 113 million parameters for a model of so many."""
+    """Blocks of --size, 30 MB in fp32 by default; of 51 or 113 million parameters for a model of so many."""
     if options.parameters is None:
-        return [_config(1024, 1088, 1000, count) for count in options.blocks]
+        return [_config(*options.size, 1000, count) for count in options.blocks]
     hidden, inner = (2048, 5632) if options.parameters < 2e9 else (3072, 8192)
     vocabulary = 32000
     each = 4 * hidden * hidden + 3 * hidden * inner
