@@ -103,7 +103,7 @@ class _Ran:
         place: the same for every call with the same weight.
         found: its parameters; None if they are not its own.
         shape: of what it put out.
-        obstacle: as in `LinearCall`.
+        obstacle: why its rows are not its input's; empty if they are.
     """
 
     place: Key
@@ -138,7 +138,10 @@ class _Walk:
     def on_linear(self, call: LinearCall) -> Tensor | None:
         if not call.output.is_floating_point():
             return None
-        ran = _Ran(self._parameters.place(call), self._parameters.find(call), call.output.shape, call.obstacle)
+        window = (
+            "" if call.window is None else f"it feeds a convolution with kernel {'×'.join(map(str, call.window.kernel))}"
+        )
+        ran = _Ran(self._parameters.place(call), self._parameters.find(call), call.output.shape, window)
         nodes = list(ancestors(call.input.grad_fn))
         names = {self._sites[node] for node in nodes if node in self._sites}
         for name in names:

@@ -16,19 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._compat import view_base
+from .conv_windows import Window
 
 Key = tuple[int, tuple[int, ...]]
 
 
 @dataclass
 class LinearCall:
-    """One linear map as it was computed, channels last: output (…, k) = input (…, d) · weightᵀ + bias.
+    """One linear map as it was computed, channels last: output (…, k) = rows (…, d) · weightᵀ + bias, of the input's rows.
 
     Attributes:
         weight: the tensor that torch got, a parameter, a view or a slice of one.
         transposed: whether it is (d, k), as Conv1D keeps it, and not (k, d).
         order: the dimensions of torch's output in the order that they have here, (…, k); None if it is the same.
-        obstacle: why it cannot be refit; empty if it can.
+        window: how a convolution makes its rows of the input; None where they are the input's own.
     """
 
     input: Tensor
@@ -37,12 +38,21 @@ class LinearCall:
     output: Tensor
     transposed: bool = False
     order: tuple[int, ...] | None = None
-    obstacle: str = ""
+    window: Window | None = None
 
     @property
     def key(self) -> Key:
         """The same for every call with the same weight, and for its transpose."""
         return key_of(self.weight)
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The leading shape of its rows: that of the output."""
+        return tuple(self.output.shape[:-1])
+
+    def rows(self, group: int = 0) -> Tensor:
+        """(rows, d), what the weight is multiplied by; of a convolution in groups that of one group."""
+        return self.input.reshape(-1, self.input.shape[-1]) if self.window is None else self.window.rows(self.input, group)
 
     def restored(self, output: Tensor) -> Tensor:
         """(…, k) with the dimensions as torch's output has them."""
@@ -109,15 +119,11 @@ def _addmm(output: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: 
 
 
 def _conv(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Read:
-    values = dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)) | kwargs
+    window = Window.of(weight.shape[2:], dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)) | kwargs)
     channels = 1 if input.dim() == weight.dim() else 0  # without a batch
-    sizes = slice(channels + 1, None)
-    pointwise = weight[0, 0].numel() == 1 and values.get("groups", 1) == 1 and output.shape[sizes] == input.shape[sizes]
-    kernel = "×".join(map(str, weight.shape[2:]))
-    obstacle = "" if pointwise else f"it feeds a convolution with kernel {kernel}"
     order = (*(dim for dim in range(output.dim()) if dim != channels), channels)
-    call = LinearCall(input.permute(order), weight, bias, output.permute(order), order=order, obstacle=obstacle)
-    return _single(call)
+    over = None if window.pointwise else window
+    return _single(LinearCall(input.permute(order), weight, bias, output.permute(order), order=order, window=over))
 
 
 def _matmul(output: Tensor, first: Tensor, second: Tensor, **options: Any) -> Read | None:

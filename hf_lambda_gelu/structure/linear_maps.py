@@ -64,6 +64,8 @@ class LinearMap:
         parameter, bias: the parameters; for an expert, those of all experts.
         index: which expert; None otherwise.
         transposed: as in `LinearCall`.
+        group, groups: which of so many groups of a convolution.
+        gain: (outputs,), what a constant in the output is in the bias, where that is of a batch norm after it; None for 1.
     """
 
     name: str
@@ -71,27 +73,37 @@ class LinearMap:
     bias: nn.Parameter | None
     index: int | None
     transposed: bool
+    group: int = 0
+    groups: int = 1
+    gain: Tensor | None = None
 
     @property
     def key(self) -> Key:
         """The `LinearCall.key` of calls with this weight, wherever its data is now."""
-        return key_of(self.place.data)
+        return key_of(self.parameter.data if self.index is None else self.parameter.data[self.index])
+
+    @property
+    def outputs(self) -> slice:
+        """Which of the weight's outputs are its own: all, or those of its group."""
+        count = len(self.parameter) // self.groups
+        return slice(self.group * count, (self.group + 1) * count) if self.groups > 1 else slice(None)
 
     @property
     def place(self) -> Tensor:
-        """The weight itself: the parameter, or the expert's slice of it."""
-        return self.parameter if self.index is None else self.parameter[self.index]
+        """The weight itself: the parameter, the expert's slice of it, or the group's."""
+        return self.parameter[self.outputs] if self.index is None else self.parameter[self.index]
 
     @property
     def label(self) -> str:
         """The name that a report gives."""
-        return self.name if self.index is None else f"{self.name}[{self.index}]"
+        index = self.group if self.groups > 1 else self.index
+        return self.name if index is None else f"{self.name}[{index}]"
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(d, k), the widths of input and output."""
-        shape = self.parameter.shape if self.index is None else self.parameter.shape[1:]
-        return (shape[0], shape[1]) if self.transposed else (shape[1], shape[0])
+        """(d, k), the widths of its rows and of what it makes of them."""
+        place = self.place
+        return (place.shape[0], place.shape[1]) if self.transposed else (place[0].numel(), len(place))
 
     @torch.no_grad()
     def add(self, weight: Tensor | None, bias: Tensor) -> None:
@@ -101,12 +113,16 @@ class LinearMap:
             change = (weight if self.transposed else weight.T).reshape(place.shape)
             place.copy_(place.double() + change.to(place.device))
         if self.bias is not None:
-            self.bias.copy_(self.bias.double() + bias.to(self.bias.device))
+            own, constant = self.bias[self.outputs], bias.to(self.bias.device)
+            constant = constant if self.gain is None else constant * self.gain[self.outputs].to(constant)
+            own.copy_(own.double() + constant)
 
 
-def all_experts(maps: list[LinearMap]) -> list[LinearMap]:
-    """Also those of the experts that this batch did not reach: another one may."""
+def all_parts(maps: list[LinearMap]) -> list[LinearMap]:
+    """All groups of a convolution; all experts, as what this batch did not reach another one may."""
     first = maps[0]
+    if first.groups > 1:
+        return [replace(first, group=group) for group in range(first.groups)]
     return maps if first.index is None else [replace(first, index=i) for i in range(len(first.parameter))]
 
 
@@ -149,7 +165,8 @@ class Parameters:
         if whole is not None and (transposed := _layout(whole, call)) is not None:
             if call.bias is not None and bias is None:
                 return None
-            return LinearMap(self.names[whole][0], whole, bias, None, transposed)
+            groups = 1 if call.window is None else call.window.groups
+            return LinearMap(self.names[whole][0], whole, bias, None, transposed, groups=groups)
         for stack in self.stacks:
             step = stack.stride(0) * stack.element_size()
             index, rest = divmod(pointer - stack.data_ptr(), max(1, step))

@@ -16,7 +16,7 @@ from .block_source import source_of
 from .computed_weights import why_no_parameter
 from .hooks import Hooks
 from .linear_calls import Key, LinearCall
-from .linear_maps import LinearMap, Parameters, all_experts, watch_linears
+from .linear_maps import LinearMap, Parameters, all_parts, watch_linears
 from .unread_maps import Uses, differentiable, origins
 
 
@@ -81,27 +81,20 @@ def _merged(order: list[str], more: list[str]) -> list[str]:
     return merged
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """A linear map that takes up a site's output, known while its weight was in memory: see `LinearCall`."""
-
-    found: LinearMap | None
-    obstacle: str
-
-
 @dataclass
 class _Seen:
     """What forward passes showed.
 
     Attributes:
-        reached: site → the linear maps that took its output up, by weight, in the order in which sites were called.
+        reached: site → the linear maps that took its output up, by weight, in the order in which sites were called; None
+            where it is no parameter's.
         leading: as in `Trace`.
         unread: site → an operation with a weight that takes its output up and is no map that can be refit.
         elsewhere: parameter → what else it is used for.
         ways: a weight → whether it is used as (d, k), as (k, d), or both.
     """
 
-    reached: dict[str, dict[Key, _Taken]] = field(default_factory=dict)
+    reached: dict[str, dict[Key, LinearMap | None]] = field(default_factory=dict)
     leading: dict[str, Sequence[int]] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[nn.Parameter, str] = field(default_factory=dict)
@@ -146,7 +139,7 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
         place = parameters.place(call)
         seen.ways.setdefault(place, set()).add(call.lies_transposed)
         for site in sources(call.input):
-            seen.reached[site][place] = _Taken(parameters.find(call), call.obstacle)
+            seen.reached[site][place] = parameters.find(call)
         return leaf(call.output, None)
 
     with Hooks() as hooks:
@@ -211,30 +204,26 @@ def ancestors(start: Any) -> Iterator[Any]:
 
 def _read(model: nn.Module, parameters: Parameters, names: Iterable[str], seen: _Seen, result: Trace) -> Trace:
     consumed: dict[str, set[str]] = {}  # parameter → the sites whose output it consumes
-    for site, unique in seen.reached.items():
-        found = {key: taken.found for key, taken in unique.items()}
-        obstacles = [taken.obstacle for taken in unique.values() if taken.obstacle]
+    for site, found in seen.reached.items():
         held = {m.name for m in found.values() if m is not None}
         if site in seen.unread:
             result.obstacles[site] = f"it feeds {seen.unread[site]}, which takes a weight in a way that cannot be refit"
-        elif not unique:
+        elif not found:
             result.obstacles[site] = "no linear map takes up its output"
-        elif obstacles:
-            result.obstacles[site] = obstacles[0]
         elif any(m is None for m in found.values()):
             result.obstacles[site] = why_no_parameter(model)
         elif len(held) > 1:
             result.obstacles[site] = f"it feeds several linear maps: {', '.join(sorted(held))}"
         elif shared := parameters.other_names(next(iter(held))):
             result.obstacles[site] = f"the weight that it feeds is shared with {shared[0]}"
-        elif any(len(seen.ways[key]) > 1 for key in unique):
+        elif any(len(seen.ways[key]) > 1 for key in found):
             result.obstacles[site] = f"it feeds {next(iter(held))}, which is used as its transpose too"
         elif other := next(
             (seen.elsewhere[m.parameter] for m in found.values() if m is not None and m.parameter in seen.elsewhere), ""
         ):
             result.obstacles[site] = f"it feeds {next(iter(held))}; {other}"
         else:
-            result.maps[site] = all_experts([m for m in found.values() if m is not None])
+            result.maps[site] = all_parts([m for m in found.values() if m is not None])
             consumed.setdefault(next(iter(held)), set()).add(site)
     for name, several in consumed.items():
         if len(several) > 1:

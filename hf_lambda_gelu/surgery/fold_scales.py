@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..structure.linear_calls import LinearCall
-from ..structure.linear_maps import LinearMap, Parameters, all_experts
+from ..structure.linear_maps import LinearMap, Parameters, all_parts
 
 
 class Obstacle(Exception):
@@ -108,4 +108,4 @@ class Weights:
         shared = self._parameters.other_names(linear.name)
         if shared:
             raise Obstacle(f"{linear.name} is shared with {shared[0]}")
-        return all_experts([linear])
+        return all_parts([replace(linear, groups=1)])

@@ -23,6 +23,9 @@ class Map:
         weight, bias: names of the parameters.
         index: which expert of a stack; None otherwise.
         transposed: whether the weight is (d, k).
+        outputs: which of the weight's outputs, of a convolution in groups.
+        group, groups: of it.
+        gain: what a constant in the output is in the bias, where that is a norm's; None for 1.
         method, ridge: of the correction.
         rows: how many rows the engine counted.
         solved: (ΔW, c) of least squares with `RIDGE`, from the same sums, whatever was chosen.
@@ -32,6 +35,10 @@ class Map:
     bias: str | None
     index: int | None
     transposed: bool
+    outputs: slice = field(default_factory=lambda: slice(None))
+    group: int = 0
+    groups: int = 1
+    gain: Tensor | None = None
     method: str = "none"
     ridge: float | None = None
     rows: int = 0
@@ -74,7 +81,19 @@ def recorded() -> Iterator[list[Decision]]:
     def _refit(self: Any, walk: Any, site: str, maps: Any, method: Any) -> Any:
         model = self.networks.model
         names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
-        found = [Map(m.name, None if m.bias is None else names[id(m.bias)], m.index, m.transposed) for m in maps]
+        found = [
+            Map(
+                m.name,
+                None if m.bias is None else names[id(m.bias)],
+                m.index,
+                m.transposed,
+                m.outputs,
+                m.group,
+                m.groups,
+                m.gain,
+            )
+            for m in maps
+        ]
         current[:] = [Decision(site, set(self.networks.hard), found, _name(model, walk.block))]
         result = refit(self, walk, site, maps, method)
         (decision,) = current

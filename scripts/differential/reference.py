@@ -230,10 +230,9 @@ class Reference:
 
     def _weight(self, state: dict[str, Tensor], linear: Map) -> tuple[Array, Array]:
         weight = state[linear.weight] if linear.index is None else state[linear.weight][linear.index]
-        weight = weight.reshape(weight.shape[:2])
-        weight = weight if linear.transposed else weight.T
-        bias = np.zeros(weight.shape[1]) if linear.bias is None else _numpy(state[linear.bias])
-        return _numpy(weight), bias
+        weight = weight if linear.transposed else weight[linear.outputs].flatten(1).T
+        bias = np.zeros(weight.shape[1]) if linear.bias is None else _numpy(state[linear.bias][linear.outputs])
+        return _numpy(weight), bias if linear.gain is None else bias / _numpy(linear.gain[linear.outputs])
 
 
 def solution(r: Array, e: Array, method: str, ridge: float | None, biased: bool) -> tuple[Array, Array]:

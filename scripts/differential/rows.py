@@ -146,9 +146,12 @@ def look(run: Callable[[], Any], model: nn.Module, decision: Decision, stream: b
             continue
         moved = isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
-        def after(module: nn.Module, args: Any, output: Tensor, number: int = number, moved: bool = moved) -> None:
-            given, output = (t.movedim(1, -1) if moved else t for t in (args[0], output))
-            keep(number, given, output)
+        def after(
+            module: nn.Module, args: Any, output: Tensor, number: int = number, moved: bool = moved, linear: Map = linear
+        ) -> None:
+            given = taps(module, args[0], linear.group) if moved else args[0]
+            given, output = (t.movedim(1, -1) if moved else t for t in (given, output))
+            keep(number, given, output[..., linear.outputs])
 
         handles.append(owner.register_forward_hook(after))
     for where in around:
@@ -166,6 +169,19 @@ def look(run: Callable[[], Any], model: nn.Module, decision: Decision, stream: b
         for handle in handles:
             handle.remove()
     return seen
+
+
+def taps(conv: Any, x: Tensor, group: int) -> Tensor:
+    """(batch, d · kernel, …), what one group of a convolution multiplies at each position: one-hot kernels pick it out."""
+    with torch._C.DisableTorchFunctionSubclass():
+        x = x.detach().chunk(conv.groups, 1)[group]
+        size = x.shape[1] * int(np.prod(conv.kernel_size))
+        picks = torch.eye(size, dtype=x.dtype, device=x.device).view(size, x.shape[1], *conv.kernel_size)
+        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(conv.kernel_size)]
+        padding = conv.padding
+        if conv.padding_mode != "zeros":
+            x, padding = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode), 0
+        return convolve(x, picks, None, conv.stride, padding, conv.dilation)
 
 
 def first_tensor(args: Any, kwargs: Any) -> Tensor | None:

@@ -19,6 +19,8 @@ from transformers import (
     EvalPrediction,
     GPT2Config,
     GPT2LMHeadModel,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
     ResNetConfig,
@@ -145,6 +147,20 @@ def _convnext() -> PreTrainedModel:
     return ConvNextForImageClassification(config)
 
 
+def _mobilenet() -> PreTrainedModel:
+    """With SiLU: depthwise 3 × 3 convolutions follow half of the activations, a batch norm every convolution."""
+    config = MobileNetV2Config(
+        num_channels=1,
+        image_size=28,
+        depth_multiplier=0.35,
+        output_stride=8,
+        hidden_act="silu",
+        tf_padding=False,
+        num_labels=10,
+    )
+    return MobileNetV2ForImageClassification(config)
+
+
 def _gpt2() -> PreTrainedModel:
     config = GPT2Config(
         vocab_size=256,
@@ -232,5 +248,6 @@ SCRATCH = (
     ScratchTask("digits", "ViT, digits", 1000, 497, 15, (1e-3, 3e-3), _digits, _vit),
     ScratchTask("resnet", "ResNet, Fashion-MNIST", 4000, 1000, 4, (3e-3, 1e-3), _fashion, _resnet),
     ScratchTask("convnext", "ConvNeXt, Fashion-MNIST", 4000, 1000, 4, (3e-3, 1e-3), _fashion, _convnext),
+    ScratchTask("mobilenet", "MobileNetV2, Fashion-MNIST", 4000, 1000, 4, (3e-3, 1e-3), _fashion, _mobilenet),
     LanguageTask("bytes", "GPT-2, bytes of editorials", 2400, 500, 4, (3e-3, 1e-3), _editorials, _gpt2),
 )

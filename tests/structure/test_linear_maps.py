@@ -27,7 +27,6 @@ OBSTACLES: dict[str, dict[str, str]] = {
     "albert": {"predictions.activation": _TIED.format("predictions.decoder")},
     "modernbert": {"head.act": _TIED.format("decoder")},
     "wav2vec2": {
-        "wav2vec2.feature_extractor.conv_layers.0.activation": "it feeds a convolution with kernel 3",
         # added to the stream before all layers
         "wav2vec2.encoder.pos_conv_embed.activation": "it feeds several linear maps: "
         + ", ".join(
@@ -67,7 +66,8 @@ def test_maps(name: str) -> None:
         assert m.parameter is module.weight
         assert m.bias is getattr(module, "bias", None)
         assert m.transposed == (name == "gpt2")
-        assert m.shape == (tuple(m.parameter.shape) if m.transposed else tuple(reversed(m.parameter.shape)))
+        flat = m.parameter.flatten(1)
+        assert m.shape == (tuple(flat.shape) if m.transposed else tuple(reversed(flat.shape)))
         assert m.index is None
     assert tiny.snapshot(model) == before
     assert {n: (p.requires_grad, p.grad, id(p)) for n, p in model.named_parameters()} == flags
@@ -126,9 +126,8 @@ def test_eager_experts_without_experts() -> None:
         ("through a slice", "second.weight"),
         ("the same twice", "second.weight"),
         ("copied", "weight"),
-        ("3 × 3", "it feeds a convolution with kernel 3×3"),
-        ("groups", "it feeds a convolution with kernel 1×1"),
-        ("stride", "it feeds a convolution with kernel 1×1"),
+        ("3 × 3", "second.weight"),
+        ("stride", "second.weight"),
         ("two", "it feeds several linear maps: second.weight, third.weight"),
         ("transposed", "weight"),
         ("computed", "it feeds a weight that is no parameter of the model as it stands"),
@@ -148,7 +147,7 @@ def test_kinds(kind: str, wanted: str) -> None:
         assert result.obstacles == {}
         (m,) = result.maps["act"]
         owner = model.second if wanted == "second.weight" else model
-        assert (m.label, m.shape) == (wanted, (8, owner.weight.shape[0]))
+        assert (m.label, m.shape) == (wanted, (owner.weight[0].numel() if kind == "3 × 3" else 8, owner.weight.shape[0]))
         assert m.parameter is owner.weight
         assert m.bias is getattr(owner, "bias", None)
         assert m.transposed == (kind in ("transposed", "copied"))
@@ -156,6 +155,25 @@ def test_kinds(kind: str, wanted: str) -> None:
         assert (result.maps, result.obstacles) == ({}, {"act": wanted})
     assert tiny.snapshot(model) == before
     assert hooks(model) == []
+
+
+def test_groups() -> None:
+    """A convolution in groups is a map for each of them."""
+    model = handmade("groups")
+    result = trace(model, lambda: model(**embeds()))
+    weight, bias = model.second.weight, model.second.bias
+    count, outputs = model.second.groups, len(weight) // model.second.groups
+    assert count > 1
+    assert [(m.label, m.shape, m.key) for m in result.maps["act"]] == [
+        (f"second.weight[{g}]", (weight[0].numel(), outputs), (weight.data_ptr(), tuple(weight.shape))) for g in range(count)
+    ]
+    before = weight.detach().clone(), bias.detach().clone()
+    last = result.maps["act"][-1]
+    last.add(torch.ones(last.shape), torch.ones(outputs))
+    assert torch.equal(weight[:-outputs], before[0][:-outputs])
+    assert torch.equal(bias[:-outputs], before[1][:-outputs])
+    torch.testing.assert_close(weight[-outputs:], before[0][-outputs:] + 1.0)
+    torch.testing.assert_close(bias[-outputs:], before[1][-outputs:] + 1.0)
 
 
 def test_two_sites_and_one_map() -> None:

@@ -21,6 +21,10 @@ def _channels_first(model: Handmade, h: Tensor) -> Tensor:
     return model.second(h.movedim(-1, 1)).movedim(1, -1)
 
 
+def _normed(model: Handmade, h: Tensor) -> Tensor:
+    return model.norm(model.second(h.movedim(-1, 1))).movedim(1, -1)
+
+
 def _in_place(model: Handmade, h: Tensor) -> Tensor:
     h.mul_(2.0)
     return model.second(h.relu_()).add_(1.0)
@@ -32,6 +36,17 @@ KINDS: dict[str, tuple[Callable[[], Made], Forward]] = {
     "1 × 1": (lambda: {"second": nn.Conv2d(8, 8, 1)}, _channels_first),
     "3 × 3": (lambda: {"second": nn.Conv2d(8, 8, 3, padding=1)}, _channels_first),
     "groups": (lambda: {"second": nn.Conv2d(8, 8, 1, groups=2)}, _channels_first),
+    "depthwise": (lambda: {"second": nn.Conv2d(8, 8, 3, 2, padding=1, groups=8)}, _channels_first),
+    "dilated": (lambda: {"second": nn.Conv2d(8, 6, (3, 2), padding="same", dilation=(1, 2), groups=2)}, _channels_first),
+    "norm": (lambda: {"second": nn.Conv2d(8, 8, 3, padding=1, bias=False), "norm": nn.BatchNorm2d(8)}, _normed),
+    "norm beside": (
+        lambda: {"second": nn.Conv2d(8, 8, 3, padding=1, bias=False), "norm": nn.BatchNorm2d(8)},
+        lambda m, h: (y := m.second(h.movedim(-1, 1))).movedim(1, -1) + m.norm(y).movedim(1, -1),
+    ),
+    "norm without numbers": (
+        lambda: {"second": nn.Conv2d(8, 8, 3, padding=1, bias=False), "norm": nn.BatchNorm2d(8, affine=False)},
+        _normed,
+    ),
     "stride": (lambda: {"second": nn.Conv2d(8, 8, 1, stride=2)}, _channels_first),
     "two": (lambda: {"second": nn.Linear(8, 8), "third": nn.Linear(8, 8)}, lambda m, h: m.second(h) + m.third(h)),
     "the same twice": (lambda: {"second": nn.Linear(8, 8)}, lambda m, h: m.second(h) + m.second(2 * h)),

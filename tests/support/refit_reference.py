@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf_lambda_gelu.surgery.refit.ridge import RIDGES
@@ -36,13 +37,14 @@ class Probe:
         self.seen: dict[str, list[Array]] = {key: [] for key in points}
         handles = []
         for key, (name, side, moved) in points.items():
+            module = model.get_submodule(name)
+            taps = module if key.endswith("features") and isinstance(module, nn.Conv1d) else None
 
-            def keep(value: Any, key: str = key, moved: bool = moved) -> None:
+            def keep(value: Any, key: str = key, moved: bool = moved, taps: Any = taps) -> None:
                 value = value[0] if isinstance(value, tuple) else value
-                value = value.movedim(1, -1) if moved else value
+                value = (value if taps is None else windows(taps, value)).movedim(1, -1) if moved else value
                 self.seen[key].append(value.detach().double().reshape(-1, value.shape[-1]).numpy())
 
-            module = model.get_submodule(name)
             if side == "in":
                 handles.append(module.register_forward_pre_hook(lambda _, args, keep=keep: keep(args)))
             else:
@@ -55,6 +57,12 @@ class Probe:
 
     def __getitem__(self, key: str) -> Array:
         return np.concatenate(self.seen[key])
+
+
+def windows(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """(batch, channels · kernel, positions): what a convolution multiplies at each position, by torch's im2col of images."""
+    sizes = {name: (1, getattr(conv, name)[0]) for name in ("dilation", "stride")}
+    return F.unfold(x[:, :, None], (1, conv.kernel_size[0]), padding=(0, conv.padding[0]), **sizes)
 
 
 def which(model: PreTrainedModel, batches: Batches, lengths: list[int], calls: int = 1) -> tuple[Any, Any]:
@@ -144,7 +152,8 @@ def check_sites(
     for where in wheres:
         for n, (name, taker, block) in enumerate(zip(both(where.site), both(where.taker), both(where.block), strict=True)):
             meets = where.meeting[n % len(where.meeting)] if where.meeting and where.block != ALBERT else ""
-            points = {"features": (taker, "in", False), "output": (taker, "out", False), "act": (name, "in", False)}
+            conv = isinstance(model.get_submodule(taker), nn.Conv1d)
+            points = {"features": (taker, "in", conv), "output": (taker, "out", conv), "act": (name, "in", False)}
             if meets:
                 inner = f"{block}.{meets}".strip(".")  # the model's own block has no name
                 points["stream"] = (block, "out", where.moved) if meets == "output" else (inner, "in", where.moved)
@@ -158,7 +167,7 @@ def check_sites(
             network = relu(state)
             hard = Probe(network, batches, points)
             weight, bias = state[f"{taker}.weight"].double().numpy(), state.get(f"{taker}.bias")
-            weight = weight if transposed else weight.T
+            weight = weight if transposed else weight.reshape(len(weight), -1).T
             scale = np.ones(weight.shape[1])
             r = hard["features"]
             if "stream" in points:
@@ -179,7 +188,7 @@ def check_sites(
             kept, held = which(smooth, batches, totals, calls)
             rows = Rows(r[kept], e[kept], output[kept], held[kept])
             got = final[f"{taker}.weight"].double().numpy()
-            got = (got if transposed else got.T) - weight
+            got = (got if transposed else got.reshape(len(got), -1).T) - weight
             shift = None if bias is None else (final[f"{taker}.bias"].double() - bias.double()).numpy()
             check(rows, scale, bias is not None, method, by_name[name], (got, shift))
             for part in ("weight", "bias"):

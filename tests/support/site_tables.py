@@ -87,6 +87,13 @@ WHERE: dict[str, list[Where]] = {
     "whisper": [Where(f"{block}.activation_fn", f"{block}.fc2", block) for block in (_ENCODER, _DECODER)],
     "wav2vec2": [
         Where(
+            "wav2vec2.feature_extractor.conv_layers.0.activation",
+            "wav2vec2.feature_extractor.conv_layers.1.conv",
+            "",
+            ("wav2vec2.feature_extractor.conv_layers.1.activation",),
+            moved=True,
+        ),
+        Where(
             "wav2vec2.feature_extractor.conv_layers.1.activation",
             "wav2vec2.feature_projection.projection",
             "",

@@ -34,6 +34,7 @@ from .chains import Chain, find_chains
 from .evidence import Evidence, MeetingError
 from .held_out import Examples, decide
 from .meeting_point import Meeting, observe
+from .norm_biases import borrow_biases
 from .pruned import support
 from .report import FEW_ROWS, Compensate, CompensatedSite, CompensationReport, describe
 from .row_weights import RowWeights
@@ -114,6 +115,8 @@ class Refit:
         with networks.smooth(), torch.no_grad():
             maps = {site: traced.maps[site] for site in traced.order if site in traced.maps}
             chains = find_chains(networks.model, run_first, maps, *map(networks.forward, traced.batches[1:]))
+            if biases:
+                borrow_biases(networks.model, wanting, first)
             if not _alike(*outputs):  # with and without a graph, perhaps by kernels that round otherwise
                 self._check_repeats()
             self._positions_first = self._turned(traced)

@@ -14,7 +14,7 @@ from ...measurement.chosen_rows import from_taken, taken_rows
 from ...measurement.places import chunks
 from ...measurement.towers import Chosen, Note
 from ...structure.hooks import Hooks
-from ...structure.linear_calls import LinearCall
+from ...structure.linear_calls import Key, LinearCall
 from ...structure.linear_maps import LinearMap, watch_linears
 from .blocks import hidden_in
 from .runs import Run
@@ -103,17 +103,19 @@ def observe(run: Run, maps: Sequence[LinearMap], meeting: Meeting | None = None,
     """Run a block and keep what concerns `maps`, and whether `site` ran."""
     seen, block = Observed(), run.block
     routing: Tensor | None = None
-    labels = {linear.key: linear.label for linear in maps}
+    watched: dict[Key, list[LinearMap]] = {}
+    for linear in maps:
+        watched.setdefault(linear.key, []).append(linear)
     stacked = bool(maps) and maps[0].index is not None
     taken: list[Chosen] = []
 
     def on_linear(call: LinearCall) -> None:
-        label = labels.get(call.key)
-        if label is not None:
-            note = run.towers.note(call.input)
+        for linear in watched.get(call.key, ()):
+            note = run.towers.note(call.output)
             if stacked and routing is None and note.chosen is None:
                 note = replace(note, chosen=from_taken(call.input, taken))
-            seen.calls.setdefault(label, []).append(MapCall(flat(call.input), flat(call.output), note, routing))
+            made = MapCall(call.rows(linear.group), flat(call.output)[:, linear.outputs], note, routing)
+            seen.calls.setdefault(linear.label, []).append(made)
 
     def on_other(func: Any, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found = taken_rows(func, args)
@@ -215,7 +217,7 @@ def _points(
         if call.key != key:
             return None
         outputs.append(call.output)
-        notes.append(run.towers.note(call.input))
+        notes.append(run.towers.note(call.output))
         return call.output + deltas[len(outputs) - 1] if len(outputs) <= len(deltas) else None
 
     def on_input(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

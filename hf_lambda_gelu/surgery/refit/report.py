@@ -90,7 +90,8 @@ def describe(
             rank = max(rank or 0.0, verdict.rank)
             if rank > _RANK_WARNING * verdict.rows:
                 notes.append(f"{FEW_ROWS}: {verdict.rows} for an effective rank of {rank:.0f}")
-    rows, starved = sum(v.rows for v in verdicts), sum(v.starved for v in verdicts)
+    rows = sum(v.rows for v in verdicts) // evidence.maps[0].groups  # all groups of a convolution get the same positions
+    starved = sum(v.starved for v in verdicts)
     if not rows or starved == len(verdicts):
         notes.append("no rows to fit and to judge by: at least two examples that are not padding are needed")
     elif starved:

@@ -25,7 +25,7 @@ import hf_lambda_gelu as hlg
 
 Batches = list[dict[str, Tensor]]
 # config attributes that the compensation switches on for a bias
-BIASED = {"llama": {"mlp_bias": True}, "modernbert": {"mlp_bias": True}}
+BIASED = {"llama": {"mlp_bias": True}, "modernbert": {"mlp_bias": True}, "wav2vec2": {"conv_bias": True}}
 
 REFERENCE = [
     "bert-classifier",
@@ -60,7 +60,7 @@ def test_reference(name: str, method: str, hardness: float) -> None:
     report = hlg.relu_ize(model, calibration=batches, compensate=method)  # type: ignore[arg-type]
     state = parameters(model)
     assert report.compensation is not None
-    assert report.compensation.bias_attribute == (BIASED.get(name) and "mlp_bias")
+    assert report.compensation.bias_attribute == next(iter(BIASED.get(name, ())), None)
 
     def relu(weights: dict[str, Tensor]) -> PreTrainedModel:
         network = tiny.build(name, seed=1, **tiny.relu_overrides(name), **BIASED.get(name, {}))
