@@ -90,7 +90,7 @@ def relu_ize(
         check_target_folder(target)
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
         _check_data(calibration, compensate, stream, wider := hinges != 1 or budget is not None)
-        width = {"hinges": hinges, "budget": budget}
+        width: dict[str, Any] = {"hinges": hinges, "budget": budget}
         kept: dict[str, Any] = {"details": details, "trust_remote_code": trust_remote_code}
         how: dict[str, Any] = {"force": force, "tolerance": tolerance, "compensate": compensate}
         data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
