@@ -152,8 +152,8 @@ def relu_ize_checkpoint(
     """Makes of the folder of a λ-GELU checkpoint that of the ReLU model, which stock transformers loads.
 
     It holds what `relu_ize(model)` and `save_relu_pretrained(model, dst)` write, made as `convert_checkpoint` makes its own:
-    weight files without λ and without changed weights are hard links. With `calibration` or `hinges` the model, GELU or
-    λ-GELU, runs with one block of weights in memory; after a kill the same call goes on where it was.
+    unchanged weight files are hard links. With `calibration` or `hinges` the model, GELU or λ-GELU, runs with one block of
+    weights in memory; after a kill the same call goes on where it was.
 
     Args:
         src, dst: folder of a λ-GELU checkpoint in safetensors, by whomever it was saved; the folder to make, not in `src`.
@@ -166,9 +166,8 @@ def relu_ize_checkpoint(
         The report of `relu_ize`, and what became of the files.
 
     Raises:
-        CheckpointError: as for `convert_checkpoint`; λ of sites that the model lacks; with `calibration`, no room on a disk,
-            weights that change meanwhile or have another form than the model's (Mixtral's experts), or a killed process's
-            work with other data or options. `src` is as it was, then, and `dst` is not made.
+        CheckpointError: as for `convert_checkpoint`; λ of sites that the model lacks; no room; weights that change meanwhile
+            or are merged in the model (Mixtral's experts); a killed process's work with other data. `dst` is not made.
         CalibrationError, SoftGateError, HingeError, ValueError: as for `relu_ize`; no such device, or `dst` cannot be made.
 
     Examples:
@@ -183,10 +182,8 @@ def relu_ize_checkpoint(
     wanted = check_hinges(hinges, budget, compensate is not None)
     place, source = usable_device(device), Source(src, dst, overwrite, trust_remote_code=trust_remote_code)
     if calibration is not None or wanted is not None:
-        streamed, asked = (
-            Streamed(source, place),
-            Asked(force, tolerance, targets, compensate, compute_metrics, hinges, budget),
-        )
+        streamed = Streamed(source, place)
+        asked = Asked(force, tolerance, targets, compensate, compute_metrics, hinges, budget)
         with refit_streamed(streamed, calibration, asked) as report:
             return _write_relu(source, streamed.model, report, details, link, overwrite, streamed)
     model = source.load()

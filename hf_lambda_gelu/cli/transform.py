@@ -73,16 +73,14 @@ def relu_ize(
 
     Stock transformers loads it. Without --calibration the weights are not loaded, and gates must be hard. With it the
     change of the outputs is measured, a GELU model converted first; --compensate refits the weights, so that gates may be
-    soft; --stream keeps one block of them in memory. With --hinges or --budget layers get wider, and nearer to the smooth;
-    both go with --stream too.
+    soft; --stream keeps one block of them in memory. With --hinges or --budget layers get wider, and nearer to the smooth.
 
     \b
     Examples:
       hf-lambda-gelu relu-ize runs/sst2 runs/sst2-relu
       hf-lambda-gelu relu-ize textattack/bert-base-uncased-SST-2 bert-relu \\
           --calibration reviews.txt --compensate least_squares
-      hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --stream
-      hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --hinges 2
+      hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --hinges 2 --stream
     """
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
@@ -99,8 +97,7 @@ def relu_ize(
             if found is not None:
                 model = without_weights(folder, target, trust_remote_code)
                 how |= {"calibration": batches(found, data, model, folder, trust_remote_code)}
-            how |= {"device": device} if stream else {}
-            return result.set(hlg.relu_ize_checkpoint(folder, target, **how, **width, **kept, link=not copy))
+            return result.set(hlg.relu_ize_checkpoint(folder, target, device=device, **how, **width, **kept, link=not copy))
         model = with_hardness(loaded(folder, trust_remote_code, device))
         how |= {} if found is None else {"calibration": batches(found, data, model, folder, trust_remote_code)}
         report = hlg.relu_ize(model, **how, **width)
