@@ -67,7 +67,8 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
 def unfinished_folder(folder: Path) -> Iterator[Path]:
     """Within the block, a folder beside `folder` for work that a killed process may have begun: what that left is in it.
 
-    Afterwards it is gone, whether the work succeeded or failed: a kill alone leaves it. No other process has it meanwhile.
+    Afterwards it is gone, whether the work succeeded or failed: a kill alone leaves it. What a killed process left stays,
+    with what was added, if the work fails again. No other process has it meanwhile.
 
     Raises:
         ValueError: nothing can be written there; another process is making the same folder.
@@ -75,13 +76,15 @@ def unfinished_folder(folder: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(folder))
     new = [parent for parent in target.parents if not parent.exists()]  # the innermost first
     claim = Claim(_beside(target, _UNFINISHED))
-    if_it_fails(claim.remove)
+    left = claim.folder.is_dir() and any(claim.folder.iterdir())
+    give_up = claim.leave if left else claim.remove
+    if_it_fails(give_up)
     try:
         _take(claim, target, adopt=True)
         yield claim.folder
         claim.remove()
     except BaseException:
-        claim.remove()
+        give_up()
         for parent in new:
             with contextlib.suppress(OSError):  # not empty: somebody else's by now
                 parent.rmdir()

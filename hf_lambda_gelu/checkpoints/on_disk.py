@@ -25,15 +25,17 @@ from ..structure.loading import CheckpointError, save_parts
 from ..structure.scratch import scratch_folder
 from ..structure.transaction import transaction
 from ..surgery.conversion import ConversionReport, convert
+from ..surgery.hinges.wanted import check_hinges
 from ..surgery.refit.report import Compensate
 from ..surgery.report import SubstitutionReport
 from ..surgery.substitution import check_options, relu_ize
 from .card import PLOT_NAME, REPORT_NAME, CardDetails
 from .folders import whole_folder
 from .on_disk_files import Source, WrittenFiles
-from .on_disk_refit import Streamed, refit_streamed, usable_device
+from .on_disk_refit import Asked, refit_streamed, usable_device
 from .save import write_card
 from .shards import Shard
+from .streamed_model import Streamed
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ def relu_ize_checkpoint(
     calibration: Iterable[Any] | None = None,
     compensate: Compensate | None = None,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+    hinges: int = 1,
+    budget: float | None = None,
     device: str | torch.device = "cpu",
     details: CardDetails | None = None,
     link: bool = True,
@@ -147,17 +151,14 @@ def relu_ize_checkpoint(
 ) -> CheckpointReport:
     """Makes of the folder of a λ-GELU checkpoint that of the ReLU model, which stock transformers loads.
 
-    It holds what `relu_ize(model)` and `save_relu_pretrained(model, dst)` write, made as `convert_checkpoint` makes its own.
-    Weight files with λ in them, or with refit weights, are rewritten in a stream; the others are hard links.
-
-    With `calibration` the model, GELU or λ-GELU, runs with one block of weights in memory; killed, it goes on there.
+    It holds what `relu_ize(model)` and `save_relu_pretrained(model, dst)` write, made as `convert_checkpoint` makes its own:
+    unchanged weight files are hard links. With `calibration` or `hinges` the model, GELU or λ-GELU, runs with one block of
+    weights in memory; after a kill the same call goes on where it was.
 
     Args:
-        src: folder of a λ-GELU checkpoint in safetensors, by `save_pretrained`, a Trainer or `convert_checkpoint`.
-        dst: the folder to make; not in `src`.
-        force, tolerance, targets, calibration, compensate, compute_metrics: as for `relu_ize`.
-        device: where blocks run, and what lies outside of them (embeddings, head) is.
-        details: what the model card, a new one, should say.
+        src, dst: folder of a λ-GELU checkpoint in safetensors, by whomever it was saved; the folder to make, not in `src`.
+        force, tolerance, targets, calibration, compensate, compute_metrics, hinges, budget: as for `relu_ize`.
+        device, details: where blocks run, and what lies outside of them is; what the model card, a new one, should say.
         link, overwrite: False copies the weight files; True puts `dst` in the place of a saved model that is there.
         trust_remote_code: run code of its own that `src` has, which then comes along. Without it such a folder is refused.
 
@@ -165,25 +166,25 @@ def relu_ize_checkpoint(
         The report of `relu_ize`, and what became of the files.
 
     Raises:
-        `src` is as it was, then, and `dst` is not made.
-        CheckpointError: as for `convert_checkpoint`; λ of sites that the model does not have; with `calibration`, weights
-            that change meanwhile, or that the checkpoint holds in another form than the model (Mixtral's experts).
-        CalibrationError, SoftGateError, ValueError: as for `relu_ize`; no such device, or `dst` cannot be made.
+        CheckpointError: as for `convert_checkpoint`; λ of sites that the model lacks; no room; weights that change meanwhile
+            or are merged in the model (Mixtral's experts); a killed process's work with other data. `dst` is not made.
+        CalibrationError, SoftGateError, HingeError, ValueError: as for `relu_ize`; no such device, or `dst` cannot be made.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
         >>> from transformers import BertConfig, BertModel
-        >>> model = BertModel(BertConfig(num_hidden_layers=1, hidden_act="lambda_gelu"))
-        >>> model.save_pretrained("runs/hard")  # λ = 1: not hard at all, hence force
+        >>> BertModel(BertConfig(num_hidden_layers=1, hidden_act="lambda_gelu")).save_pretrained("runs/hard")  # λ = 1: force
         >>> print(hlg.relu_ize_checkpoint("runs/hard", "runs/hard-relu", force=True))  # doctest: +ELLIPSIS
         1 activations are ReLU now (forced: gates were soft)
         ...
     """
     check_options(calibration, compensate)
+    wanted = check_hinges(hinges, budget, compensate is not None)
     place, source = usable_device(device), Source(src, dst, overwrite, trust_remote_code=trust_remote_code)
-    if calibration is not None:
+    if calibration is not None or wanted is not None:
         streamed = Streamed(source, place)
-        with refit_streamed(streamed, calibration, force, tolerance, targets, compensate, compute_metrics) as report:
+        asked = Asked(force, tolerance, targets, compensate, compute_metrics, hinges, budget)
+        with refit_streamed(streamed, calibration, asked) as report:
             return _write_relu(source, streamed.model, report, details, link, overwrite, streamed)
     model = source.load()
     dropped = _load_hardness(model, source.shards)

@@ -17,7 +17,7 @@ from ..structure.loading import CheckpointError, load_without_reading, saved_cla
 from ..structure.own_code import code_files
 from .carried_code import settle_code
 from .folders import check_new
-from .shards import Shard, can_link, put, read_shards, shard_names, side_files, write_changed, write_index
+from .shards import Replacement, Shard, can_link, put, read_shards, shard_names, side_files, write_changed, write_index
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,18 @@ class WeightFile:
     name: str
     way: Literal["linked", "copied", "rewritten"]
 
-    def write(self, folder: Path, dropped: Collection[str], replaced: Mapping[str, Path]) -> None:
+    def write(self, folder: Path, dropped: Collection[str], replaced: Mapping[str, Replacement]) -> None:
         if self.way == "rewritten":
             write_changed(self.shard.path, folder / self.name, dropped, replaced)
         else:
             put(self.shard.path, folder / self.name, self.way == "linked")
+
+    def size(self, replaced: Mapping[str, Replacement]) -> int:
+        """How many bytes will be written, about: some less where tensors are left out."""
+        if self.way == "linked":
+            return 0
+        grown = sum(replaced[name].size - tensor.nbytes for name, tensor in self.shard.tensors.items() if name in replaced)
+        return self.shard.path.stat().st_size + grown
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Source:
         *,
         added: Mapping[str, Tensor] | None = None,
         dropped: Collection[str] = (),
-        replaced: Mapping[str, Path] | None = None,
+        replaced: Mapping[str, Replacement] | None = None,
         link: bool,
     ) -> WrittenFiles:
         """Fills the temporary folder with the weight files and their index.
@@ -85,27 +92,27 @@ class Source:
         Args:
             links: what of the folder are hard links already.
             added, dropped: λ, or biases, to write into a file of its own; names of tensors to leave out of the weight files.
-            replaced: {tensor: file with its new bytes}.
+            replaced: {tensor: its new bytes}.
             link: make hard links where nothing changes.
         """
         replaced = replaced or {}
         weights = self._weight_files(temporary, {*dropped, *replaced}, dropped, bool(added), link)
-        _check_space(temporary, [file.shard.path for file in weights if file.way != "linked"])
-        tensors: dict[str, Tensor] = {}
+        _check_space(temporary, sum(file.size(replaced) for file in weights))
+        sizes: dict[str, int] = {}
         places: dict[str, str] = {}
         for file in weights:
             file.write(temporary, dropped, replaced)
-            kept = {name: tensor for name, tensor in file.shard.tensors.items() if name not in dropped}
-            tensors.update(kept)
+            kept = {name: tensor.nbytes for name, tensor in file.shard.tensors.items() if name not in dropped}
+            sizes |= kept | {name: replaced[name].size for name in kept if name in replaced}
             places.update(dict.fromkeys(kept, file.name))
         if added:
             name = shard_names(len(weights) + 1)[-1]
             save_file(dict(added), temporary / name, metadata={"format": "pt"})
-            tensors.update(added)
+            sizes |= {key: tensor.nbytes for key, tensor in added.items()}
             places.update(dict.fromkeys(added, name))
         if len(weights) + bool(added) > 1:
-            size = sum(tensor.nbytes for tensor in tensors.values())
-            write_index(temporary, places, {"total_parameters": model.num_parameters(), "total_size": size})
+            total = {"total_parameters": model.num_parameters(), "total_size": sum(sizes.values())}
+            write_index(temporary, places, total)
         links = links | {file.name for file in weights if file.way == "linked"}
         files = [path for path in temporary.rglob("*") if path.is_file() and str(path.relative_to(temporary)) not in links]
         return WrittenFiles(
@@ -153,8 +160,8 @@ def _names(weights: list[WeightFile], way: str) -> tuple[str, ...]:
     return tuple(file.name for file in weights if file.way == way)
 
 
-def _check_space(folder: Path, files: list[Path]) -> None:
-    needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(folder).free
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
             f"{needed:,} bytes of weights have to be written, and {free:,} are free in {str(folder.parent)!r}: make room, "

@@ -9,110 +9,26 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import EvalPrediction
 from transformers.utils import CONFIG_NAME
 
 from .._compat import pytree
-from ..activation.module import hardness_sites
-from ..activation.older_checkpoints import NAME, OLDER
-from ..structure.block_source import BlockSource, FileChanged, Place, blocks_of, check_same, file_state
-from ..structure.config_probe import hard_coded_sites
-from ..structure.loading import CheckpointError, load_without_reading
-from ..surgery.conversion import convert
+from ..structure.block_source import BlockSource, FileChanged
+from ..structure.loading import CheckpointError
 from ..surgery.refit.report import Compensate
 from ..surgery.report import SubstitutionReport
 from ..surgery.substitution import relu_ize
+from .disk_room import MAKE_ROOM, Room
 from .folders import unfinished_folder
-from .on_disk_files import Source
-from .shards import mapped_tensors
-
-_MAKE_ROOM = "Make room, let TMPDIR name a folder on a larger disk, or pass fewer calibration batches"
-
-
-class Streamed:
-    """The model of a checkpoint whose weights stay in its files.
-
-    Attributes:
-        model: its parameters are views of the files.
-        source: brings the weights of a block in.
-        names: parameter → what the checkpoint calls it.
-        hardness: the names of the checkpoint's λ.
-    """
-
-    def __init__(self, files: Source, device: torch.device) -> None:
-        self.files = files
-        states = {shard.path: file_state(shard.path) for shard in files.shards}
-        found = {shard.path: mapped_tensors(shard.path) for shard in files.shards}
-        self.places = [Place(path, 0, state) for path, state in states.items()]
-        tensors = {name: view for views in found.values() for name, (view, _) in views.items()}
-        if len(tensors) < sum(map(len, found.values())):
-            raise CheckpointError(f"{str(files.folder)!r} holds a tensor in two of its files: fetch it again")
-        self.hardness = {name for name in tensors if name.rpartition(".")[2] in (NAME, OLDER)}
-        if files.config.__dict__.get("quantization_config") is not None:
-            raise ValueError(
-                f"{str(files.folder)!r} is quantised and cannot be refit: substitute first, then quantise the ReLU model"
-            )
-        self.model = load_without_reading(files.folder, files.config, files.cls, tensors)
-        self.source = BlockSource(self.model, device)
-        called = {view.data_ptr(): name for name, view in tensors.items() if view.numel()}
-        self.names = {p: called[p.data_ptr()] for p in self.model.parameters() if _is_view(p, called, tensors)}
-        for name, p in self.model.named_parameters():  # a tied bias is padded, to the length that it has
-            if p not in self.names and name in tensors and p.dim() == 1 and torch.equal(p, tensors[name]):
-                self.names[p] = name
-        self._check_views()
-        for path, views in found.items():
-            for name, (view, offset) in views.items():
-                if name not in self.hardness and view.numel():
-                    self.source.add(view, Place(path, offset, states[path]))
-        if not hardness_sites(self.model):
-            convert(self.model)
-        free = hard_coded_sites(self.model)
-        if free:
-            raise CheckpointError(
-                f"no config attribute governs {free[0]}, so that λ has to go into the weights: load the model and call "
-                "relu_ize"
-            )
-
-    def _check_views(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if parameter not in self.names and name.rpartition(".")[2] != NAME and parameter.numel():
-                raise CheckpointError(
-                    f"the checkpoint holds {name} in another form or dtype than {type(self.model).__name__} has it (merged "
-                    "from several tensors, as experts are, or cast), so that it cannot be refit in its files: load the "
-                    "model and call relu_ize"
-                )
-
-    def check_unchanged(self) -> None:
-        """FileChanged if a weight file is not what it was."""
-        for place in self.places:
-            check_same(place)
-
-    def changed(self) -> dict[str, Path]:
-        """{what the checkpoint calls it: the file with its new bytes} of the weights that were refit."""
-        return {self.names[p]: path for p, path in self.source.changed.items() if p in self.names}
-
-    def added(self) -> dict[str, Tensor]:
-        """The biases that maps were given, by the model's names."""
-        known = {*self.names, *(site.unclipped_hardness for site in hardness_sites(self.model).values())}
-        return {n: p.detach().to("cpu") for n, p in self.model.named_parameters() if p not in known}
-
-
-def _is_view(parameter: nn.Parameter, called: Mapping[int, str], tensors: Mapping[str, Tensor]) -> bool:
-    name = called.get(parameter.data_ptr())
-    if name is None:
-        return False
-    view = tensors[name]
-    return (view.shape, view.dtype, view.stride()) == (parameter.shape, parameter.dtype, parameter.stride())
+from .streamed_model import Streamed
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -128,38 +44,34 @@ def usable_device(device: str | torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found
 
 
+class Asked(NamedTuple):
+    """What `relu_ize` is asked for, its calibration set aside, under its own names."""
+
+    force: bool
+    tolerance: float
+    targets: Mapping[str, float] | None
+    compensate: Compensate | None
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None
+    hinges: int
+    budget: float | None
+
+
 @contextmanager
-def refit_streamed(
-    streamed: Streamed,
-    calibration: Iterable[Any],
-    force: bool,
-    tolerance: float,
-    targets: Mapping[str, float] | None,
-    compensate: Compensate | None,
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
-) -> Iterator[SubstitutionReport]:
-    """Within the block, the model is a ReLU network, its refit weights in files; it goes on with what a killed process did.
+def refit_streamed(streamed: Streamed, calibration: Iterable[Any] | None, asked: Asked) -> Iterator[SubstitutionReport]:
+    """Within the block, the model is a ReLU network, its changed weights in files; a killed process is gone on with.
 
     Raises:
-        As `relu_ize`; CheckpointError for files that change meanwhile, or no room.
+        As `relu_ize`; CheckpointError for files that change meanwhile, no room, or other work that was left unfinished.
     """
     source = streamed.source
     with _file_errors(), unfinished_folder(streamed.files.target) as folder:
         source.folder = folder
-        options = (compensate, force, tolerance, targets, source.device.type)
-        source.identity = _identity(streamed, options)
-        batches = _Hashed(calibration, streamed, compensate is not None)
+        source.identity = _identity(streamed, asked)
+        room = Room(streamed, refit=asked.compensate is not None)
+        source.expect = room.check
+        batches = None if calibration is None else _Hashed(calibration, source, room)
         with source.attached():
-            report = relu_ize(
-                streamed.model,
-                force,
-                tolerance=tolerance,
-                targets=targets,
-                calibration=batches,
-                compensate=compensate,
-                compute_metrics=compute_metrics,
-                processes="one",
-            )
+            report = relu_ize(streamed.model, calibration=batches, processes="one", **asked._asdict())
         streamed.check_unchanged()
         yield report
         streamed.check_unchanged()
@@ -178,30 +90,34 @@ def _file_errors() -> Iterator[None]:
             raise
         raise CheckpointError(
             f"no room is left for hidden states in {tempfile.gettempdir()!r}, or for weights beside the new folder: "
-            f"{error}. {_MAKE_ROOM}"
+            f"{error}. {MAKE_ROOM}"
         ) from error
 
 
-def _identity(streamed: Streamed, options: tuple[Any, ...]) -> str:
-    """Of the files, of what is asked for, and of what does it."""
+def _identity(streamed: Streamed, asked: Asked) -> dict[str, str]:
+    """Of the files, of what is asked for, and of what does it. The calibration set adds its own."""
     files = [(str(place.path.resolve()), place.state) for place in streamed.places]
     config = (streamed.files.folder / CONFIG_NAME).read_bytes()
-    said = json.dumps([files, repr(options), torch.__version__, config.decode("utf-8", "replace")])
-    return hashlib.sha256(said.encode()).hexdigest()
+    said = json.dumps([files, config.decode("utf-8", "replace")])
+    return {
+        "weight files": hashlib.sha256(said.encode()).hexdigest(),
+        **{name: repr(value) for name, value in asked._asdict().items() if name != "compute_metrics"},
+        "device": streamed.source.device.type,
+        "version of torch": torch.__version__,
+    }
 
 
 class _Hashed:
     """A calibration set that adds what it holds to the identity of the work, once it has been read, and asks for room."""
 
-    def __init__(self, batches: Iterable[Any], streamed: Streamed, refit: bool) -> None:
-        self._batches, self._streamed, self._refit = batches, streamed, refit
+    def __init__(self, batches: Iterable[Any], source: BlockSource, room: Room) -> None:
+        self._batches, self._source, self._room = batches, source, room
 
     def __len__(self) -> int:
         return len(self._batches)  # type: ignore[arg-type]  # what has no length raises, as asked for
 
     def __iter__(self) -> Iterator[Any]:
         digest = hashlib.sha256()
-        tokens = 0
         for batch in self._batches:
             for leaf in pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch):
                 if isinstance(leaf, Tensor):
@@ -211,30 +127,8 @@ class _Hashed:
                 else:
                     digest.update(repr(leaf).encode())
             main = batch.get("input_ids") if isinstance(batch, Mapping) else None
-            tokens += main.numel() if isinstance(main, Tensor) else 0
+            self._room.tokens += main.numel() if isinstance(main, Tensor) else 0
             yield batch
-        self._streamed.source.identity += digest.hexdigest()
-        if self._refit:
-            _check_room(self._streamed, tokens)
-
-
-def _check_room(streamed: Streamed, tokens: int) -> None:
-    """CheckpointError if the disks have no room, where the main input is text: for both networks' hidden states before and
-    after a block, with what its map gets; for the new weight files, and the states that a killed process leaves, twice."""
-    width = getattr(streamed.model.config.get_text_config(), "hidden_size", 0)
-    each, shifts = tokens * streamed.model.dtype.itemsize, streamed.model.dtype in (torch.float32, torch.float64)
-    matrices = [p for block in blocks_of(streamed.model) for p in block.parameters() if p.dim() == 2]
-    widest = max((size for p in matrices for size in p.shape), default=0)
-    needed = {Path(tempfile.gettempdir()): each * (4 * width + (widest if shifts else 0))}
-    target = next(parent for parent in streamed.files.target.parents if parent.is_dir())
-    streamed.check_unchanged()
-    weights = sum(place.path.stat().st_size for place in streamed.places) + (2 * each * width if shifts else 0)
-    same = target.stat().st_dev == Path(tempfile.gettempdir()).stat().st_dev
-    needed = {target: weights + sum(needed.values())} if same else {**needed, target: weights}
-    for folder, size in needed.items():
-        free = shutil.disk_usage(folder).free
-        if size > free:
-            raise CheckpointError(
-                f"hidden states of {tokens:,} tokens and new weight files need up to {size:,} bytes in {str(folder)!r}, "
-                f"where {free:,} are free. {_MAKE_ROOM}"
-            )
+        self._source.identity["calibration data"] = digest.hexdigest()
+        if self._room.refit:
+            self._room.check({})

@@ -35,6 +35,19 @@ _TRAINER = {"trainer_state.json", "training_args.json"}
 
 
 @dataclass(frozen=True)
+class Replacement:
+    """What takes the place of a tensor's bytes: a file with nothing else in it; the tensor's shape, in the same dtype."""
+
+    path: Path
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.path.stat().st_size
+
+
+@dataclass(frozen=True)
 class Shard:
     """A safetensors file and its tensors, on the meta device."""
 
@@ -191,7 +204,7 @@ def put(source: Path, target: Path, link: bool) -> None:
         shutil.copyfile(source, target)  # in chunks, or by the kernel
 
 
-def write_changed(source: Path, target: Path, dropped: Collection[str], replaced: Mapping[str, Path]) -> None:
+def write_changed(source: Path, target: Path, dropped: Collection[str], replaced: Mapping[str, Replacement]) -> None:
     """Writes `source` without some of its tensors and with the bytes of others from files, in a stream.
 
     The other bytes and the metadata stay as they are.
@@ -207,8 +220,10 @@ def write_changed(source: Path, target: Path, dropped: Collection[str], replaced
         end = 0
         for name, entry in kept:
             start, (first, last) = end, entry["data_offsets"]
-            end = start + last - first
-            placed[name] = {**entry, "data_offsets": [start, end]}
+            new = replaced.get(name)
+            end = start + (last - first if new is None else new.size)
+            shape = entry["shape"] if new is None else list(new.shape)
+            placed[name] = {**entry, "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(placed, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         with target.open("wb") as out:
@@ -216,8 +231,8 @@ def write_changed(source: Path, target: Path, dropped: Collection[str], replaced
             for name, entry in kept:
                 first, last = entry["data_offsets"]
                 if name in replaced:
-                    with replaced[name].open("rb") as new:
-                        _copy(new, out, 0, last - first)
+                    with replaced[name].path.open("rb") as bytes_of_it:
+                        _copy(bytes_of_it, out, 0, replaced[name].size)
                 else:
                     _copy(file, out, 8 + length + first, 8 + length + last)
 

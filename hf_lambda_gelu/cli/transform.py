@@ -86,8 +86,7 @@ def relu_ize(
       hf-lambda-gelu relu-ize runs/sst2 runs/sst2-relu
       hf-lambda-gelu relu-ize textattack/bert-base-uncased-SST-2 bert-relu \\
           --calibration reviews.txt --compensate least_squares
-      hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --stream
-      hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --hinges 2
+      hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --hinges 2 --stream
     """
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
@@ -97,6 +96,7 @@ def relu_ize(
         check_target_folder(target)
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
         _check_data(calibration, compensate, stream, wider := hinges != 1 or budget is not None)
+        width: dict[str, Any] = {"hinges": hinges, "budget": budget}
         kept: dict[str, Any] = {"details": details, "trust_remote_code": trust_remote_code}
         how: dict[str, Any] = {"force": force, "tolerance": tolerance, "compensate": compensate}
         data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
@@ -104,11 +104,10 @@ def relu_ize(
         if stream or (found is None and not wider):
             if found is not None:
                 model = without_weights(folder, target, trust_remote_code)
-                how |= {"calibration": batches(found, data, model, folder, trust_remote_code), "device": device}
-            return result.set(hlg.relu_ize_checkpoint(folder, target, **how, **kept, link=not copy))
+                how |= {"calibration": batches(found, data, model, folder, trust_remote_code)}
+            return result.set(hlg.relu_ize_checkpoint(folder, target, device=device, **how, **width, **kept, link=not copy))
         made = None if found is None else partial(batches, found, data)
-        how |= {"hinges": hinges, "budget": budget}
-        _relu_ize_in_memory(result, (folder, target, device), made, how, kept)
+        _relu_ize_in_memory(result, (folder, target, device), made, how | width, kept)
 
 
 def _relu_ize_in_memory(
@@ -174,9 +173,7 @@ def fold(
 
 def _check_data(calibration: str | None, compensate: str | None, stream: bool, wider: bool) -> None:
     """UsageError for options that need data, or do not go together."""
-    if stream and wider:
-        raise UsageError("--stream refits layers as they are: leave it out, or --hinges and --budget")
-    if (compensate is not None or stream) and calibration is None:
+    if (compensate is not None or (stream and not wider)) and calibration is None:
         raise UsageError(_NO_DATA.format("--stream" if compensate is None else f"--compensate {compensate}"))
 
 

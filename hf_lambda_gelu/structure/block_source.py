@@ -7,7 +7,7 @@ from their files, onto the device, and when it is left they rest again. All of i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,7 +48,8 @@ class BlockSource:
         places: address of a resting tensor → where its bytes lie.
         changed: parameter → the file with its bytes, of those that a verb has changed.
         folder: where weights that a verb has changed are written, and what is done there; None: a scratch folder.
-        identity: of the work, so that one that was broken off is known again.
+        identity: of the work, by parts, so that one that was broken off is known again, and what is other in another one.
+        expect: is told, before the work begins, the weights that will be changed and the shapes that they will have.
         generation: goes up whenever weights come or go, and with them their addresses in memory.
     """
 
@@ -57,7 +58,8 @@ class BlockSource:
     places: dict[int, tuple[Tensor, Place]] = field(default_factory=dict)
     changed: dict[nn.Parameter, Path] = field(default_factory=dict)
     folder: Path | None = None
-    identity: str = ""
+    identity: dict[str, str] = field(default_factory=dict)
+    expect: Callable[[Mapping[nn.Parameter, tuple[int, ...]]], None] = lambda shapes: None
     generation: int = 0
     blocks: dict[nn.Module, list[nn.Parameter]] = field(default_factory=dict)
     _streamed: set[nn.Parameter] = field(default_factory=set)

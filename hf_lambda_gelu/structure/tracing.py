@@ -123,8 +123,7 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
         made = torch.empty(0, requires_grad=True)
         kept.append(made)
         leaves[id(made)] = site
-        made_by: Tensor = _MadeBy.apply(made, output.detach())  # type: ignore[no-untyped-call]
-        return made_by
+        return made_by(made, output.detach())
 
     def on_site(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         seen.reached.setdefault(sites[module], {})
@@ -146,7 +145,7 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
     with Hooks() as hooks:
         for site in sites:
             hooks.after(site, on_site)
-        with torch.enable_grad(), differentiable(model), watch_linears(on_linear, uses), _graph_alone():
+        with torch.enable_grad(), differentiable(model), watch_linears(on_linear, uses), graph_alone():
             output = forward()
     for tensor in pytree.tree_leaves(dict(output) if isinstance(output, dict) else output):
         if isinstance(tensor, Tensor):
@@ -157,8 +156,14 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
     return seen
 
 
-class _MadeBy(torch.autograd.Function):
+def made_by(leaf: Tensor, tensor: Tensor) -> Tensor:
     """Lets a tensor have come from a leaf, without a copy; the model may change it in place, which a leaf does not allow."""
+    made: Tensor = _MadeBy.apply(leaf, tensor)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _MadeBy(torch.autograd.Function):
+    """See `made_by`."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, tensor: Tensor) -> Tensor:
@@ -170,7 +175,11 @@ class _MadeBy(torch.autograd.Function):
         raise RuntimeError("a graph that was made to be followed has no backward pass")
 
 
-def _graph_alone() -> AbstractContextManager[None]:
+# what `operation_of` calls it
+MADE_BY = "_MadeBy"
+
+
+def graph_alone() -> AbstractContextManager[None]:
     """Within the block, autograd's graph keeps none of the numbers that a backward pass would need."""
 
     def forget(tensor: Any) -> Any:

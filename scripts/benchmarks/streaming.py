@@ -1,6 +1,7 @@
 """What a refit costs whose weights stay in the checkpoint's files, against one in memory: seconds by part, and peak memory.
 
     python -m scripts.benchmarks.streaming                                        # 8, 16 and 32 blocks on the CPU, both ways
+    python -m scripts.benchmarks.streaming --hinges 2 --blocks 8 16 --size 512 288 --tokens 640 --batch 1 --length 128 --add
     python -m scripts.benchmarks.streaming --device cuda --parameters 1.3e9       # one model through one GPU, streamed alone
 
 Llamas with random weights and random tokens. Each run is a process of its own, which reads a saved folder and leaves a ReLU
@@ -44,6 +45,7 @@ COLUMNS = [
     "moments_mb",
     "batch_mb",
     "tokens",
+    "hinges",
     "way",
     "repeat",
     "seconds",
@@ -60,14 +62,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--size", type=int, nargs=2, default=[1024, 1088], help="hidden size, and that of the FFN")
     parser.add_argument("--parameters", type=float, help="one model of about so many, in place of --blocks")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
     parser.add_argument("--batch", type=int, default=2, help="windows in a batch")
+    parser.add_argument("--hinges", type=int, default=1, help="ReLUs in the place of each gate")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--ways", nargs="+", choices=WAYS)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--add", action="store_true", help="keep the rows that are there")
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "WAY"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -77,6 +82,8 @@ def main() -> None:
     path = options.csv or RESULTS / f"streaming-{options.device}-torch{torch.__version__.split('+')[0]}.csv"
     with tempfile.TemporaryDirectory() as root:
         rows = run_all(options, ways, Path(root))
+    if options.add:
+        rows = [*csv.DictReader(path.open(newline="")), *rows]
     with path.open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
@@ -104,14 +111,14 @@ def run_all(options: argparse.Namespace, ways: list[str], root: Path) -> list[di
 
 
 def _arguments(options: argparse.Namespace, folder: Path, way: str) -> list[str]:
-    names = ("device", "dtype", "tokens", "length", "batch", "threads")
+    names = ("device", "dtype", "tokens", "length", "batch", "threads", "hinges")
     return ["--one", str(folder), way, *(text for name in names for text in (f"--{name}", str(getattr(options, name))))]
 
 
 def configs(options: argparse.Namespace) -> list[LlamaConfig]:
-    """Blocks of 30 MB in fp32; of 51 or 113 million parameters for a model of so many."""
+    """Blocks of --size, 30 MB in fp32 by default; of 51 or 113 million parameters for a model of so many."""
     if options.parameters is None:
-        return [_config(1024, 1088, 1000, count) for count in options.blocks]
+        return [_config(*options.size, 1000, count) for count in options.blocks]
     hidden, inner = (2048, 5632) if options.parameters < 2e9 else (3072, 8192)
     vocabulary = 32000
     each = 4 * hidden * hidden + 3 * hidden * inner
@@ -137,7 +144,7 @@ def make(config: LlamaConfig, folder: Path, options: argparse.Namespace) -> dict
         model = LlamaForCausalLM(config).to(dtype)
     model.save_pretrained(folder, max_shard_size="1GB")
     block = sum(p.nbytes for p in model.model.layers[0].parameters())
-    inner, hidden = config.intermediate_size, config.hidden_size
+    inner, hidden = options.hinges * config.intermediate_size, config.hidden_size
     return {
         "device": options.device if options.device == "cpu" else torch.cuda.get_device_name(),
         "dtype": options.dtype,
@@ -148,6 +155,7 @@ def make(config: LlamaConfig, folder: Path, options: argparse.Namespace) -> dict
         "moments_mb": round(4 * 8 * inner * (inner + hidden) / 1e6, 1),
         "batch_mb": round(options.batch * options.length * (3 * inner + 4 * hidden + 2 * config.vocab_size) * 4 / 1e6, 1),
         "tokens": options.tokens,
+        "hinges": options.hinges,
         "torch": torch.__version__,
     }
 
@@ -168,15 +176,14 @@ def measure(folder: Path, way: str, options: argparse.Namespace) -> dict[str, An
     forget_peak()
     start = time.perf_counter()
     target = folder.with_name("relu")
+    how: dict[str, Any] = {"compensate": "least_squares", "hinges": options.hinges}
     if way == "streamed":
-        made = hlg.relu_ize_checkpoint(
-            folder, target, calibration=batches, compensate="least_squares", device=options.device
-        )
+        made = hlg.relu_ize_checkpoint(folder, target, calibration=batches, device=options.device, **how)
         report: Any = made.model
     else:
         model = LlamaForCausalLM.from_pretrained(folder).to(options.device)
         hlg.convert(model)
-        report = hlg.relu_ize(model, calibration=batches, compensate="least_squares")
+        report = hlg.relu_ize(model, calibration=batches, **how)
         hlg.save_relu_pretrained(model, target)
     seconds = time.perf_counter() - start
     peak = peak_resident() - before

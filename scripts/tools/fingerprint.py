@@ -96,6 +96,7 @@ def _process() -> dict[str, Any]:
     }
 
 
-def _files(folder: Path) -> Iterator[str]:
+def _files(folder: Path) -> Iterator[tuple[str, str]]:
+    """Each path, and of a file what is in it."""
     for path in folder.rglob("*"):
-        yield str(path.relative_to(folder))
+        yield str(path.relative_to(folder)), _digest(path.read_bytes()) if path.is_file() else ""

@@ -76,6 +76,7 @@ class Injection:
             folder.mkdir()
         before, tempfile.tempdir = tempfile.tempdir, str(self.temporary)
         try:
+            self.verb.begin(self.model, self.temporary)
             self.before = fingerprint(self.model, self.temporary)
             gc.collect()
             gc.freeze()  # a collection in a child would write to, and so copy, all memory
@@ -150,7 +151,8 @@ class Injection:
     def _changes(self) -> list[str]:
         now = fingerprint(self.model, self.temporary)
         changes = [f"{k}" for k in (now.keys() | self.before.keys()) if now.get(k) != self.before.get(k)]
-        if "temporary files" in changes and self.verb.whole(self.temporary):
+        there = set(self.before["temporary files"]) <= set(now["temporary files"])
+        if "temporary files" in changes and there and self.verb.whole(self.temporary):
             changes.remove("temporary files")
         return sorted(changes)
 
@@ -185,7 +187,9 @@ def inject(verb: str, model: str, **options: Any) -> Injection:
     with tempfile.TemporaryDirectory() as folder:
         warm = Path(folder, "tmp")
         warm.mkdir()
-        VERBS[verb].run(VERBS[verb].prepare(MODELS[model]()), warm)
+        made = VERBS[verb].prepare(MODELS[model]())
+        VERBS[verb].begin(made, warm)
+        VERBS[verb].run(made, warm)
     return Injection(VERBS[verb], VERBS[verb].prepare(MODELS[model]()), **options).run()
 
 

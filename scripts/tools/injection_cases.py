@@ -73,11 +73,13 @@ class Verb:
         stage: what the model must be: "stock", "converted", "evaluating" (converted, in eval mode), "relu" or "dead" (ReLU,
             with units that are always zero).
         skips: models that it does not take.
+        saved: whether it works on the folder "src", where the model is saved before.
     """
 
     call: Callable[[nn.Module, Path], object]
     stage: str = "converted"
     skips: tuple[str, ...] = ()
+    saved: bool = False
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model, at this stage."""
@@ -91,14 +93,22 @@ class Verb:
             model.eval()
         return model
 
+    def begin(self, model: nn.Module, folder: Path) -> None:
+        """Put into the folder what must lie there before."""
+        if self.saved:
+            model.save_pretrained(folder / "src")  # type: ignore[operator]
+
     def run(self, model: nn.Module, folder: Path) -> object:
         return self.call(model, folder)
 
     def whole(self, folder: Path) -> bool:
-        """Whether the folder holds a whole checkpoint and nothing else."""
-        top = [path.name for path in folder.iterdir()]
-        files = {"config.json", "model.safetensors", "README.md", "lambda_gelu.json"}
-        return top == ["saved"] and files <= {path.name for path in (folder / "saved").iterdir()}
+        """Whether the folder holds a whole checkpoint, and nothing else that was not there before."""
+        top = sorted(path.name for path in folder.iterdir() if not (self.saved and path.name == "src"))
+        if top != ["saved"]:
+            return False
+        found = {path.name for path in (folder / "saved").iterdir()}
+        weights = "model.safetensors.index.json" if "model.safetensors.index.json" in found else "model.safetensors"
+        return {"config.json", weights, "README.md", "lambda_gelu.json"} <= found
 
 
 def _gates(model: nn.Module, folder: Path) -> None:
@@ -108,6 +118,11 @@ def _gates(model: nn.Module, folder: Path) -> None:
             model(**batch) if isinstance(batch, dict) else model(batch)
     finally:  # the block is the caller's, and so is what a stop within Llama's own no_grad leaves there
         torch.set_grad_enabled(gradients)
+
+
+def _streamed(model: nn.Module, folder: Path) -> None:
+    data = batches(model)
+    hlg.relu_ize_checkpoint(folder / "src", folder / "saved", calibration=data, compensate="least_squares", hinges=2)
 
 
 def _kill_units(model: nn.Module) -> None:
@@ -140,6 +155,7 @@ VERBS: dict[str, Verb] = {
         lambda m, folder: hlg.relu_ize(m, calibration=batches(m), compensate="least_squares", hinges=2), skips=("shared",)
     ),  # layers that share one activation cannot be wider
     "relu_ize hinges without data": Verb(lambda m, folder: hlg.relu_ize(m, hinges=4), skips=("shared",)),
+    "relu_ize_checkpoint hinges": Verb(_streamed, "stock", skips=("bert", "shared"), saved=True),  # in files, by blocks
     "fold": Verb(lambda model, folder: hlg.fold(model, _first(model)), skips=("llama",)),
     "calibrate": Verb(lambda model, folder: hlg.calibrate(model, batches(model))),
     "sensitivity": Verb(lambda model, folder: hlg.sensitivity(model, batches(model))),

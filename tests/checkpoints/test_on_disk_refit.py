@@ -19,9 +19,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.checkpoints import on_disk_refit
+from hf_lambda_gelu.checkpoints import disk_room
 from hf_lambda_gelu.checkpoints.on_disk_files import Source
-from hf_lambda_gelu.checkpoints.on_disk_refit import Streamed
+from hf_lambda_gelu.checkpoints.streamed_model import Streamed
 from hf_lambda_gelu.structure import block_source
 from hf_lambda_gelu.structure.block_source import BlockSource, blocks_of, source_of
 from hf_lambda_gelu.surgery.refit import chain_walk, sources, store
@@ -288,19 +288,27 @@ def test_a_full_disk(where: str, src: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_no_room(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found out before the model has run: 4 hidden states of 32 fp32 numbers for each of 66 tokens, what a map gets, the
-    weights, and 2 states for whoever goes on after a kill."""
+    """Found out before the model has run: 4 hidden states of 32 fp32 numbers for each of 66 tokens and what a map gets, or
+    the new files that come after them, and 2 states for whoever goes on after a kill. Once the maps are known: those of
+    both blocks, refit, and biases for all of them in the files."""
     tokens = sum(batch["input_ids"].numel() for batch in batches("llama"))
-    inner = tiny.build("llama").config.intermediate_size
-    size = (4 * 32 + inner + 2 * 32) * tokens * 4 + sum(path.stat().st_size for path in src.glob("*.safetensors"))
-    room = [size - 1]
-    monkeypatch.setattr(on_disk_refit.shutil, "disk_usage", lambda _: type("usage", (), {"free": room[0]}))
-    monkeypatch.setattr(on_disk_refit.tempfile, "gettempdir", lambda: str(tmp_path))
+    hidden, inner = 32, 37
+    files = sum(path.stat().st_size for path in src.glob("*.safetensors"))
+    states, kept = (4 * hidden + inner) * tokens * 4, 2 * hidden * tokens * 4
+    early = kept + max(states, files)
+    biases = 2 * (2 * inner + hidden) * 4
+    late = kept + 2 * (hidden * inner + hidden) * 4 + max(states, files + biases)
+    room = [0]
+    monkeypatch.setattr(disk_room.shutil, "disk_usage", lambda _: type("usage", (), {"free": room[0]}))
+    monkeypatch.setattr(disk_room.tempfile, "gettempdir", lambda: str(tmp_path))
 
     def refit() -> object:
         return hlg.relu_ize_checkpoint(src, tmp_path / "dst", calibration=batches("llama"), compensate="bias")
 
-    with pytest.raises(hlg.CheckpointError, match=f"need up to {size:,} bytes in '{tmp_path}', where {room[0]:,} are free"):
-        refit()
-    room[0] = size
+    for size in (early, late):
+        room[0] = size - 1
+        message = f"hidden states of {tokens} tokens and new weight files need up to {size:,} bytes in '{tmp_path}', where "
+        with pytest.raises(hlg.CheckpointError, match=f"{message}{room[0]:,} are free"):
+            refit()
+    room[0] = late
     refit()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
-from support.folders import read, same_tensors, stored
+from support.folders import digests, read, same_tensors, stored
+from support.processes import killed
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints import folders, on_disk_files
@@ -57,27 +56,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def killed(owner: Any, name: str, call: int, run: Callable[[], object]) -> None:
-    """Run in a process of its own, which is killed at a call of a function."""
-    pid = os.fork()
-    if not pid:
-        try:
-            function, calls = getattr(owner, name), [0]
-
-            def deadly(*args: Any, **kwargs: Any) -> Any:
-                calls[0] += 1
-                if calls[0] == call:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*args, **kwargs)
-
-            setattr(owner, name, deadly)
-            torch.set_num_threads(1)
-            run()
-        finally:
-            os._exit(3)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-
-
 @pytest.mark.parametrize(("owner", "name", "call", "done"), MOMENTS)
 def test_a_kill(
     owner: Any, name: str, call: int, done: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -111,19 +89,57 @@ def other_source(root: Path) -> dict[str, Any]:
     return {"calibration": batches(), "compensate": "least_squares"}
 
 
-@pytest.mark.parametrize("other", [other_batches, other_method, other_source])
-def test_other_work_starts_anew(
-    other: Callable[[Path], dict[str, Any]], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [(other_batches, "calibration data"), (other_method, "compensate"), (other_source, "weight files")],
+)
+def test_other_work_is_refused(
+    other: Callable[[Path], dict[str, Any]], what: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a killed process did with another calibration set, in another way or of another checkpoint is not used."""
+    """Where a killed process had another calibration set, another way or another checkpoint: its work is kept, and what it
+    was given goes on with it; once its folder is deleted the other work begins."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     shutil.copytree(whole / "src", tmp_path / "src")
     killed(RefitWeights, "note", 3, lambda: refit(tmp_path))
+    left = digests(tmp_path)
+    unfinished = tmp_path / ".dst.hf_lambda_gelu-unfinished"
+    message = f"'{unfinished}' holds 2 blocks that a killed process has refit, begun with other {what}: pass what it was"
+    with pytest.raises(hlg.CheckpointError, match=message):
+        hlg.relu_ize_checkpoint(tmp_path / "src", tmp_path / "dst", **other(tmp_path))
+    assert digests(tmp_path) == left
     solved: list[None] = []
     decide = engine.decide
     monkeypatch.setattr(engine, "decide", lambda *args, **kwargs: solved.append(None) or decide(*args, **kwargs))
-    hlg.relu_ize_checkpoint(tmp_path / "src", tmp_path / "dst", **other(tmp_path))
-    assert len(solved) == 4
+    if what == "weight files":
+        shutil.rmtree(unfinished)
+        hlg.relu_ize_checkpoint(tmp_path / "src", tmp_path / "dst", **other(tmp_path))
+        assert len(solved) == 4
+    else:
+        refit(tmp_path)
+        assert len(solved) == 2
+        same_tensors(stored(tmp_path / "dst"), stored(whole / "dst"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "src"]
+
+
+def test_an_error_keeps_earlier_work(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed process has done stays, and what was added is gone on with, where the next process fails by an error."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    shutil.copytree(whole / "src", tmp_path / "src")
+    killed(RefitWeights, "note", 2, lambda: refit(tmp_path))
+    decide, solved = engine.decide, list[None]()
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        solved.append(None)
+        if len(solved) == 3:
+            raise KeyboardInterrupt
+        return decide(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "decide", failing)
+    with pytest.raises(KeyboardInterrupt):
+        refit(tmp_path)
+    refit(tmp_path)
+    assert len(solved) == 3 + 1  # of four blocks one was done, then two, then the last
+    same_tensors(stored(tmp_path / "dst"), stored(whole / "dst"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "src"]
 
 

@@ -104,8 +104,11 @@ def test_streamed_refit(tmp_path: Path) -> None:
     assert found["rewritten"] == ["model.safetensors"]
     assert (tmp_path / "streamed" / "tokenizer_config.json").is_file()
     assert "add --calibration" in invoke("relu-ize", tmp_path / "src", tmp_path / "no", "--stream", code=2).stderr
-    both = invoke("relu-ize", tmp_path / "src", tmp_path / "no", *data, "--stream", "--hinges", 2, code=2).stderr
-    assert "leave it out, or --hinges and --budget" in both
+    wider = answer("relu-ize", tmp_path / "src", tmp_path / "wider", *data, "--stream", "--budget", 1.5)["model"]["hinges"]
+    assert [site["units"] for site in wider["sites"]] == [[37, 56]] * 2
+    wider = answer("relu-ize", tmp_path / "src", tmp_path / "wide", "--stream", "--hinges", 4)["model"]["hinges"]
+    assert wider["widths"] == {"intermediate_size": [37, 148]}
+    assert weights(tmp_path / "wide")["bert.encoder.layer.0.intermediate.dense.weight"].shape == (148, 32)
 
 
 def test_calibration_alone_measures(tmp_path: Path) -> None:

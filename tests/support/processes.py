@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from scripts.tools.warm_stock import run_in_stock
 
@@ -42,3 +46,24 @@ def module_in_fork(
     """As `python -m module arguments…`."""
     code = f"import runpy\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     return in_fork(code, *arguments, cwd=cwd, env=env)
+
+
+def killed(owner: Any, name: str, call: int, run: Callable[[], object]) -> None:
+    """Run in a process of its own, which is killed at a call of a function."""
+    pid = os.fork()
+    if not pid:
+        try:
+            function, calls = getattr(owner, name), [0]
+
+            def deadly(*args: Any, **kwargs: Any) -> Any:
+                calls[0] += 1
+                if calls[0] == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            setattr(owner, name, deadly)
+            torch.set_num_threads(1)
+            run()
+        finally:
+            os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL

@@ -16,7 +16,7 @@ from ...structure.config_probe import hard_coded_sites
 from ...structure.feed_forward import FeedForward, feed_forwards
 from ...structure.hooks import Hooks
 from ...structure.linear_calls import LinearCall
-from ...structure.linear_maps import LinearMap, watch_linears
+from ...structure.linear_maps import LinearMap, Parameters, watch_linears
 from ...structure.modules import has_adapters, joined, transformers_parts
 from ...structure.widths import Width, following, rebuild, widths
 from .wanted import Wanted
@@ -77,7 +77,7 @@ def plan_hinges(model: nn.Module, sites: Mapping[str, LambdaGELU], forward: Call
     for name in hard_coded_sites(model):
         if found.pop(name, None) is not None:
             plan.single[name] = "its activation is hard-coded and stays smooth"
-    _check_formula({name: sites[name] for name in found}, found, forward)
+    _check_formula(model, {name: sites[name] for name in found}, found, forward)
     inside: set[str] = set()
     for prefix, part in transformers_parts(model).items():
         here = {name: block for name, block in found.items() if not prefix or name.startswith(f"{prefix}.")}
@@ -158,29 +158,35 @@ def _add_numbers(model: nn.Module, plan: Plan) -> None:
                 around[0].numbers.append((module, attribute, now, then))
 
 
-def _check_formula(sites: Mapping[str, LambdaGELU], blocks: Mapping[str, FeedForward], run: Callable[[], Any]) -> None:
+def _check_formula(
+    model: nn.Module, sites: Mapping[str, LambdaGELU], blocks: Mapping[str, FeedForward], run: Callable[[], Any]
+) -> None:
     """HingeError unless each map after a site gets relu(z) or relu(z) · u, z and u as the maps before it put them out."""
-    outputs: dict[Any, Tensor] = {}
+    outputs: dict[nn.Parameter, Tensor] = {}  # of a block, until its last map runs
     entered: dict[str, Tensor] = {}
     wrong: dict[str, str] = {}
-    makers = {made.key for block in blocks.values() for made in block.before}
-    by_key = {block.after.key: name for name, block in blocks.items()}
+    parameters = Parameters(model)
+    makers = {made.parameter for block in blocks.values() for made in block.before}
+    last = {block.after.parameter: name for name, block in blocks.items()}
 
     def on_linear(call: LinearCall) -> None:
-        name = by_key.get(call.key)
+        found = parameters.find(call)
+        name = None if found is None else last.get(found.parameter)
         if name is not None and name in entered:
             block = blocks[name]
-            wanted = entered[name].clamp(min=0.0)
+            wanted = entered.pop(name).clamp(min=0.0)
+            made = [outputs.pop(one.parameter) for one in block.before]
             if block.up is not None:
-                wanted = wanted * outputs[block.up.key]
+                wanted = wanted * made[-1]
             if not _alike(wanted, call.input):
                 wrong[name] = "what the map after it gets is not its output, or that times another map's"
-        if call.key in makers:
-            outputs[call.key] = call.output.detach()
+        if found is not None and found.parameter in makers:
+            outputs[found.parameter] = call.output.detach()
 
     def on_site(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         entered[name] = args[0].detach()
-        if not _alike(outputs[blocks[name].gate.key], args[0]):
+        made = outputs.get(blocks[name].gate.parameter)
+        if made is None or not _alike(made, args[0]):
             wrong[name] = "it does not get what the map before it puts out"
 
     with torch.no_grad(), Hooks() as hooks, watch_linears(on_linear):

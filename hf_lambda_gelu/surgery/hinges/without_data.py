@@ -12,8 +12,10 @@ from ...measurement.batches import FORWARD_ERRORS, check_dealt, model_batches
 from ...measurement.examples.choice import example_inputs
 from ...measurement.forward import run_batch
 from ...measurement.team import ALONE, Team
+from ...structure.block_source import source_of
 from ...structure.modules import transformers_parts
 from ...structure.scratch import scratch_folder
+from ..refit.sources import RefitWeights
 from ..refit.two_networks import TwoNetworks
 from .plan import HingeError
 from .wanted import Wanted
@@ -31,7 +33,9 @@ def minimax_hinges(
         team: whose processes each have their own share of the batches.
     """
     with scratch_folder() as folder:
-        networks = TwoNetworks(model, folder, team=team)
+        source = source_of(model)
+        weights = None if source is None else RefitWeights(source, source.folder or folder)
+        networks = TwoNetworks(model, folder, weights, team=team)
         work = HingeWork(networks, wanted)
         try:
             if calibration is None:
@@ -40,6 +44,8 @@ def minimax_hinges(
                 check_dealt(calibration, team)
                 networks.batches.keep(model_batches(model, calibration, team))
                 run = networks.forward_of_all(0)
+            if networks.weights is not None:
+                networks.weights.read_journal()
             networks.biases.add(work.plan(run))
             work.widen_all()
             networks.hard = set(networks.sites)

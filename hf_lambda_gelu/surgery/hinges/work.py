@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...activation.bases import BASES
 from ...measurement.batches import CalibrationError
@@ -79,11 +80,26 @@ class HingeWork:
                 raise HingeError(f"{name}: the map after it cannot be refit ({reason}). Use hinges=1")
             rows = math.prod(traced.leading[name]) * networks.batches.deal.examples // max(1, networks.batches.deal.size(0))
             if method == "least_squares" and rows < site.units:
+                examples = networks.batches.deal.examples
+                enough = math.ceil(site.units * examples / max(1, rows))
                 raise CalibrationError(
                     f"{name} will have {site.units} units, and the calibration set has about {rows} rows (tokens, patches) "
-                    f"for it: a refit of so wide a layer wants {site.units} at least, and several times as many to be good. "
-                    "Pass more examples, or a smaller width"
+                    f"for it: a refit of so wide a layer wants {site.units} at least, as {enough} examples in place of "
+                    f"{examples} would have, and several times as many to be good. Pass more, or a smaller width"
                 )
+
+    def shapes(self) -> dict[nn.Parameter, tuple[int, ...]]:
+        """The shapes that the parameters around the sites will have."""
+        found: dict[nn.Parameter, tuple[int, ...]] = {}
+        for site in self._plan.sites.values():
+            for parameter, dim in site.block.parameters:
+                found[parameter] = tuple(site.units if d == dim else n for d, n in enumerate(parameter.shape))
+        return found
+
+    def around(self, site: str) -> Sequence[LinearMap]:
+        """The maps of the layer around a site that will be wider."""
+        planned = self._plan.sites.get(site)
+        return () if planned is None else planned.maps
 
     # ----------------------------------------------------------------------------------------------------- site by site
 
@@ -107,12 +123,15 @@ class HingeWork:
     def widen_all(self) -> None:
         """Make all layers wider by minimax hinges, without data."""
         check_biases(self._plan)
+        self.networks.expect(self.shapes())
         for name, site in self._plan.sites.items():
             gate = self.networks.sites[name]
             best = minimax(gate.base, self.wanted.hinges)
             hardness = gate.hardness.detach().reshape(-1)
             hinges = alike(hardness, site.block.units, torch.tensor(best.at), torch.tensor(best.weights))
-            self._put(name, site, hinges, best.bound / float(hardness.min()))
+            around = [p for linear in site.maps for p in (linear.parameter, linear.bias) if p is not None]
+            with self.networks.holding(around):
+                self._put(name, site, hinges, best.bound / float(hardness.min()))
 
     def _put(self, name: str, site: PlannedSite, hinges: Hinges, bound: float | None = None) -> None:
         units = site.block.units
@@ -160,6 +179,20 @@ class HingeWork:
                         each = weigh.of(stream)[rows].unsqueeze(1)
                         weight = each if weight is None else weight * each
                     histogram.add(call.output[rows], weight)
+
+    def note(self, sites: Sequence[str]) -> dict[str, Any]:
+        """The reports of these sites, as far as they are wider."""
+        return {site.name: asdict(site) for site in self.report.sites if site.name in sites}
+
+    def resume(self, noted: Mapping[str, Any]) -> None:
+        """Take over what another process noted, whose wider data the parameters have."""
+        for name, entry in noted.items():
+            site = self._plan.sites[name]
+            changed = [parameter for parameter, _ in site.block.parameters]
+            changed += [site.block.after.bias] if site.block.after.bias is not None else []
+            self.networks.widen(name, {parameter: parameter.data for parameter in changed}, site.numbers)
+            neurons = {int(number): count for number, count in entry["neurons"].items()}  # JSON has made texts of numbers
+            self.report.sites.append(HingedSite(name, tuple(entry["units"]), neurons, entry["bound"]))
 
     # ------------------------------------------------------------------------------------------------------- at the end
 

@@ -117,6 +117,8 @@ class Refit:
             report.bias_attribute = networks.biases.add(wanting)
         if self.wider is not None:
             self.wider.check(traced, method)
+        refit = [p for maps in traced.maps.values() for m in maps for p in (m.parameter, m.bias) if p is not None]
+        networks.expect({p: tuple(p.shape) for p in refit} | ({} if self.wider is None else self.wider.shapes()))
         with networks.smooth(), torch.no_grad():
             maps = {site: traced.maps[site] for site in traced.order if site in traced.maps}
             chains = find_chains(networks.model, run_first, maps, *(others[number - 1] for number in traced.batches[1:]))
@@ -157,10 +159,10 @@ class Refit:
             try:
                 walk = ChainWalk(self.networks, chain)
                 for step, sites in enumerate(chain.sites):
-                    earlier = self.networks.done_earlier(sites)
+                    earlier = self._earlier(sites)
                     done: list[CompensatedSite] = []
                     shifted: list[str] = []
-                    with self.networks.holding(_weights(walk, sites, traced)):
+                    with self.networks.holding(self._weights(walk, sites, traced)):
                         for made in self._refit_each(walk, sites, traced, method) if earlier is None else earlier:
                             self.networks.hard.add(made.name)
                             left.remove(made.name)
@@ -169,7 +171,8 @@ class Refit:
                         if step + 1 < len(chain.sites):
                             shifted = walk.advance()
                     if earlier is None:
-                        self.networks.note_done(sites, done, shifted)
+                        noted = {} if self.wider is None else self.wider.note(sites)
+                        self.networks.note_done(sites, done, shifted, noted)
                     else:
                         self.networks.take_states(sites)
             except DependentError:
@@ -177,6 +180,24 @@ class Refit:
             except ReplayError as error:
                 logger.info(f"{chain.blocks[0]} … {chain.blocks[-1]} cannot be run apart from the model ({error})")
                 queue.extendleft([Chain([""], [left])] if left else [])
+
+    def _earlier(self, sites: Sequence[str]) -> list[CompensatedSite] | None:
+        """What a killed process did in the block with these sites; None if nothing."""
+        earlier = self.networks.done_earlier(sites)
+        if earlier is None:
+            return None
+        made, noted = earlier
+        if self.wider is not None:
+            self.wider.resume(noted)
+        return made
+
+    def _weights(self, walk: ChainWalk, sites: Iterable[str], traced: Trace) -> Iterable[nn.Parameter]:
+        """What stays in memory while a block is worked on: its weights; of the whole model, those around the sites alone."""
+        if not walk.whole:
+            return walk.block.parameters()
+        maps = [linear for site in sites for linear in traced.maps[site]]
+        maps += [] if self.wider is None else [linear for site in sites for linear in self.wider.around(site)]
+        return [p for linear in maps for p in (linear.parameter, linear.bias) if p is not None]
 
     def _refit_each(
         self, walk: ChainWalk, sites: Sequence[str], traced: Trace, method: Compensate
@@ -299,14 +320,6 @@ def compensation(
         except BaseException:
             networks.undo()
             raise
-
-
-def _weights(walk: ChainWalk, sites: Iterable[str], traced: Trace) -> Iterable[nn.Parameter]:
-    """What stays in memory while a block is worked on: its weights; of the whole model, those of the maps alone."""
-    if not walk.whole:
-        return walk.block.parameters()
-    maps = [linear for site in sites for linear in traced.maps[site]]
-    return [p for linear in maps for p in (linear.parameter, linear.bias) if p is not None]
 
 
 def _uncompensated_before(traced: Trace, chain: Chain) -> set[str]:

@@ -13,11 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...structure.block_source import BlockSource, Place, file_state, mapped
+from ...structure.loading import CheckpointError
 from .report import CompensatedSite
 from .runs import ReplayError
 from .store import Store
@@ -35,17 +37,29 @@ class RefitWeights:
 
     def __init__(self, source: BlockSource, folder: Path) -> None:
         self.source, self.folder = source, folder
-        self._written: dict[str, str] = {}  # parameter → its file, since the last note
+        self._written: dict[str, tuple[str, list[int]]] = {}  # parameter → its file and its shape, since the last note
         self.done: dict[str, dict[str, object]] = {}
         self._names = {parameter: name for name, parameter in source.model.named_parameters()}
 
     def read_journal(self) -> None:
-        """Take over what an earlier process has done; of another refit nothing, whose files go."""
+        """Take over what an earlier process has done; files of one that finished no block go.
+
+        Raises:
+            CheckpointError: it did other work.
+        """
         try:
             found = json.loads((self.folder / _JOURNAL).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             found = None
-        if isinstance(found, dict) and found.get("identity") == self.source.identity:
+        if isinstance(found, dict):
+            then, now = found["identity"], self.source.identity
+            other = [name for name in {**now, **then} if then.get(name) != now.get(name)]
+            if other:
+                raise CheckpointError(
+                    f"{str(self.folder)!r} holds {len(found['done'])} blocks that a killed process has refit, begun with "
+                    f"other {', '.join(other)}: pass what it was given, to go on where it was, or delete that folder, to "
+                    "start anew"
+                )
             self.done = found["done"]
             return
         for path in (self.folder / _JOURNAL, *self.folder.glob("*.bin"), *self.folder.glob(_STATES)):
@@ -95,11 +109,11 @@ class RefitWeights:
             file.write(data.reshape(-1).view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
-        self._written[name] = path.name
-        return self._resting(path, parameter)
+        self._written[name] = path.name, list(parameter.shape)
+        return self._resting(path, parameter, parameter.shape)
 
-    def _resting(self, path: Path, like: nn.Parameter) -> Tensor:
-        view = mapped(path).view(like.dtype).view(like.shape)
+    def _resting(self, path: Path, like: nn.Parameter, shape: Sequence[int]) -> Tensor:
+        view = mapped(path).view(like.dtype).view(tuple(shape))
         self.source.add(view, Place(path, 0, file_state(path)))
         self.source.changed[like] = path
         return view
@@ -111,7 +125,14 @@ class RefitWeights:
 
     # ------------------------------------------------------------------------------------------------- the journal
 
-    def note(self, sites: Sequence[str], made: Sequence[CompensatedSite], store: Store, states: Sequence[str]) -> None:
+    def note(
+        self,
+        sites: Sequence[str],
+        made: Sequence[CompensatedSite],
+        store: Store,
+        states: Sequence[str],
+        wider: Mapping[str, Any],
+    ) -> None:
         """Let the journal say that a block is done: its reports, the files of its weights, and of states after it.
 
         States of an earlier block are not needed any more where there are such of a later one.
@@ -120,7 +141,7 @@ class RefitWeights:
         if kept:
             self.done = {name: {**entry, "states": {}} for name, entry in self.done.items()}
         reports = [asdict(site) for site in made]
-        self.done["\n".join(sites)] = {"sites": reports, "files": self._written, "states": kept}
+        self.done["\n".join(sites)] = {"sites": reports, "files": self._written, "states": kept, "wider": wider}
         self._written = {}
         self._write_journal()
         if kept:
@@ -154,19 +175,25 @@ class RefitWeights:
         for name, (file, order) in states.items():
             store.take(name, self.folder / file, order)
 
-    def earlier(self, sites: Sequence[str], originals: dict[nn.Parameter, Tensor]) -> list[CompensatedSite] | None:
-        """What an earlier process did in the block with these sites, whose weights are then refit; None if nothing."""
+    def earlier(
+        self, sites: Sequence[str], originals: dict[nn.Parameter, Tensor]
+    ) -> tuple[list[CompensatedSite], Mapping[str, Any]] | None:
+        """What an earlier process did in the block with these sites, whose weights are then refit; None if nothing.
+
+        Its reports, and what was noted of layers that are wider.
+        """
         entry = self.done.get("\n".join(sites))
         if entry is None:
             return None
         files = entry["files"]
         assert isinstance(files, Mapping)
         parameters = dict(self.source.model.named_parameters())
-        for name, file in files.items():
+        for name, (file, shape) in files.items():
             parameter = parameters[name]
             originals.setdefault(parameter, parameter.data)
-            view = self._resting(self.folder / file, parameter)
+            view = self._resting(self.folder / file, parameter, shape)
             parameter.data = view if self.source.streams(parameter) else self.source.load(view)
-        reports = entry["sites"]
+        reports, wider = entry["sites"], entry["wider"]
         assert isinstance(reports, list)
-        return [CompensatedSite(**report) for report in reports]
+        assert isinstance(wider, Mapping)
+        return [CompensatedSite(**report) for report in reports], wider

@@ -180,7 +180,12 @@ class TwoNetworks:
         """Within the block, these weights of both networks stay in memory."""
         return nullcontext() if self.weights is None else self.weights.holding(parameters, self.originals)
 
-    def done_earlier(self, sites: Sequence[str]) -> list[CompensatedSite] | None:
+    def expect(self, shapes: Mapping[nn.Parameter, tuple[int, ...]]) -> None:
+        """Let whoever keeps the weights know which will be changed, and the shapes that they will have."""
+        if self.weights is not None:
+            self.weights.source.expect(shapes)
+
+    def done_earlier(self, sites: Sequence[str]) -> tuple[list[CompensatedSite], Mapping[str, Any]] | None:
         """What a killed process did in the block with these sites, whose weights are refit then; None if nothing."""
         return None if self.weights is None else self.weights.earlier(sites, self.originals)
 
@@ -189,14 +194,17 @@ class TwoNetworks:
         if self.weights is not None:
             self.weights.take_states(sites, self.store)
 
-    def note_done(self, sites: Sequence[str], made: Sequence[CompensatedSite], states: Sequence[str]) -> None:
+    def note_done(
+        self, sites: Sequence[str], made: Sequence[CompensatedSite], states: Sequence[str], wider: Mapping[str, Any]
+    ) -> None:
         """Let whoever goes on after a kill know that the block with these sites is done.
 
         Args:
             states: the names of states in the store that are not found again, to the bit, by running the block.
+            wider: what there is to say of layers that are wider.
         """
         if self.weights is not None:
-            self.weights.note(sites, made, self.store, states)
+            self.weights.note(sites, made, self.store, states, wider)
 
     def leave(self) -> None:
         """Let the model be neither network: where an interrupt came upon the end of a block, that may not have happened."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
+
+from torch import nn
 
 from ...structure.linear_maps import LinearMap
 from ...structure.tracing import Trace
@@ -19,5 +21,17 @@ class Wider(Protocol):
     def check(self, traced: Trace, method: str) -> None:
         """Raise, before anything is refit, where that cannot be."""
 
+    def shapes(self) -> dict[nn.Parameter, tuple[int, ...]]:
+        """The shapes that parameters will have."""
+
+    def around(self, site: str) -> Sequence[LinearMap]:
+        """The maps of the layer around a site that will be wider; none where it stays as it is."""
+
     def widen(self, walk: ChainWalk, name: str, positions_first: bool) -> None:
         """Make the layer around a site wider, before the map after it is refit."""
+
+    def note(self, sites: Sequence[str]) -> dict[str, Any]:
+        """What was done at these sites, as JSON can hold it, for `resume`."""
+
+    def resume(self, noted: Mapping[str, Any]) -> None:
+        """Take over what another process did there, and noted; the parameters have its wider data by now."""
