@@ -116,7 +116,8 @@ def substitute_trained(trainer: LambdaGELUTrainer, model: nn.Module, force: bool
     """Puts ReLU in the place of the λ-GELUs that a trainer has hardened, in place, and reports it as of this run.
 
     The gates are held against the targets of the run. The change of the outputs and the zeros are measured on the first
-    batches of its evaluation set, and the report has the refit of the switch, if that was in this process.
+    batches of its evaluation set, and the report has what the switch made
+    wider, and its refit, if that was in this process.
 
     Args:
         model: the trainer's own, or a copy of it.
@@ -129,7 +130,7 @@ def substitute_trained(trainer: LambdaGELUTrainer, model: nn.Module, force: bool
     targets = trainer.hardness_targets if args.hardness_target == "calibrated" else None
     sample = evaluation_sample(trainer)
     report = relu_ize(model, force, tolerance=args.hardness_tolerance, targets=targets or None, calibration=sample)
-    report.compensation = trainer.compensation
+    report.compensation, report.hinges = trainer.compensation, trainer.hinges
     return report
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...reports import span
 
@@ -44,6 +45,21 @@ class HingeReport:
     sites: list[HingedSite] = field(default_factory=list)
     widths: dict[str, tuple[float, float]] = field(default_factory=dict)
     single: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> HingeReport:
+        """That of which JSON holds `dataclasses.asdict`."""
+        sites = [
+            HingedSite(
+                site["name"],
+                (site["units"][0], site["units"][1]),
+                {int(number): count for number, count in site["neurons"].items()},
+                site["bound"],
+            )
+            for site in stored["sites"]
+        ]
+        widths = {path: (before, now) for path, (before, now) in stored["widths"].items()}
+        return cls(sites, widths, dict(stored["single"]))
 
     def __str__(self) -> str:
         width = max([len(site.name) for site in self.sites] + [4])

@@ -31,7 +31,7 @@ def minimax_hinges(model: nn.Module, calibration: Iterable[Any] | None, wanted: 
         work = HingeWork(networks, wanted)
         try:
             if calibration is None:
-                run = _examples(model)
+                run = made_up_run(model)
             else:
                 networks.keep(model_batches(model, calibration))
                 run = networks.forward(0)
@@ -46,7 +46,7 @@ def minimax_hinges(model: nn.Module, calibration: Iterable[Any] | None, wanted: 
             raise
 
 
-def _examples(model: nn.Module) -> Callable[[], Any]:
+def made_up_run(model: nn.Module) -> Callable[[], Any]:
     """A run of each transformers model in `model` on a small batch."""
     parts = list(transformers_parts(model).values())
     if not parts:

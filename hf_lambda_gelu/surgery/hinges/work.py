@@ -37,12 +37,15 @@ _ACTIVITY = 0.02
 class HingeWork:
     """Makes layers wider in the substituted network, site after site; `networks.undo` takes it back.
 
+    Args:
+        examples: how many the refit will have, if that is not what `networks` keeps; infinity where they were counted before.
+
     Attributes:
         report: what was done.
     """
 
-    def __init__(self, networks: TwoNetworks, wanted: Wanted) -> None:
-        self.networks, self.wanted = networks, wanted
+    def __init__(self, networks: TwoNetworks, wanted: Wanted, examples: float | None = None) -> None:
+        self.networks, self.wanted, self.examples = networks, wanted, examples
         self.report = HingeReport()
         self._plan = Plan()
 
@@ -74,10 +77,11 @@ class HingeWork:
             if [linear.parameter for linear in found] != [site.block.after.parameter]:
                 reason = traced.obstacles.get(name, "another map takes up its output")
                 raise HingeError(f"{name}: the map after it cannot be refit ({reason}). Use hinges=1")
-            rows = math.prod(traced.leading[name]) * networks.examples // max(1, networks.sizes[0])
+            examples = networks.examples if self.examples is None else self.examples
+            rows = math.prod(traced.leading[name]) * examples / max(1, networks.sizes[0])
             if method == "least_squares" and rows < site.units:
                 raise CalibrationError(
-                    f"{name} will have {site.units} units, and the calibration set has about {rows} rows (tokens, patches) "
+                    f"{name} will have {site.units} units, and the calibration set has about {rows:.0f} rows (tokens, patches) "
                     f"for it: a refit of so wide a layer wants {site.units} at least, and several times as many to be good. "
                     "Pass more examples, or a smaller width"
                 )
