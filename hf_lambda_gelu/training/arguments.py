@@ -97,15 +97,15 @@ class LambdaGELUTrainingArguments(TrainingArguments):
     hardness_hinges: int = field(
         default=1,
         metadata={
-            "help": "k ReLUs in the place of each gate from the switch on, in layers k times as wide: 2 to 4. The refit of the "
-            "switch says where they lie. 1: one, in layers as wide as they are."
+            "help": "k ReLUs in the place of each gate from the switch on, in layers k times as wide: 2 to 4, placed by the "
+            "examples of the refit. 1: one, in layers as wide as they are."
         },
     )
     hardness_budget: float | None = field(
         default=None,
         metadata={
-            "help": "In place of hardness_hinges: the width from the switch on over the width before, from 1 to 4, spent on the "
-            "neurons that it helps most."
+            "help": "In place of hardness_hinges: the width from the switch on over the width before, from 1 to 4, spent on "
+            "the neurons that it helps most."
         },
     )
     sparsity_penalty: float = field(
@@ -197,11 +197,13 @@ def _check_width(args: Hardening) -> None:
         raise ValueError(f"hardness_hinges and hardness_budget: {error}") from error
     if wanted is None:
         return
-    asked = f"hardness_hinges={args.hardness_hinges}" if args.hardness_budget is None else f"hardness_budget={wanted.factor:g}"
+    asked = (
+        f"hardness_hinges={args.hardness_hinges}" if args.hardness_budget is None else f"hardness_budget={wanted.factor:g}"
+    )
     if args.hardness_compensate == "none":
         raise ValueError(
-            f"{asked} wants the refit of the switch, which says where the ReLUs lie, and hardness_compensate='none' is a ramp "
-            "without one: set hardness_compensate='least_squares'"
+            f"{asked} wants the refit of the switch, which says where the ReLUs lie, and hardness_compensate='none' is a "
+            "ramp without one: set hardness_compensate='least_squares'"
         )
     if args.hardness_target == "calibrated":
         raise ValueError(

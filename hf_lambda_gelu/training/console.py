@@ -98,7 +98,7 @@ def switch_lines(step: int, steps: int, learned: Sequence[float], now: Sequence[
 
 
 def refit_line(report: CompensationReport, hinges: HingeReport | None = None) -> str:
-    """A refit in one line, or more where layers became wider or sites were left out; `print(trainer.compensation)` has all."""
+    """A refit in one line, or more where layers became wider or sites were left out; `trainer.compensation` has all."""
     sites = report.sites
     lines = [] if hinges is None else [width_line(hinges)]
     if sites:

@@ -37,9 +37,9 @@ class HardnessCallback(HardeningCallback):
 
     Args:
         hardness_switch_point, hardness_compensate, hardness_ramp, hardness_target, hardness_tolerance,
-            hardness_relative_tolerance, hardness_hold, hardness_hinges, hardness_budget: as in `LambdaGELUTrainingArguments`.
-            Wider layers need gates with biases from the start, and a run that is resumed after the switch a model that was
-            loaded from the checkpoint.
+            hardness_relative_tolerance, hardness_hold, hardness_hinges, hardness_budget: as in
+            `LambdaGELUTrainingArguments`. Wider layers need gates with biases from the start, and a run that
+            is resumed after the switch a model that was loaded from the checkpoint.
         calibration_inputs: batch → the batches of what the model's forward takes, as
             `LambdaGELUTrainer.calibration_inputs`; by default the batch itself.
 

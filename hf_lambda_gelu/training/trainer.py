@@ -47,8 +47,8 @@ class LambdaGELUTrainer(Trainer):
     - λ of every layer is in the logs, as `hardness/<module>`; what is printed has one line for all of them;
     - with `sparsity_penalty`, the gradient is that of the loss and of a penalty on what the gates let through; the logs have
       it as `sparsity/penalty`, and the share of zeros that ReLU would put out as `sparsity/zeros`;
-    - with `hardness_hinges` or `hardness_budget`, layers are wider from the switch on, with several ReLUs in the place of each
-      gate; maps that need biases for that get them when the trainer is made, as zeros;
+    - with `hardness_hinges` or `hardness_budget`, layers are wider from the switch on, with several ReLUs in the place of
+      each gate; maps that need biases for that get them when the trainer is made, as zeros;
     - evaluation also reports the metrics with the gates as ReLU, as `eval_relu_*`.
 
     Everything else is transformers' Trainer. `args` must be `LambdaGELUTrainingArguments`.
@@ -95,7 +95,7 @@ class LambdaGELUTrainer(Trainer):
         if wanted_hinges(args) is not None:
             check_run(args, engine)
         if self.model_init is None:
-            self._layers = layers_of(self.model, args)  # before an optimizer is made
+            self._layers = layers_of(self.model, args, give_biases=self.optimizer is None)  # which then gets them
         self.add_callback(HardeningCallback())
         self.add_callback(ProfilePictures(self))
         if has_adapters(self.model):

@@ -85,8 +85,9 @@ def forget(optimizer: Any, parameters: list[nn.Parameter]) -> None:
     """Lets what the optimizer keeps of these parameters begin anew, as of such that it has not stepped yet."""
     for one in optimizers_in(optimizer):
         state = getattr(one, "state", None)
-        for parameter in parameters if isinstance(state, dict) else ():
-            state.pop(parameter, None)
+        if isinstance(state, dict):
+            for parameter in parameters:
+                state.pop(parameter, None)
 
 
 def check_as_wide(model: nn.Module, stored: HingeReport, checkpoint: str) -> None:

@@ -6,6 +6,8 @@ A run that is resumed, or that takes back its best checkpoint, loads weights of 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -52,14 +54,14 @@ class Layers:
             planned = self._units.get(name)
             if planned is None or (planned != (before, now) and planned[0] != now):
                 raise ValueError(
-                    f"the checkpoint was saved after its switch, and holds {name} with {now} units in the place of {before}; "
+                    f"the checkpoint was saved after its switch, and has {name} with {now} units in the place of {before}; "
                     f"by its arguments this run makes {planned[0] if planned else 'none'} into "
                     f"{planned[1] if planned else 'none'}. Set hardness_hinges and hardness_budget as in the run that wrote "
                     "it, and start from the same model"
                 )
         for name, units in self._units.items():
             self._put(name, wanted[name][1] if name in wanted else units[0])
-        for prefix, part, width, number in self._plan.widths:
+        for _, part, width, number in self._plan.widths:
             wide = any(name in wanted and wanted[name] == self._units[name] for name in width.sites)
             self._set_config(part, width, number if wide else width.value)
 
@@ -77,7 +79,7 @@ class Layers:
             setattr(module, attribute, wide if units == self._units[name][1] else narrow)
 
     def _set_config(self, part: PreTrainedModel, width: Width, number: int | float) -> None:
-        held = get_attribute(part.config, width.path)
+        held: Any = get_attribute(part.config, width.path)
         if held != number and not (held is None and number == width.value):
             own_config(part, self.model)
             set_width(part, replace(width, value=width.value if held is None else held), number)
@@ -85,7 +87,7 @@ class Layers:
 
 @transaction
 def prepare_layers(model: nn.Module, wanted: Wanted, give_biases: bool = True) -> Layers:
-    """Find, on a batch that is made up, which layers will be wider, and give their maps biases of zeros where they lack them.
+    """Find, on a batch that is made up, which layers will be wider, and give their maps the biases, zeros, that they lack.
 
     Args:
         give_biases: False to raise where a bias is lacking: an optimizer that is there already does not have it.
@@ -96,7 +98,12 @@ def prepare_layers(model: nn.Module, wanted: Wanted, give_biases: bool = True) -
     quantised = quantised_weight(model)
     if quantised is not None:
         raise HingeError(f"{quantised} is quantised and cannot be made wider")
-    run = made_up_run(model)
+    try:
+        run = made_up_run(model)
+    except HingeError as error:
+        raise HingeError(
+            f"which layers those are is seen in a run, and no inputs for one can be made up ({error.__cause__ or error})"
+        ) from error
     with scratch_folder() as folder, measuring(model):
         networks = TwoNetworks(model, folder)
         with networks.substituted(*networks.sites):
@@ -116,11 +123,13 @@ def _check_there(model: nn.Module, plan: Plan) -> None:
     """HingeError, with the switch of the config, where gates lack biases that it can give."""
     for prefix, part in transformers_parts(model).items():
         start = f"{prefix}." if prefix else ""
-        gates = [s.block.gate for s in plan.sites.values() if s.block.gate.bias is None and s.block.gate.name.startswith(start)]
+        gates = [
+            s.block.gate for s in plan.sites.values() if s.block.gate.bias is None and s.block.gate.name.startswith(start)
+        ]
         lacking = {gate.name.removeprefix(start).removesuffix("weight") + "bias" for gate in gates}
         found = bias_attribute(part, lacking) if lacking else None
         if found is not None:
             raise HingeError(
-                f"{gates[0].name} has no bias, which several ReLUs per gate need from the start of training on: load the model "
+                f"{gates[0].name} has no bias, which several ReLUs per gate need from the start of training: load the model "
                 f"with {joined(prefix, found[0])}=True, whose biases begin as zeros, before the optimizer is made"
             )

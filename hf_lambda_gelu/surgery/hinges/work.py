@@ -38,7 +38,7 @@ class HingeWork:
     """Makes layers wider in the substituted network, site after site; `networks.undo` takes it back.
 
     Args:
-        examples: how many the refit will have, if that is not what `networks` keeps; infinity where they were counted before.
+        examples: how many the refit will have, if not what `networks` keeps; infinity where they were counted before.
 
     Attributes:
         report: what was done.
@@ -81,9 +81,9 @@ class HingeWork:
             rows = math.prod(traced.leading[name]) * examples / max(1, networks.sizes[0])
             if method == "least_squares" and rows < site.units:
                 raise CalibrationError(
-                    f"{name} will have {site.units} units, and the calibration set has about {rows:.0f} rows (tokens, patches) "
-                    f"for it: a refit of so wide a layer wants {site.units} at least, and several times as many to be good. "
-                    "Pass more examples, or a smaller width"
+                    f"{name} will have {site.units} units, and the calibration set has about {rows:.0f} rows (tokens, "
+                    f"patches) for it: a refit of so wide a layer wants {site.units} at least, and several times as many to be "
+                    "good. Pass more examples, or a smaller width"
                 )
 
     # ----------------------------------------------------------------------------------------------------- site by site
