@@ -50,6 +50,7 @@ def relu_ize(
     compensate: o.Compensate = None,
     hinges: o.Hinges = 1,
     budget: o.Budget = None,
+    as_llama: o.AsLlama = False,
     column: o.Column = None,
     label_column: o.LabelColumn = None,
     split: o.Split = "train",
@@ -82,13 +83,16 @@ def relu_ize(
           --calibration reviews.txt --compensate least_squares
       hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --stream
       hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --hinges 2
+      hf-lambda-gelu relu-ize Qwen/Qwen2.5-0.5B qwen-relu --as-llama --hinges 2 \\
+          --calibration texts.txt --compensate least_squares
     """
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
 
         check_target_folder(target)
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
-        _check_data(calibration, compensate, stream, wider := hinges != 1 or budget is not None)
+        wider = hinges != 1 or budget is not None or as_llama
+        _check_data(calibration, compensate, stream, wider)
         kept: dict[str, Any] = {"details": details, "trust_remote_code": trust_remote_code}
         how: dict[str, Any] = {"force": force, "tolerance": tolerance, "compensate": compensate}
         data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
@@ -98,7 +102,9 @@ def relu_ize(
                 model = without_weights(folder, target, trust_remote_code)
                 how |= {"calibration": batches(found, data, model, folder, trust_remote_code), "device": device}
             return result.set(hlg.relu_ize_checkpoint(folder, target, **how, **kept, link=not copy))
-        model = with_hardness(loaded(folder, trust_remote_code, device))
+        read = loaded(folder, trust_remote_code, device)
+        model = with_hardness(hlg.as_llama(read) if as_llama else read)
+        del read
         how |= {} if found is None else {"calibration": batches(found, data, model, folder, trust_remote_code)}
         report = hlg.relu_ize(model, **how, hinges=hinges, budget=budget)
         saved = hlg.save_relu_pretrained(model, target, processor=processors(folder, trust_remote_code), **kept)
@@ -141,7 +147,7 @@ def fold(
 def _check_data(calibration: str | None, compensate: str | None, stream: bool, wider: bool) -> None:
     """UsageError for options that need data, or do not go together."""
     if stream and wider:
-        raise UsageError("--stream refits layers as they are: leave it out, or --hinges and --budget")
+        raise UsageError("--stream refits layers as they are: leave it out, or --hinges, --budget and --as-llama")
     if (compensate is not None or stream) and calibration is None:
         raise UsageError(_NO_DATA.format("--stream" if compensate is None else f"--compensate {compensate}"))
 
