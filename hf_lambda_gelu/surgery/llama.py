@@ -29,9 +29,9 @@ def as_llama(model: PreTrainedModel) -> PreTrainedModel:
     """The Llama that computes what this Mistral or Qwen2 computes, with copies of its weights; the model stays as it is.
 
     Both are Llamas but for their configs, which have no attribute for biases of the feed-forward maps. A Llama's has,
-    `mlp_bias`, and so its layers can hold several ReLUs per gate: `relu_ize(hinges=…)`. The biases of Qwen2's q, k and v become
-    `attention_bias`, by which o gets one too, of zeros. λ, rope parameters, tied embeddings, generation config, dtypes and
-    devices are carried over. Before it is returned, the Llama runs beside the model on made-up tokens.
+    `mlp_bias`, and so its layers can hold several ReLUs per gate: `relu_ize(hinges=…)`. For the biases of Qwen2's q, k and v
+    `attention_bias` is set, by which o gets one too, of zeros. λ, rope parameters, tied embeddings, generation config, dtype
+    and device are carried over. Before it is returned, the Llama runs beside the model on made-up tokens.
 
     Args:
         model: of a class of Mistral or Qwen2, before or after `convert`.
@@ -62,8 +62,8 @@ def as_llama(model: PreTrainedModel) -> PreTrainedModel:
     difference = _difference(model, made)
     if not difference <= _SAME:
         raise ValueError(
-            f"the Llama of {type(model).__name__}'s weights puts out something else, by {difference:.1e} of the largest output: "
-            "its config says something that a Llama does not do"
+            f"the Llama of {type(model).__name__}'s weights puts out something else, by {difference:.1e} of the largest "
+            "output: its config says something that a Llama does not do"
         )
     vars(made)["_llama_of"] = type(model).__name__  # for the card
     return made
@@ -73,11 +73,7 @@ def _class(model: PreTrainedModel) -> type[PreTrainedModel]:
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     name = type(model).__name__
     if kind not in _NAMES or not name.startswith(_NAMES[kind]):
-        why = (
-            "it is one already"
-            if kind == "llama"
-            else "of others the function is another, or its weights have no place there"
-        )
+        why = "it is one already" if kind == "llama" else "its function is another, or its weights have no place there"
         raise ValueError(f"{name} ({kind}) cannot be saved as a Llama: {why}. Mistral and Qwen2 can")
     cls = getattr(transformers, name.replace(_NAMES[kind], "Llama", 1), None)
     if cls is None:
@@ -102,13 +98,14 @@ def _check_attention(config: PreTrainedConfig) -> None:
     sliding = [i for i, kind in enumerate(getattr(config, "layer_types", None) or ()) if kind != "full_attention"]
     if sliding:
         raise ValueError(
-            f"config.layer_types has {config.layer_types[sliding[0]]!r} for layer {sliding[0]}: a Llama attends to all tokens"
+            f"config.layer_types has {config.layer_types[sliding[0]]!r} for layer {sliding[0]}: a Llama attends to all "
+            "tokens"
         )
     window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
     if window is not None and window < config.max_position_embeddings:
         raise ValueError(
             f"config.sliding_window = {window} is in effect for the last of {config.max_position_embeddings} positions: a "
-            "Llama attends to all tokens. If the model will never see more tokens than that, load it with sliding_window=None"
+            "Llama attends to all tokens. If it will never see more tokens than that, load it with sliding_window=None"
         )
 
 

@@ -82,7 +82,7 @@ class HingeWork:
             if method == "least_squares" and rows < site.units:
                 raise CalibrationError(
                     f"{name} will have {site.units} units, and the calibration set has about {rows:.0f} rows (tokens, "
-                    f"patches) for it: a refit of so wide a layer wants {site.units} at least, and several times as many to be "
+                    f"patches) for it: a refit of so wide a layer wants {site.units} at least, several times as many to be "
                     "good. Pass more examples, or a smaller width"
                 )
 
