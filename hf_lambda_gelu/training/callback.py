@@ -25,7 +25,7 @@ from .optimizer import HardnessUpdate
 from .run_checks import attach_to_the_run, check_engine, check_gradient, warn_if_soft
 from .schedule import HardeningSchedule
 from .switch import SwitchData, calibrated_targets, check_calibratable, l1_targets, refit_at_switch, try_a_batch
-from .wider import check_optimizer, check_run, forget
+from .wider import check_once, check_optimizer, check_run, forget
 
 logger = logging.get_logger(__name__)
 
@@ -85,6 +85,8 @@ class HardeningCallback(TrainerCallback, ExportableState):
         run = self.settings(args)
         # read from the state directly: the Trainer restores callbacks only with restore_callback_states_from_checkpoint
         attributes = stored_attributes(state)
+        if wanted_hinges(self.settings(args)) is not None and not state.global_step:
+            check_once(kwargs["model"], self.hinges)
         self.at_switch = attributes.get("at_switch")
         self.calibrated = attributes.get("calibrated")  # absent in older checkpoints, as the next one
         self.hinges = HingeReport.of(attributes["hinges"]) if attributes.get("hinges") else None

@@ -18,6 +18,7 @@ from ..checkpoints.hub import push_relu_to_hub
 from ..surgery.report import SubstitutionReport
 from ..surgery.substitution import relu_ize
 from .proof_inputs import own_examples
+from .wider import narrower
 
 if TYPE_CHECKING:
     from .trainer import LambdaGELUTrainer
@@ -130,7 +131,9 @@ def substitute_trained(trainer: LambdaGELUTrainer, model: nn.Module, force: bool
     targets = trainer.hardness_targets if args.hardness_target == "calibrated" else None
     sample = evaluation_sample(trainer)
     report = relu_ize(model, force, tolerance=args.hardness_tolerance, targets=targets or None, calibration=sample)
-    report.compensation, report.hinges = trainer.compensation, trainer.hinges
+    report.compensation = trainer.compensation
+    if trainer.hinges is not None and narrower(model, trainer.hinges) is None:  # not a checkpoint from before the switch
+        report.hinges = trainer.hinges
     return report
 
 

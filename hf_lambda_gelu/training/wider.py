@@ -90,16 +90,38 @@ def forget(optimizer: Any, parameters: list[nn.Parameter]) -> None:
                 state.pop(parameter, None)
 
 
-def check_as_wide(model: nn.Module, stored: HingeReport, checkpoint: str) -> None:
-    """Raises ValueError where a run without hinges goes on from a checkpoint with wider layers, and its model has none."""
+def narrower(model: nn.Module, report: HingeReport) -> tuple[str, object, float] | None:
+    """(config path, value, value where hinges made layers wider) of a layer that is not so wide here; None if all are."""
     config = getattr(model, "config", None)
-    for path, (_, now) in stored.widths.items():
+    for path, (_, now) in report.widths.items():
         held = get_attribute(config, path) if isinstance(config, PreTrainedConfig) else now
         if held != now:
-            raise ValueError(
-                f"{checkpoint} was saved after its switch had made layers wider: config.{path} is {now:g} there, and {held} "
-                "here. Set hardness_hinges and hardness_budget as in the run that wrote it"
-            )
+            return path, held, now
+    return None
+
+
+def check_as_wide(model: nn.Module, stored: HingeReport, checkpoint: str) -> None:
+    """Raises ValueError where a run without hinges goes on from a checkpoint with wider layers, and its model has none."""
+    found = narrower(model, stored)
+    if found is not None:
+        path, held, now = found
+        raise ValueError(
+            f"{checkpoint} was saved after its switch had made layers wider: config.{path} is {now:g} there, and {held} here. "
+            "Set hardness_hinges and hardness_budget as in the run that wrote it"
+        )
+
+
+def check_once(model: nn.Module, earlier: HingeReport | None) -> None:
+    """Raises ValueError where an earlier run of the same trainer has made the layers wider already.
+
+    Args:
+        earlier: what hinges did in it.
+    """
+    if earlier is not None and narrower(model, earlier) is None:
+        raise ValueError(
+            "an earlier run of this trainer has made the layers wider already, and its switch would make them wider once more: "
+            "build another trainer, with hardness_hinges=1"
+        )
 
 
 def stored_hinges(folder: str | Path) -> HingeReport | None:

@@ -6,8 +6,8 @@
 
 Of each row of results/coverage.csv that is exact, a tiny model is converted and gets `relu_ize(hinges=4)`, without data.
 What comes out is held against the ReLU network in which modules that compute Σᵢ aᵢ max(x − tᵢ, 0) in fp64 stand in the place
-of the gates that became wider, and is saved, reloaded by stock transformers and compared. Where it is refused, the model must
-be what it was. An interrupted run goes on where it stopped.
+of the gates that became wider, and is saved, reloaded by stock transformers and compared. Where it is refused, the model
+must be what it was. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -197,7 +197,11 @@ def verdict(row: dict[str, Any]) -> str:
 _WHY = {
     "has no bias, and no config": "the gate's map has no bias, and the config no switch for one",
     "an expert's": "experts, whose weights are slices of one parameter",
-    "units: expected|make its units|unlike shapes|Split|Chunk|Slice|stands between": "gate and up are one map, or something stands between the maps",
+    "is cut in parts": "one map makes gate and up together",
+    "stands between|unlike shapes|make its units": "something else stands between the maps",
+    "no number in the config is its width": "its width is in no number of the config",
+    "in no block that can be told": "the number in the config is the width of other maps too",
+    "no input reached": "made-up inputs do not reach it",
 }
 
 

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu import HingeReport
 
 RUN: dict[str, Any] = {
     "max_steps": 10,
@@ -231,6 +232,21 @@ def test_the_callback_does_what_the_trainer_does(tmp_path: Path) -> None:
         assert torch.equal(one, other), name
     with pytest.raises(hlg.HingeError, match=r"gate_proj.weight has no bias, .* load the model with mlp_bias=True"):
         stock(llama(), callback()).train()
+
+
+def test_a_second_run(tmp_path: Path) -> None:
+    """Of a model that is made anew for each run, as a search for hyperparameters does; layers are not made wider twice."""
+    args = arguments(tmp_path, **(RUN | {"max_steps": 4}))
+    run = hlg.LambdaGELUTrainer(model_init=llama, args=args, train_dataset=Rows())
+    for _ in range(2):
+        run.train()
+        assert (run.model.config.intermediate_size, run.model.config.mlp_bias) == (48, True)
+        assert run.hinges.widths == {"intermediate_size": (24, 48)}
+    run = hlg.LambdaGELUTrainer(run.model, args, train_dataset=Rows())
+    run._hardening.hinges = HingeReport.of({"sites": [], "widths": {"intermediate_size": (24, 48)}, "single": {}})
+    with pytest.raises(ValueError, match="an earlier run of this trainer has made the layers wider already"):
+        run.train()
+    assert run.model.config.intermediate_size == 48
 
 
 @pytest.mark.parametrize(
