@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, get_args
 
@@ -62,7 +62,8 @@ def relu_ize(
     Args:
         model: a converted model, at any λ, on any device, in any dtype. Sites that its class hard-codes stay smooth, at
             λ = 2¹⁴ in the weights (`fold`).
-        force: substitute soft gates too. This is the naive swap: it costs a pretrained model several points.
+        force: substitute soft gates too. This is the naive swap: it costs a pretrained model several points. With `hinges`,
+            and without `compensate`, it is for those whose layers cannot be wider.
         tolerance: ε; gates with λ < `target_hardness(ε)` count as soft. Give the one that the run was trained with.
         targets: {module name: λ} below which a gate counts as soft, in place of `tolerance`: `trainer.hardness_targets` of a
             run with `hardness_target="calibrated"`, or `calibrate(…).targets(…)`.
@@ -82,7 +83,7 @@ def relu_ize(
         ValueError: called in torch.inference_mode, no λ-GELU in the model, offloaded weights, a `compensate` that is unknown
             or lacks a calibration set, or a fused kernel in the place of sites or ReLUs: it says what to switch off.
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
-        SoftGateError: soft gates, and neither `force` nor `compensate`.
+        SoftGateError: soft gates, and neither `force` nor `compensate`, nor `hinges` in their layers.
         FoldError: a hard-coded site whose weights cannot take λ up.
         HingeError: a layer that cannot be wider: the gate's map can have no bias, or its width is not in the config.
 
@@ -100,7 +101,7 @@ def relu_ize(
     if compensate is not None and calibration is not None:
         _refit(model, calibration, compensate, report, compute_metrics, 0 if force else len(soft), wanted)
     else:
-        _measure(model, calibration, report, compute_metrics, wanted)
+        _measure(model, calibration, report, compute_metrics, wanted, [] if force else [site.name for site in soft])
     _attach_report(model, report)
     return report
 
@@ -146,11 +147,17 @@ def _widen(
     report: SubstitutionReport,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
     wanted: Wanted,
+    refused: Collection[str],
 ) -> None:
-    """Put minimax hinges in the place of the gates; measure, if there are batches to do so, what that changes."""
+    """Put minimax hinges in the place of the gates; measure, if there are batches to do so, what that changes.
+
+    Args:
+        refused: soft sites, for which one ReLU per neuron is no substitute.
+    """
     stay = hard_coded_sites(model)
     change: MeasuredChange | None = None
     with measuring(model), minimax_hinges(model, calibration, wanted) as work:
+        _check_single(work.report.single, refused)
         networks = work.networks
         batches = map(networks.batch, range(networks.count))
         if networks.count:
@@ -167,10 +174,11 @@ def _measure(
     report: SubstitutionReport,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
     wanted: Wanted | None,
+    refused: Collection[str],
 ) -> None:
     """Measure, if there are batches to do so, what ReLU, or several, changes; fold what stays smooth."""
     if wanted is not None:
-        _widen(model, calibration, report, compute_metrics, wanted)
+        _widen(model, calibration, report, compute_metrics, wanted, refused)
         return
     stay = hard_coded_sites(model)
     change: MeasuredChange | None = None
@@ -183,6 +191,16 @@ def _measure(
             _note(report, change)
     _fold(model, stay, change.first[0] if change and change.first else None, report)
     _put_relu(model, report, runs_by_part(model) if change is None else _run(model, change, report))
+
+
+def _check_single(single: Mapping[str, str], refused: Collection[str]) -> None:
+    """SoftGateError where a soft gate would become one ReLU per neuron, without a refit that makes up for it."""
+    left = [name for name in single if name in refused]
+    if left:
+        raise SoftGateError(
+            f"{len(left)} soft gates would become one ReLU per neuron each, as their layers cannot be wider ({left[0]}: "
+            f"{single[left[0]]}): pass calibration=… and compensate='least_squares', which refits them, or force=True"
+        )
 
 
 def _run(model: nn.Module, change: MeasuredChange, report: SubstitutionReport) -> Runs:

@@ -106,8 +106,8 @@ def check_as_wide(model: nn.Module, stored: HingeReport, checkpoint: str) -> Non
     if found is not None:
         path, held, now = found
         raise ValueError(
-            f"{checkpoint} was saved after its switch had made layers wider: config.{path} is {now:g} there, and {held} here. "
-            "Set hardness_hinges and hardness_budget as in the run that wrote it"
+            f"{checkpoint} was saved after its switch had made layers wider: config.{path} is {now:g} there, and {held} "
+            "here. Set hardness_hinges and hardness_budget as in the run that wrote it"
         )
 
 
@@ -119,8 +119,8 @@ def check_once(model: nn.Module, earlier: HingeReport | None) -> None:
     """
     if earlier is not None and narrower(model, earlier) is None:
         raise ValueError(
-            "an earlier run of this trainer has made the layers wider already, and its switch would make them wider once more: "
-            "build another trainer, with hardness_hinges=1"
+            "an earlier run of this trainer has made the layers wider already, and its switch would make them wider "
+            "once more: build another trainer, with hardness_hinges=1"
         )
 
 

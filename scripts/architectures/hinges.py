@@ -159,7 +159,7 @@ def _widen(row: dict[str, Any], model_type: str, auto: str, folder: Path) -> Non
     smooth = outputs(model, batch)
     twin = copy.deepcopy(model)
     try:
-        report = hlg.relu_ize(model, hinges=HINGES).hinges
+        report = hlg.relu_ize(model, True, hinges=HINGES).hinges  # heads keep one ReLU
     except hlg.HingeError as error:
         row |= {"verdict": "refused", "reason": str(error)}
         if difference(smooth, outputs(model, batch)) > 0:

@@ -237,7 +237,7 @@ def test_the_callback_does_what_the_trainer_does(tmp_path: Path) -> None:
 def test_a_second_run(tmp_path: Path) -> None:
     """Of a model that is made anew for each run, as a search for hyperparameters does; layers are not made wider twice."""
     args = arguments(tmp_path, **(RUN | {"max_steps": 4}))
-    run = hlg.LambdaGELUTrainer(model_init=llama, args=args, train_dataset=Rows())
+    run = hlg.LambdaGELUTrainer(model_init=lambda: llama(), args=args, train_dataset=Rows())
     for _ in range(2):
         run.train()
         assert (run.model.config.intermediate_size, run.model.config.mlp_bias) == (48, True)

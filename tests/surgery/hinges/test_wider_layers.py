@@ -242,6 +242,15 @@ def test_head_keeps_one_relu() -> None:
     assert list(report.hinges.single) == ["cls.predictions.transform.transform_act_fn"]
     assert "with one ReLU per neuron (NativeLayerNorm stands between" in str(report)
 
+    model = lively("bert")  # without data nothing makes up for one ReLU in the place of a soft gate
+    before = full_snapshot(model)
+    with pytest.raises(
+        hlg.SoftGateError, match=r"1 soft gates would become one ReLU .* \(cls.predictions.* NativeLayerNorm"
+    ):
+        hlg.relu_ize(model, hinges=4)
+    assert full_snapshot(model) == before
+    assert list(hlg.relu_ize(model, True, hinges=4).hinges.single) == ["cls.predictions.transform.transform_act_fn"]
+
 
 def test_refused_before_anything_changes() -> None:
     """A gate without a bias, a layer that is no block of two maps, a width of something else, too few rows."""
