@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ...measurement.forward import measuring
 from ...structure.config import get_attribute
-from ...structure.config_probe import bias_attribute
+from ...structure.config_probe import bias_attributes
 from ...structure.edits import own_config, reshape
 from ...structure.modules import joined, quantised_weight, transformers_parts
 from ...structure.scratch import scratch_folder
@@ -127,9 +127,10 @@ def _check_there(model: nn.Module, plan: Plan) -> None:
             s.block.gate for s in plan.sites.values() if s.block.gate.bias is None and s.block.gate.name.startswith(start)
         ]
         lacking = {gate.name.removeprefix(start).removesuffix("weight") + "bias" for gate in gates}
-        found = bias_attribute(part, lacking) if lacking else None
+        found = bias_attributes(part, lacking) if lacking else None
         if found is not None:
+            switches = ", ".join(f"{joined(prefix, path)}=True" for path in found[0])
             raise HingeError(
                 f"{gates[0].name} has no bias, which several ReLUs per gate need from the start of training: load the model "
-                f"with {joined(prefix, found[0])}=True, whose biases begin as zeros, before the optimizer is made"
+                f"with {switches}, whose biases begin as zeros, before the optimizer is made"
             )
