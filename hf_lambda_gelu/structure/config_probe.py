@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -94,7 +94,7 @@ def bias_attributes(model: PreTrainedModel, wanted: set[str]) -> tuple[tuple[str
 
 
 def _covering(
-    found: list[tuple[tuple[str, ...], dict[str, int]]], wanted: set[str]
+    found: Sequence[tuple[tuple[str, ...], dict[str, int]]], wanted: set[str]
 ) -> tuple[tuple[str, ...], dict[str, int]] | None:
     """Several that together add what is wanted, the most useful first; None if all together do not."""
     paths: tuple[str, ...] = ()

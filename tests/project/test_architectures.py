@@ -89,18 +89,21 @@ def test_comparison_and_table(rows: dict[str, dict[str, str]]) -> None:
 
 
 def test_the_table_of_hinges() -> None:
-    """Every architecture that converts: wider layers are the sums of their hinges, reload to the bit, or are refused."""
+    """Of those that convert and were run: wider layers are the sums of their hinges, reload to the bit, or are refused."""
     exact = {(row["model_type"], row["auto"]) for row in read(RESULTS) if row["verdict"] == "exact"}
     rows = {(row["model_type"], row["auto"]): row for row in read(hinges.RESULTS)}
-    assert rows.keys() == exact
+    assert rows.keys() <= exact
+    assert len(rows) >= 150
     wider = {key[0]: row for key, row in rows.items() if row["verdict"] == "exact"}
-    assert {row["verdict"] for row in rows.values()} <= {"exact", "refused", "differs"}
+    assert {row["verdict"] for row in rows.values()} == {"exact", "refused"}
     for row in wider.values():
         assert float(row["sum"]) <= hinges.ROUNDING
         assert float(row["effect"]) > 1e-4, "several ReLUs make no difference here, so that the row proves nothing"
         assert float(row["reload"]) == 0.0
     assert {"bert", "gpt2", "llama", "vit", "dinov2", "whisper", "granite", "clip"} <= wider.keys()
     assert {wider[name]["biases"] for name in ("llama", "granite")} == {"mlp_bias"}
+    assert wider["aimv2"]["biases"] == "text_config.mlp_bias vision_config.mlp_bias"
+    assert wider["internlm3"]["biases"] == "attention_bias mlp_bias"  # its class takes both or none
     no_bias = {"mistral", "qwen2", "qwen3", "gemma", "gemma2", "t5gemma", "qwen2_moe"}
     kinds = {key[0]: hinges.why(row) for key, row in rows.items() if row["verdict"] == "refused"}
     assert {kinds[name] for name in no_bias} == {"the gate's map has no bias, and the config no switch for one"}

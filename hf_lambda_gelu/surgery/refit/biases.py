@@ -47,6 +47,7 @@ class AddedBiases:
         for name in self._names:
             remove_bias(self.model, name)
         self._names.clear()
-        for path in self._paths if isinstance(self.model, PreTrainedModel) else ():
-            set_bias(self.model, path, False)
+        if isinstance(self.model, PreTrainedModel):
+            for path in self._paths:
+                set_bias(self.model, path, False)
         self._paths = ()
