@@ -175,7 +175,7 @@ def render_card(record: Mapping[str, Any]) -> ModelCard:
         formula="x Φ(λx)" if erf else "a(λx)/λ with a its own activation",
         sites_table=_sites_table(report) if report else "",
         wider=_wider(report["hinges"]) if report and report.get("hinges") else None,
-        compensation_table=_compensation_table(compensation) if compensation else "",
+        compensation_table=_compensation_table(compensation, bool(report.get("hinges"))) if compensation else "",
         paper=PAPER,
         inline=inline,
         paragraphs=paragraphs,
@@ -244,12 +244,12 @@ def _named(names: Sequence[str]) -> str:
     return f"{code(names[0])} … {code(names[-1])} ({len(names)})"
 
 
-def _compensation_table(compensation: Mapping[str, Any]) -> str:
+def _compensation_table(compensation: Mapping[str, Any], wider: bool) -> str:
     rows = [
         [code(s["weight"]), s["method"].replace("_", " "), f"{s['before']:.3f}", f"{s['after']:.3f}"]
         for s in compensation["sites"]
     ]
-    return markdown_table(["refit", "method", "ReLU as it is", "refit"], rows)
+    return markdown_table(["refit", "method", "ReLUs as placed" if wider else "ReLU as it is", "refit"], rows)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
