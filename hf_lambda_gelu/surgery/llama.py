@@ -46,7 +46,8 @@ def as_llama(model: PreTrainedModel) -> PreTrainedModel:
     Examples:
         >>> import hf_lambda_gelu as hlg
         >>> from transformers import Qwen2Config, Qwen2ForCausalLM
-        >>> config = Qwen2Config(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+        >>> heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        >>> config = Qwen2Config(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1, **heads)
         >>> type(hlg.as_llama(Qwen2ForCausalLM(config))).__name__
         'LlamaForCausalLM'
     """
