@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .surgery.hardening import harden
     from .surgery.hinges.plan import HingeError
     from .surgery.hinges.report import HingeReport
+    from .surgery.llama import as_llama
     from .surgery.report import SubstitutionReport
     from .surgery.substitution import relu_ize
     from .training.arguments import LambdaGELUTrainingArguments
@@ -91,6 +92,7 @@ __all__ = [
     "SubstitutionReport",
     "VerificationError",
     "activation_sparsity",
+    "as_llama",
     "attach_hardness_update",
     "audit",
     "calibrate",
@@ -162,6 +164,7 @@ _MODULES = {
     "SubstitutionReport": ".surgery.report",
     "VerificationError": ".checkpoints.stock_process",
     "activation_sparsity": ".downstream.sparsity",
+    "as_llama": ".surgery.llama",
     "attach_hardness_update": ".training.optimizer",
     "audit": ".measurement.audit.audit",
     "calibrate": ".measurement.calibration",

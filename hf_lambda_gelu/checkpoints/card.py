@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..reports import markdown_table
 from ..structure.smooth_activations import Unconverted
+from ..surgery.hinges.report import rounded_up
 from ..surgery.report import SubstitutionReport
 from .card_text import block, code, inline, paragraphs
 from .redaction import cleaned_record
@@ -24,6 +25,7 @@ from .redaction import cleaned_record
 PAPER = "2603.21991"
 REPORT_NAME = "lambda_gelu.json"
 PLOT_NAME = "hardness_profile.png"
+_NOT_IN_OLDER: dict[str, Any] = {"compression": None, "warnings": [], "own_code": None, "llama_of": None}  # records
 
 
 @dataclass
@@ -96,6 +98,7 @@ def card_record(
     compression: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
     code: Mapping[str, Any] | None = None,
+    llama_of: str | None = None,
 ) -> dict[str, Any]:
     """All that is known of a ReLU-ized model, as JSON can hold it: what `render_card` makes the card of."""
     record: dict[str, Any] = {
@@ -110,6 +113,7 @@ def card_record(
         "compression": compression,
         "warnings": list(warnings),
         "own_code": code,
+        "llama_of": llama_of,
         "versions": versions,
     }
     plain: dict[str, Any] = json.loads(json.dumps(record, default=_plain))
@@ -159,11 +163,19 @@ def render_card(record: Mapping[str, Any]) -> ModelCard:
     card: ModelCard = ModelCard.from_template(
         data,
         template_str=(files(__package__) / "templates" / "card.md").read_text(encoding="utf-8"),
-        **{"compression": None, "warnings": [], "own_code": None, **record, "report": report},  # older records lack these
+        **{
+            "compression": None,
+            "warnings": [],
+            "own_code": None,
+            "llama_of": None,
+            **record,
+            "report": report,
+        },  # older records lack these
         results_table=_results_table(details),
         formula="x Φ(λx)" if erf else "a(λx)/λ with a its own activation",
         sites_table=_sites_table(report) if report else "",
-        compensation_table=_compensation_table(compensation) if compensation else "",
+        wider=_wider(report["hinges"]) if report and report.get("hinges") else None,
+        compensation_table=_compensation_table(compensation, bool(report.get("hinges"))) if compensation else "",
         paper=PAPER,
         inline=inline,
         paragraphs=paragraphs,
@@ -194,12 +206,50 @@ def _sites_table(report: Mapping[str, Any]) -> str:
     return markdown_table(["site", "gate", "λ", "bound", "zeros"], rows)
 
 
-def _compensation_table(compensation: Mapping[str, Any]) -> str:
+def _wider(hinges: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card says of layers that hinges made wider: the width, k where it is one number, a row for sites alike."""
+    sites = hinges["sites"]
+    numbers = {number for site in sites for number, count in site["neurons"].items() if count}
+    factors = [site["units"][1] / site["units"][0] for site in sites]
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for site in sites:
+        before, now = site["units"]
+        counts = sorted((int(number), count) for number, count in site["neurons"].items() if count)
+        bound = "–" if site["bound"] is None else f"{rounded_up(site['bound']):.3g}"
+        said = (f"{before} → {now}", ", ".join(f"{count} with {number}" for number, count in counts), bound)
+        rows.setdefault(said, []).append(site["name"])
+    cells = [[_named(names), *(said if _bounded(sites) else said[:2])] for said, names in rows.items()]
+    columns = ["site", "units", "neurons by ReLUs", *(["sup \\|f − Σ\\|"] if _bounded(sites) else [])]
+    return {
+        "count": len(sites),
+        "each": next(iter(numbers)) if len(numbers) == 1 else None,
+        "factor": f"{sum(factors) / len(factors):.4g}",
+        "bounded": _bounded(sites),
+        "widths": {path: (before, now) for path, (before, now) in hinges["widths"].items()},
+        "table": markdown_table(columns, cells),
+        "single": len(hinges["single"]),
+        "reason": next(iter(hinges["single"].values()), ""),
+    }
+
+
+def _bounded(sites: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether hinges lie by minimax, with a bound for all inputs."""
+    return all(site["bound"] is not None for site in sites)
+
+
+def _named(names: Sequence[str]) -> str:
+    """One name, or the first and the last of several with their number."""
+    if len(names) == 1:
+        return code(names[0])
+    return f"{code(names[0])} … {code(names[-1])} ({len(names)})"
+
+
+def _compensation_table(compensation: Mapping[str, Any], wider: bool) -> str:
     rows = [
         [code(s["weight"]), s["method"].replace("_", " "), f"{s['before']:.3f}", f"{s['after']:.3f}"]
         for s in compensation["sites"]
     ]
-    return markdown_table(["refit", "method", "ReLU as it is", "refit"], rows)
+    return markdown_table(["refit", "method", "ReLUs as placed" if wider else "ReLU as it is", "refit"], rows)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -155,6 +155,7 @@ def write_card(
         compression(folder, pruned),
         runtime_warnings(model),
         loading_lines(folder, type(model).__name__),
+        getattr(model, "_llama_of", None),
     )
     write_record(folder, record)
     render_card(record).save(folder / "README.md")

@@ -50,6 +50,13 @@ Budget = Annotated[
     float | None,
     typer.Option(help="In place of --hinges: the width over the width before, such as 1.5, spent where it helps most."),
 ]
+AsLlama = Annotated[
+    bool,
+    typer.Option(
+        "--as-llama",
+        help="Save a Mistral's or Qwen2's weights as the Llama of the same function, whose gates can have biases.",
+    ),
+]
 
 Stream = Annotated[
     bool,

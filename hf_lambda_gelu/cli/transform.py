@@ -56,6 +56,7 @@ def relu_ize(
     compensate: o.Compensate = None,
     hinges: o.Hinges = 1,
     budget: o.Budget = None,
+    as_llama: o.AsLlama = False,
     column: o.Column = None,
     label_column: o.LabelColumn = None,
     split: o.Split = "train",
@@ -87,6 +88,8 @@ def relu_ize(
       hf-lambda-gelu relu-ize textattack/bert-base-uncased-SST-2 bert-relu \\
           --calibration reviews.txt --compensate least_squares
       hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --hinges 2 --stream
+      hf-lambda-gelu relu-ize Qwen/Qwen2.5-0.5B qwen-relu --as-llama --hinges 2 \\
+          --calibration texts.txt --compensate least_squares
     """
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
@@ -95,7 +98,8 @@ def relu_ize(
             check_alone("--stream" if stream else "what needs no data")
         check_target_folder(target)
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
-        _check_data(calibration, compensate, stream, wider := hinges != 1 or budget is not None)
+        wider = hinges != 1 or budget is not None or as_llama
+        _check_data(calibration, compensate, stream, wider, as_llama)
         width: dict[str, Any] = {"hinges": hinges, "budget": budget}
         kept: dict[str, Any] = {"details": details, "trust_remote_code": trust_remote_code}
         how: dict[str, Any] = {"force": force, "tolerance": tolerance, "compensate": compensate}
@@ -107,7 +111,7 @@ def relu_ize(
                 how |= {"calibration": batches(found, data, model, folder, trust_remote_code)}
             return result.set(hlg.relu_ize_checkpoint(folder, target, device=device, **how, **width, **kept, link=not copy))
         made = None if found is None else partial(batches, found, data)
-        _relu_ize_in_memory(result, (folder, target, device), made, how | width, kept)
+        _relu_ize_in_memory(result, (folder, target, device), made, how | width, kept, as_llama)
 
 
 def _relu_ize_in_memory(
@@ -116,6 +120,7 @@ def _relu_ize_in_memory(
     found: Callable[[PreTrainedModel, Path, bool], Batches] | None,
     how: dict[str, Any],
     kept: dict[str, Any],
+    as_llama: bool,
 ) -> None:
     """`relu_ize` and `save_relu_pretrained`, by all processes that were started; the first one saves and prints.
 
@@ -123,12 +128,15 @@ def _relu_ize_in_memory(
         places: source, target and device.
         found: makes batches of the examples, for the model in that folder; None without any.
         how, kept: options of the two.
+        as_llama: whether the model becomes the Llama of the same function first.
     """
     import hf_lambda_gelu as hlg
 
     (folder, target, device), trusted = places, kept["trust_remote_code"]
     with shared(device) as share:
-        model = with_hardness(loaded(folder, trusted, share.device))
+        read = loaded(folder, trusted, share.device)
+        model = with_hardness(hlg.as_llama(read) if as_llama else read)
+        del read
         if found is not None:
             how["calibration"] = share.of(found(model, folder, trusted))
         report = hlg.relu_ize(model, **how, processes="all")
@@ -171,8 +179,10 @@ def fold(
         result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
 
 
-def _check_data(calibration: str | None, compensate: str | None, stream: bool, wider: bool) -> None:
+def _check_data(calibration: str | None, compensate: str | None, stream: bool, wider: bool, as_llama: bool) -> None:
     """UsageError for options that need data, or do not go together."""
+    if stream and as_llama:
+        raise UsageError("--as-llama needs the model in memory: leave out --stream, or make the Llama first by hlg.as_llama")
     if (compensate is not None or (stream and not wider)) and calibration is None:
         raise UsageError(_NO_DATA.format("--stream" if compensate is None else f"--compensate {compensate}"))
 

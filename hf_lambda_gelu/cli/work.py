@@ -111,7 +111,10 @@ def explained(error: BaseException) -> tuple[int | None, str]:
     message = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted: nothing was left half done"
-    if isinstance(error, (UsageError, hlg.ConversionError, hlg.CalibrationError)) or type(error) is ValueError:
+    if (
+        isinstance(error, (UsageError, hlg.ConversionError, hlg.CalibrationError, hlg.HingeError))
+        or type(error) is ValueError
+    ):
         return USE, message  # the package says by ValueError that an argument is wrong
     failures = (hlg.CheckpointError, hlg.ExportError, hlg.FoldError, hlg.PushError, hlg.SoftGateError, hlg.VerificationError)
     if isinstance(error, (WorkFailed, *failures)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -70,35 +70,61 @@ def _named_activations(config: PreTrainedConfig, prefix: str = "") -> Iterator[t
             yield f"{prefix}{name}", value
 
 
-def bias_attribute(model: PreTrainedModel, wanted: set[str]) -> tuple[str, dict[str, int]] | None:
-    """The config attribute that gives linear maps a bias (Llama's `mlp_bias`), found like the governed modules are.
+def bias_attributes(model: PreTrainedModel, wanted: set[str]) -> tuple[tuple[str, ...], dict[str, int]] | None:
+    """The config attributes that give linear maps a bias (Llama's `mlp_bias`), found like the governed modules are.
 
     Args:
         wanted: names of the bias parameters that are to be.
 
     Returns:
-        Its dotted path, and {name: length} of all bias parameters that it adds; of several such attributes the one that adds
-        the fewest. None if there is none.
+        Their dotted paths, and {name: length} of all bias parameters that they add; of several attributes that will do alone
+        the one that adds the fewest; several where none will, as each of two towers has its own. None if there are none.
     """
     names = {name for name, _ in model.named_parameters()}
-    found: list[tuple[str, dict[str, int]]] = []
-    for path in _switched_off(model.config):
-        config = copy.deepcopy(model.config)
+    off = list(_switched_off(model.config))
+    found = [((path,), added) for path in off if (added := _biases_by(model, (path,), names))]
+    alone = [item for item in found if wanted <= set(item[1])]
+    if alone:
+        return min(alone, key=lambda item: len(item[1]))
+    owners: dict[str, list[str]] = {}
+    for path in off:
+        owners.setdefault(path.rpartition(".")[0], []).append(path)
+    groups = [tuple(paths) for paths in owners.values() if len(paths) > 1]  # of which a class takes all or none
+    return _covering(found, wanted) or _covering([(g, a) for g in groups if (a := _biases_by(model, g, names))], wanted)
+
+
+def _covering(
+    found: Sequence[tuple[tuple[str, ...], dict[str, int]]], wanted: set[str]
+) -> tuple[tuple[str, ...], dict[str, int]] | None:
+    """Several that together add what is wanted, the most useful first; None if all together do not."""
+    paths: tuple[str, ...] = ()
+    lengths: dict[str, int] = {}
+    while wanted - set(lengths):
+        left = wanted - set(lengths)
+        best = max(found, key=lambda item: (len(left & set(item[1])), -len(item[1])), default=None)
+        if best is None or not left & set(best[1]):
+            return None
+        paths, lengths = paths + best[0], lengths | best[1]
+    return paths, lengths
+
+
+def _biases_by(model: PreTrainedModel, paths: tuple[str, ...], names: set[str]) -> dict[str, int]:
+    """{name: length} of the bias parameters that these attributes add; empty if they add others too, or cannot be set."""
+    config = copy.deepcopy(model.config)
+    for path in paths:
         owner, name = owner_of(config, path)
         setattr(owner, name, True)
-        if reloaded_value(config, path) is not True:
-            continue
-        try:
-            with torch.device("meta"), torch.random.fork_rng(devices=()):
-                rebuilt = type(model)(config)
-        except (MemoryError, OSError):  # says nothing of the class
-            raise
-        except Exception:  # a class that does not take it
-            continue
-        added = {n: p.numel() for n, p in rebuilt.named_parameters() if n not in names}
-        if wanted <= set(added) and all(n.endswith("bias") for n in added):
-            found.append((path, added))
-    return min(found, key=lambda item: len(item[1])) if found else None
+    if any(reloaded_value(config, path) is not True for path in paths):
+        return {}
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=()):
+            rebuilt = type(model)(config)
+    except (MemoryError, OSError):  # says nothing of the class
+        raise
+    except Exception:  # a class that does not take it
+        return {}
+    added = {n: p.numel() for n, p in rebuilt.named_parameters() if n not in names}
+    return added if all(n.endswith("bias") for n in added) else {}
 
 
 def _switched_off(config: PreTrainedConfig, prefix: str = "") -> Iterator[str]:

@@ -25,6 +25,8 @@ from .unread_maps import differentiable, operation_of
 # operations that leave each unit where it is: views too, as what they connect has the same shape in the end
 _UNITWISE = frozenset({"Relu", "Mul", "Clone", "Alias", "View", "UnsafeView", "ReshapeAlias", "Contiguous", "ToCopy"})
 _UNITWISE |= {MADE_BY}
+# operations that take a part of what a map puts out, as of one that makes gate and up together
+_CUTS = frozenset({"Split", "SplitWithSizes", "Slice", "Unbind", "Select", "Narrow"})
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,11 @@ class _Walk:
         for node in nodes:
             variable = getattr(node, "variable", None)
             if variable is None:
-                if operation_of(node) not in _UNITWISE:
-                    raise _Obstacle(f"{operation_of(node)} stands between the maps around it")
+                operation = operation_of(node)
+                if operation in _CUTS:
+                    raise _Obstacle(f"one map makes its units and others, and is cut in parts by {operation}")
+                if operation not in _UNITWISE:
+                    raise _Obstacle(f"{operation} stands between the maps around it")
             elif id(variable) in self._leaves:
                 found[id(variable)] = self._leaves[id(variable)]
             else:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,6 +16,9 @@ from ..activation.module import hardness_sites
 from ..measurement.forward import measuring
 from ..measurement.team import ALONE, Processes, Team, team_of
 from ..structure.transaction import keep, transaction
+from .hinges.report import HingeReport
+from .hinges.wanted import Wanted
+from .hinges.work import HingeWork
 from .refit.engine import compensation
 from .refit.report import Compensate, CompensationReport
 from .substitution import check_substitutable
@@ -79,7 +85,7 @@ def _hardened(
     missing = [name for name in sites if name not in wanted]
     if missing:
         raise ValueError(f"targets names no λ for {len(missing)} of {len(sites)} sites, {missing[0]} the first of them")
-    report, _ = refit_for_hard_gates(model, calibration, compensate, team)
+    report = refit_for_hard_gates(model, calibration, compensate, team=team).report
     for name, site in sites.items():
         for held in (site.unclipped_hardness, stepped_copy(site.unclipped_hardness)):
             if held is not None:
@@ -88,26 +94,56 @@ def _hardened(
     return report
 
 
+@dataclass(frozen=True)
+class HardRefit:
+    """A refit for gates that become hard.
+
+    Attributes:
+        parameters: those that were refit.
+        reshaped: those of them that have another shape now.
+        hinges: what layers became wider; None for layers as they are.
+    """
+
+    report: CompensationReport
+    parameters: list[nn.Parameter]
+    reshaped: list[nn.Parameter]
+    hinges: HingeReport | None
+
+
 @transaction
 def refit_for_hard_gates(
-    model: nn.Module, batches: Iterable[Any], method: Compensate, team: Team = ALONE
-) -> tuple[CompensationReport, list[nn.Parameter]]:
-    """The report, and the parameters that were refit, for gates that become hard now; λ stays.
+    model: nn.Module, batches: Iterable[Any], method: Compensate, wanted: Wanted | None = None, team: Team = ALONE
+) -> HardRefit:
+    """Refit the maps for gates that become hard now, in wider layers if `wanted` says so; λ stays.
 
     Args:
         team: the processes that refit together, within `whole`; the batches are this one's share.
     """
-    with measuring(model), compensation(model, batches, team=team) as work:
-        report = work.run(method, biases=False)
-    return report, list(work.originals)
+    # the rows were counted before training: few of them are a warning by now
+    wider = None if wanted is None else partial(HingeWork, wanted=wanted, examples=math.inf)
+    hinges = None
+    with compensation(model, batches, wider, team) as work:
+        with measuring(model):
+            report = work.run(method, biases=False)
+        if isinstance(work.wider, HingeWork):
+            hinges = work.wider.finish()
+    originals = work.originals
+    return HardRefit(report, list(originals), [p for p, before in originals.items() if p.shape != before.shape], hinges)
 
 
 @transaction
-def rehearse_refit(model: nn.Module, batches: Iterable[Any]) -> dict[str, str]:
+def rehearse_refit(
+    model: nn.Module, batches: Iterable[Any], wanted: Wanted | None = None, examples: int | None = None
+) -> dict[str, str]:
     """{site: reason} of what `refit_for_hard_gates` could not refit; the model stays as it was. [derived]
+
+    Args:
+        examples: how many there will be, to be told if they are too few for wider layers.
 
     Raises:
         CalibrationError: as a refit would, but for what its solving finds.
+        HingeError: as a refit in wider layers would.
     """
-    with measuring(model), compensation(model, batches) as work:
+    wider = None if wanted is None else partial(HingeWork, wanted=wanted, examples=examples)
+    with measuring(model), compensation(model, batches, wider) as work:
         return work.rehearse()

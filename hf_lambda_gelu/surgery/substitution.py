@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
@@ -66,7 +66,8 @@ def relu_ize(
     Args:
         model: a converted model, at any λ, on any device, in any dtype. Sites that its class hard-codes stay smooth, at
             λ = 2¹⁴ in the weights (`fold`).
-        force: substitute soft gates too. This is the naive swap: it costs a pretrained model several points.
+        force: substitute soft gates too. This is the naive swap: it costs a pretrained model several points. With `hinges`,
+            and without `compensate`, it is for those whose layers cannot be wider.
         tolerance: ε; gates with λ < `target_hardness(ε)` count as soft. Give the one that the run was trained with.
         targets: {module name: λ} below which a gate counts as soft, in place of `tolerance`: `trainer.hardness_targets` of a
             run with `hardness_target="calibrated"`, or `calibrate(…).targets(…)`.
@@ -90,7 +91,7 @@ def relu_ize(
             or ReLUs: it says what to switch off. What one of the processes raises that work together, all raise.
         RuntimeError: processes that work together and have not the same model, or of which one has ended.
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
-        SoftGateError: soft gates, and neither `force` nor `compensate`.
+        SoftGateError: soft gates, and neither `force` nor `compensate`, nor `hinges` in their layers.
         FoldError: a hard-coded site whose weights cannot take λ up.
         HingeError: a layer that cannot be wider: the gate's map can have no bias, or its width is not in the config.
 
@@ -130,7 +131,7 @@ def _relu_ized(
     if compensate is not None and calibration is not None:
         _refit(model, calibration, compensate, report, 0 if force else len(soft), asked)
     else:
-        _measure(model, report, asked)
+        _measure(model, report, asked, [] if force else [site.name for site in soft])
     check_same_weights(team, model)
     _attach_report(model, report)
     return report
@@ -177,11 +178,16 @@ def _changed_by(
     return measure_change(networks.model, batches, *states, compute_metrics, count, networks.team)
 
 
-def _widen(model: nn.Module, report: SubstitutionReport, wanted: Wanted, asked: _Asked) -> None:
-    """Put minimax hinges in the place of the gates; measure, if there are batches to do so, what that changes."""
+def _widen(model: nn.Module, report: SubstitutionReport, wanted: Wanted, asked: _Asked, refused: Collection[str]) -> None:
+    """Put minimax hinges in the place of the gates; measure, if there are batches to do so, what that changes.
+
+    Args:
+        refused: soft sites, for which one ReLU per neuron is no substitute.
+    """
     stay = hard_coded_sites(model)
     change: MeasuredChange | None = None
     with measuring(model), minimax_hinges(model, asked.calibration, wanted, asked.team) as work:
+        _check_single(work.report.single, refused)
         batches = work.networks.batches
         if batches.deal.order:
             change = _changed_by(work.networks, asked.compute_metrics)
@@ -191,10 +197,10 @@ def _widen(model: nn.Module, report: SubstitutionReport, wanted: Wanted, asked: 
     _put_relu(model, report, runs_by_part(model) if change is None else _run(model, change, report))
 
 
-def _measure(model: nn.Module, report: SubstitutionReport, asked: _Asked) -> None:
+def _measure(model: nn.Module, report: SubstitutionReport, asked: _Asked, refused: Collection[str]) -> None:
     """Measure, if there are batches to do so, what ReLU, or several, changes; fold what stays smooth."""
     if asked.wanted is not None:
-        _widen(model, report, asked.wanted, asked)
+        _widen(model, report, asked.wanted, asked, refused)
         return
     stay, calibration, team = hard_coded_sites(model), asked.calibration, asked.team
     change: MeasuredChange | None = None
@@ -207,6 +213,16 @@ def _measure(model: nn.Module, report: SubstitutionReport, asked: _Asked) -> Non
             _note(report, change)
     _fold(model, stay, change.first[0] if change and change.first else None, report)
     _put_relu(model, report, runs_by_part(model) if change is None else _run(model, change, report))
+
+
+def _check_single(single: Mapping[str, str], refused: Collection[str]) -> None:
+    """SoftGateError where a soft gate would become one ReLU per neuron, without a refit that makes up for it."""
+    left = [name for name in single if name in refused]
+    if left:
+        raise SoftGateError(
+            f"{len(left)} soft gates would become one ReLU per neuron each, as their layers cannot be wider ({left[0]}: "
+            f"{single[left[0]]}): pass calibration=… and compensate='least_squares', which refits them, or force=True"
+        )
 
 
 def _run(model: nn.Module, change: MeasuredChange, report: SubstitutionReport) -> Runs:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from transformers import TrainingArguments
 
 from ..activation.hardness import DEFAULT_RELATIVE_TOLERANCE, DEFAULT_TOLERANCE, check_relative_tolerance, target_hardness
+from ..surgery.hinges.wanted import Wanted, check_hinges
 from .schedule import check_schedule
 
 _TARGETS = ("l1", "calibrated")
@@ -93,6 +94,20 @@ class LambdaGELUTrainingArguments(TrainingArguments):
     hardness_hold: float = field(
         default=0.1, metadata={"help": "Fraction of training at the end of a ramp with λ at the target, in [0, 1]."}
     )
+    hardness_hinges: int = field(
+        default=1,
+        metadata={
+            "help": "k ReLUs in the place of each gate from the switch on, in layers k times as wide: 2 to 4, placed by the "
+            "examples of the refit. 1: one, in layers as wide as they are."
+        },
+    )
+    hardness_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "In place of hardness_hinges: the width from the switch on over the width before, from 1 to 4, spent on "
+            "the neurons that it helps most."
+        },
+    )
     sparsity_penalty: float = field(
         default=0.0,
         metadata={
@@ -153,6 +168,8 @@ class Hardening(Protocol):
     hardness_tolerance: float
     hardness_relative_tolerance: float
     hardness_hold: float
+    hardness_hinges: int
+    hardness_budget: float | None
 
 
 def check_hardening(args: Hardening) -> None:
@@ -165,6 +182,34 @@ def check_hardening(args: Hardening) -> None:
     for name, known in {"hardness_target": _TARGETS, "hardness_compensate": _COMPENSATE}.items():
         if getattr(args, name) not in known:
             raise _unknown(name, getattr(args, name), known)
+    _check_width(args)
+
+
+def wanted_hinges(args: Hardening) -> Wanted | None:
+    """How wide the layers shall be from the switch on; None for as wide as they are."""
+    return check_hinges(args.hardness_hinges, args.hardness_budget, measured=True)
+
+
+def _check_width(args: Hardening) -> None:
+    try:
+        wanted = wanted_hinges(args)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"hardness_hinges and hardness_budget: {error}") from error
+    if wanted is None:
+        return
+    asked = (
+        f"hardness_hinges={args.hardness_hinges}" if args.hardness_budget is None else f"hardness_budget={wanted.factor:g}"
+    )
+    if args.hardness_compensate == "none":
+        raise ValueError(
+            f"{asked} wants the refit of the switch, which says where the ReLUs lie, and hardness_compensate='none' is a "
+            "ramp without one: set hardness_compensate='least_squares'"
+        )
+    if args.hardness_target == "calibrated":
+        raise ValueError(
+            f"{asked} moves the gates' bends to where a layer's inputs are, so that targets measured before that are too "
+            "soft: set hardness_target='l1'"
+        )
 
 
 def _unknown(name: str, value: object, known: tuple[str, ...]) -> ValueError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any, cast
 
 from torch import nn
@@ -14,8 +15,9 @@ from transformers.utils import logging
 
 from ..activation.module import hardness_profile, hardness_sites
 from ..structure.forwards import bypassed_by_code, refusal
+from ..surgery.hinges.report import HingeReport
 from ..surgery.refit.report import CompensationReport
-from .arguments import LambdaGELUTrainingArguments
+from .arguments import LambdaGELUTrainingArguments, wanted_hinges
 from .averaging import go_on_from, to_average
 from .console import refit_line, say, switch_lines
 from .divergence import LossWatch, check_finite
@@ -23,6 +25,7 @@ from .optimizer import HardnessUpdate
 from .run_checks import attach_to_the_run, check_engine, check_gradient, warn_if_soft
 from .schedule import HardeningSchedule
 from .switch import SwitchData, calibrated_targets, check_calibratable, l1_targets, refit_at_switch, try_a_batch
+from .wider import check_once, check_optimizer, check_run, forget
 
 logger = logging.get_logger(__name__)
 
@@ -57,6 +60,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self._gradient_seen = False
         self._floor: dict[str, float] = {}  # λ of a run that was resumed after its switch
         self.refit: CompensationReport | None = None  # in this process; a resumed run has the weights, not the report
+        self.hinges: HingeReport | None = None  # of layers that the switch made wider
 
     def settings(self, args: TrainingArguments) -> LambdaGELUTrainingArguments:
         """The run's arguments, with those of hardening among them."""
@@ -69,19 +73,30 @@ class HardeningCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         return {
             "args": {},
-            "attributes": {"at_switch": self.at_switch, "calibrated": self.calibrated, "processes": self.processes},
+            "attributes": {
+                "at_switch": self.at_switch,
+                "calibrated": self.calibrated,
+                "processes": self.processes,
+                "hinges": None if self.hinges is None else asdict(self.hinges),
+            },
         }
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         run = self.settings(args)
         # read from the state directly: the Trainer restores callbacks only with restore_callback_states_from_checkpoint
         attributes = stored_attributes(state)
+        if wanted_hinges(self.settings(args)) is not None and not state.global_step:
+            check_once(kwargs["model"], self.hinges)
         self.at_switch = attributes.get("at_switch")
-        self.calibrated = attributes.get("calibrated")  # absent in older checkpoints
+        self.calibrated = attributes.get("calibrated")  # absent in older checkpoints, as the next one
+        self.hinges = HingeReport.of(attributes["hinges"]) if attributes.get("hinges") else None
         self.losses, self.processes = LossWatch(), args.world_size
         self.check(run)
         check_engine(args, kwargs["model"], kwargs["optimizer"])
         check_calibratable(run, kwargs["model"], kwargs["train_dataloader"].dataset)
+        if wanted_hinges(run) is not None and self.at_switch is None:
+            check_run(args, engine=False)
+            check_optimizer(kwargs["optimizer"], at_start=not state.global_step)
         reasons = bypassed_by_code(kwargs["model"], hardness_sites(kwargs["model"]))
         if reasons:
             raise ValueError(f"{refusal(reasons)}. λ would not be learned there")
@@ -146,12 +161,14 @@ class HardeningCallback(TrainerCallback, ExportableState):
         if args.hardness_target == "calibrated" and self.calibrated is None:
             self.calibrated = calibrated_targets(model, args, data)
         if switching and not ramp:
-            self.refit = refit_at_switch(model, args, data)
-            logger.info(str(self.refit))
+            refit = refit_at_switch(model, args, data)
+            self.refit, self.hinges = refit.report, refit.hinges
+            forget(optimizer, refit.reshaped)
+            logger.info(str(self.refit) if self.hinges is None else f"{self.hinges}\n{self.refit}")
         targets = self.targets(args, model)
         if switching and state.is_world_process_zero:
             until = f"by hardness_ramp={args.hardness_ramp!r}, until step {schedule.hold_step}"
-            then = until if self.refit is None or ramp else refit_line(self.refit)
+            then = until if self.refit is None or ramp else refit_line(self.refit, self.hinges)
             say(switch_lines(state.global_step, state.max_steps, [*self.at_switch.values()], [*targets.values()], then))
         for name, site in hardness_sites(model).items():
             start = self.at_switch[name]

@@ -18,10 +18,12 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
 from .._compat import write_beside_bars
+from ..surgery.hinges.report import HingeReport
 from ..surgery.refit.report import CompensationReport
 
 PREFIX = "hardness/"  # and the module's name: λ in the logs
 _BLOCKS, _DIGITS = "▁▂▃▄▅▆▇█", "01234567"
+_WIDTHS = 3  # of layers, by how wide they are; there are seldom more
 _CELLS = 24  # in a profile; of more sites, some share one
 _FLAT = 1e-3  # relative: λ that differ by less are called the same
 _WIDE = 10.0  # from this ratio on, cells are in log λ
@@ -95,10 +97,10 @@ def switch_lines(step: int, steps: int, learned: Sequence[float], now: Sequence[
     return f"hardness: switch after step {step} of {steps}: {name} {moved}\n  {then}"
 
 
-def refit_line(report: CompensationReport) -> str:
-    """A refit in one line, or two where sites were left out; `print(trainer.compensation)` has the table."""
+def refit_line(report: CompensationReport, hinges: HingeReport | None = None) -> str:
+    """A refit in one line, or more where layers became wider or sites were left out; `trainer.compensation` has all."""
     sites = report.sites
-    lines = []
+    lines = [] if hinges is None else [width_line(hinges)]
     if sites:
         before, after = (sum(each) / len(sites) for each in ([s.before for s in sites], [s.after for s in sites]))
         worst = max(sites, key=lambda site: site.after)
@@ -110,6 +112,14 @@ def refit_line(report: CompensationReport) -> str:
         name, reason = next(iter(report.uncompensated.items()))
         lines.append(f"not refit: {len(report.uncompensated)} sites, {name} the first ({reason})")
     return "\n  ".join(lines) or "nothing was refit"
+
+
+def width_line(report: HingeReport) -> str:
+    """What hinges made of the layers, in one line; `print(trainer.hinges)` has the table."""
+    arrow = "→" if _printable("→") else "->"
+    units = sorted({site.units for site in report.sites})
+    shown = ", ".join(f"{before} {arrow} {now}" for before, now in units[:_WIDTHS]) + (", …" if len(units) > _WIDTHS else "")
+    return f"{len(report.sites)} layers are wider now, several ReLUs in the place of a gate: {shown} units"
 
 
 def _on_log(

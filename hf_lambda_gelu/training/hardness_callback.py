@@ -19,6 +19,7 @@ from .arguments import Hardening, LambdaGELUTrainingArguments, check_hardening
 from .callback import HardeningCallback, as_it_is, stored_attributes
 from .first_step import FirstUpdate
 from .start_checks import check_generation
+from .wider import layers_of
 
 _REMEDY = "optimizers=(torch.optim.AdamW(hlg.parameter_groups(model), lr=…), None)"
 
@@ -36,7 +37,9 @@ class HardnessCallback(HardeningCallback):
 
     Args:
         hardness_switch_point, hardness_compensate, hardness_ramp, hardness_target, hardness_tolerance,
-            hardness_relative_tolerance, hardness_hold: as in `LambdaGELUTrainingArguments`.
+            hardness_relative_tolerance, hardness_hold, hardness_hinges, hardness_budget: as in
+            `LambdaGELUTrainingArguments`. Wider layers need gates with biases from the start, and a run that
+            is resumed after the switch a model that was loaded from the checkpoint.
         calibration_inputs: batch → the batches of what the model's forward takes, as
             `LambdaGELUTrainer.calibration_inputs`; by default the batch itself.
 
@@ -75,6 +78,8 @@ class HardnessCallback(HardeningCallback):
         hardness_tolerance: float = DEFAULT_TOLERANCE,
         hardness_relative_tolerance: float = DEFAULT_RELATIVE_TOLERANCE,
         hardness_hold: float = 0.1,
+        hardness_hinges: int = 1,
+        hardness_budget: float | None = None,
         calibration_inputs: Callable[[Any], Iterable[Any]] | None = None,
     ) -> None:
         super().__init__()
@@ -86,6 +91,8 @@ class HardnessCallback(HardeningCallback):
             "hardness_tolerance": hardness_tolerance,
             "hardness_relative_tolerance": hardness_relative_tolerance,
             "hardness_hold": hardness_hold,
+            "hardness_hinges": hardness_hinges,
+            "hardness_budget": hardness_budget,
         }
         check_hardening(cast(Hardening, SimpleNamespace(**self.options)))
         self.own_inputs = calibration_inputs is not None
@@ -134,6 +141,8 @@ class HardnessCallback(HardeningCallback):
         if state.global_step:
             _check_resumed(stored_attributes(state), model, state)
         super().on_train_begin(args, state, control, **kwargs)
+        if self.at_switch is None:
+            layers_of(model, self.settings(args), give_biases=False)
         self.try_a_batch(self.settings(args), model, kwargs["train_dataloader"])
         self._watch = FirstUpdate(model)
 

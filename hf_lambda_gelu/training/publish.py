@@ -18,6 +18,7 @@ from ..checkpoints.hub import push_relu_to_hub
 from ..surgery.report import SubstitutionReport
 from ..surgery.substitution import relu_ize
 from .proof_inputs import own_examples
+from .wider import narrower
 
 if TYPE_CHECKING:
     from .trainer import LambdaGELUTrainer
@@ -116,7 +117,8 @@ def substitute_trained(trainer: LambdaGELUTrainer, model: nn.Module, force: bool
     """Puts ReLU in the place of the λ-GELUs that a trainer has hardened, in place, and reports it as of this run.
 
     The gates are held against the targets of the run. The change of the outputs and the zeros are measured on the first
-    batches of its evaluation set, and the report has the refit of the switch, if that was in this process.
+    batches of its evaluation set, and the report has what the switch made
+    wider, and its refit, if that was in this process.
 
     Args:
         model: the trainer's own, or a copy of it.
@@ -130,6 +132,8 @@ def substitute_trained(trainer: LambdaGELUTrainer, model: nn.Module, force: bool
     sample = evaluation_sample(trainer)
     report = relu_ize(model, force, tolerance=args.hardness_tolerance, targets=targets or None, calibration=sample)
     report.compensation = trainer.compensation
+    if trainer.hinges is not None and narrower(model, trainer.hinges) is None:  # not a checkpoint from before the switch
+        report.hinges = trainer.hinges
     return report
 
 

@@ -26,16 +26,22 @@ from ..measurement.team import Team, team_of
 from ..structure.random_state import random_numbers_from
 from ..structure.sharding import check_whole
 from ..structure.transaction import transaction
-from ..surgery.hardening import refit_for_hard_gates, rehearse_refit
-from ..surgery.refit.report import Compensate, CompensationReport
-from .arguments import LambdaGELUTrainingArguments
+from ..surgery.hardening import HardRefit, refit_for_hard_gates, rehearse_refit
+from ..surgery.refit.report import Compensate
+from .arguments import LambdaGELUTrainingArguments, wanted_hinges
 
 logger = logging.get_logger(__name__)
 
 # each gives width × tokens pre-activations: with 64 other sentences, MiniLM's targets move by 1 %
 CALIBRATION_EXAMPLES = 64
-# a refit solves for as many unknowns an output as the layer is wide
+# a refit solves for as many unknowns an output as the layer is wide; of wider layers so many times as many
 REFIT_EXAMPLES = 300
+
+
+def refit_examples(args: LambdaGELUTrainingArguments) -> int:
+    """How many the refit takes, if there are so many."""
+    wanted = wanted_hinges(args)
+    return round(REFIT_EXAMPLES * (1.0 if wanted is None else wanted.factor))
 
 
 def l1_targets(model: nn.Module, args: LambdaGELUTrainingArguments) -> dict[str, float]:
@@ -86,7 +92,9 @@ def try_a_batch(model: nn.Module, args: LambdaGELUTrainingArguments, data: Switc
             with measuring(model), torch.no_grad():
                 run_batch(model, next(model_batches(model, data.batches(args, args.per_device_train_batch_size))), 0)
             if args.hardness_compensate != "none":
-                left = rehearse_refit(model, data.batches(args, args.per_device_train_batch_size))
+                count = min(refit_examples(args), len(cast("Sized", data.dataset)))
+                batches = data.batches(args, args.per_device_train_batch_size)
+                left = rehearse_refit(model, batches, wanted_hinges(args), count)
     except CalibrationError as error:
         raise CalibrationError(
             f"the switch at {args.hardness_switch_point:g} of the run will measure or refit the model on training batches, "
@@ -120,20 +128,20 @@ def calibrated_targets(model: nn.Module, args: LambdaGELUTrainingArguments, data
 
 
 @transaction
-def refit_at_switch(model: nn.Module, args: LambdaGELUTrainingArguments, data: SwitchData) -> CompensationReport:
+def refit_at_switch(model: nn.Module, args: LambdaGELUTrainingArguments, data: SwitchData) -> HardRefit:
     """Refits, in place, the linear maps after the sites as `relu_ize(compensate=…)` does, for gates that become hard now.
 
-    On up to 300 examples, spread evenly over the data set. Several processes deal out the batches, and all end with the same
-    bits. The optimizer goes on with the same parameters. None is added: where a map has no bias, its weights alone are
-    refit. The run's random numbers and the order of its data are not touched.
+    On up to 300 examples, in wider layers so many times as many, spread evenly over the data set. Several processes deal out
+    the batches, and all end with the same bits. The optimizer goes on with the same parameters, some of another shape in
+    wider layers. None is added: where a map has no bias, its weights alone are refit. The run's random numbers and the order
+    of its data are not touched.
 
     Raises:
         CalibrationError: see `relu_ize`; the model is as it was, on every process.
     """
     team, method = _team(model, args), cast("Compensate", args.hardness_compensate)
     with random_numbers_from(args.seed, args.device), team.whole():
-        report, _ = refit_for_hard_gates(model, data.share(args, REFIT_EXAMPLES, team), method, team)
-    return report
+        return refit_for_hard_gates(model, data.share(args, refit_examples(args), team), method, wanted_hinges(args), team)
 
 
 def _team(model: nn.Module, args: LambdaGELUTrainingArguments) -> Team:

@@ -16,8 +16,10 @@ from ..activation.module import hardness_profile, hardness_sites
 from ..checkpoints.card import PAPER, CardDetails
 from ..structure.modules import has_adapters
 from ..surgery.adapter_hardness import load_hardness, save_hardness_with_adapters
+from ..surgery.hinges.layers import Layers
+from ..surgery.hinges.report import HingeReport
 from ..surgery.refit.report import CompensationReport
-from .arguments import LambdaGELUTrainingArguments
+from .arguments import LambdaGELUTrainingArguments, wanted_hinges
 from .callback import HardeningCallback
 from .console import shorten
 from .divergence import check_finite
@@ -30,6 +32,7 @@ from .run_checks import check_name
 from .second_evaluation import evaluate_twice, without_a_trace
 from .sparsity_penalty import SparsityPenalty, loss_is_scaled
 from .start_checks import check_arguments, check_same_sites, check_trainable
+from .wider import check_as_wide, check_run, layers_of, stored_hinges
 
 
 class LambdaGELUTrainer(Trainer):
@@ -44,6 +47,8 @@ class LambdaGELUTrainer(Trainer):
     - λ of every layer is in the logs, as `hardness/<module>`; what is printed has one line for all of them;
     - with `sparsity_penalty`, the gradient is that of the loss and of a penalty on what the gates let through; the logs have
       it as `sparsity/penalty`, and the share of zeros that ReLU would put out as `sparsity/zeros`;
+    - with `hardness_hinges` or `hardness_budget`, layers are wider from the switch on, with several ReLUs in the place of
+      each gate; maps that need biases for that get them when the trainer is made, as zeros;
     - evaluation also reports the metrics with the gates as ReLU, as `eval_relu_*`.
 
     Everything else is transformers' Trainer. `args` must be `LambdaGELUTrainingArguments`.
@@ -71,6 +76,7 @@ class LambdaGELUTrainer(Trainer):
 
     _sites_run = False  # whether a training step has shown that the sites are what runs
     _penalty: SparsityPenalty | None = None
+    _layers: Layers | None = None  # that the switch makes wider
     args: LambdaGELUTrainingArguments
     model: nn.Module  # Trainer's __init__ raises where there is none
 
@@ -86,6 +92,10 @@ class LambdaGELUTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)  # by name: subclasses' bases order theirs otherwise
         engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
         check_trainable(args, self.model, getattr(self, "ref_model", None), engine)
+        if wanted_hinges(args) is not None:
+            check_run(args, engine)
+        if self.model_init is None:
+            self._layers = layers_of(self.model, args, give_biases=self.optimizer is None)  # which then gets them
         self.add_callback(HardeningCallback())
         self.add_callback(ProfilePictures(self))
         if has_adapters(self.model):
@@ -112,9 +122,19 @@ class LambdaGELUTrainer(Trainer):
         return self._hardening.refit
 
     @property
+    def hinges(self) -> HingeReport | None:
+        """The layers that the switch made wider, with `hardness_hinges` or `hardness_budget`."""
+        return self._hardening.hinges
+
+    @property
     def _hardening(self) -> HardeningCallback:
         # looked up, as the Trainer replaces callbacks when it restores their states
         return next(c for c in self.callback_handler.callbacks if isinstance(c, HardeningCallback))
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        self._layers = layers_of(model, self.args)
+        return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
@@ -282,12 +302,23 @@ class LambdaGELUTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint:
+            self._fit_widths(self.state.best_model_checkpoint)
         super()._load_best_model()
         if has_adapters(self.model) and self.state.best_model_checkpoint:
             load_hardness(self.model, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_same_sites(self.model if model is None else model, resume_from_checkpoint)
+        self._fit_widths(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, *(() if model is None else (model,)))  # not all bases take one
         if has_adapters(self.model):
             load_hardness(self.model, resume_from_checkpoint)
+
+    def _fit_widths(self, checkpoint: str) -> None:
+        """Lets the model have layers as wide as those of the checkpoint, whose weights are to be loaded."""
+        stored = stored_hinges(checkpoint)
+        if self._layers is not None:
+            self._layers.fit(stored)
+        elif stored is not None:
+            check_as_wide(self.model, stored, checkpoint)

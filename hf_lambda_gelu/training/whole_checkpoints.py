@@ -140,7 +140,7 @@ def _check_there(folder: Path, state: dict[str, Any], args: TrainingArguments | 
     absent = [name for name, there in parts.items() if not there and not (deepspeed and name == SCHEDULER_NAME)]
     if 0 < len(absent) < len(parts):
         raise _Broken(f"{absent[0]} is missing")
-    if args is not None and args.world_size > 1 and args.world_size == _attributes(state).get("processes"):
+    if args is not None and args.world_size > 1 and args.world_size == hardening_state(state).get("processes"):
         own = f"rng_state_{args.process_index}.pth"
         if own not in names:
             raise _Broken(f"{own} is missing: the save of process {args.process_index} was not finished")
@@ -156,7 +156,7 @@ def _has_weights(folder: Path) -> bool:
     return False
 
 
-def _attributes(state: dict[str, Any]) -> dict[str, Any]:
+def hardening_state(state: dict[str, Any]) -> dict[str, Any]:
     """What the callback that hardens has stored."""
     callbacks = state.get("stateful_callbacks")
     states = callbacks.values() if isinstance(callbacks, dict) else ()
@@ -166,7 +166,7 @@ def _attributes(state: dict[str, Any]) -> dict[str, Any]:
 
 def _check_numbers(folder: Path, state: dict[str, Any]) -> None:
     """λ is finite, and no bias or norm is NaN."""
-    for name, value in (_attributes(state).get("at_switch") or {}).items():
+    for name, value in (hardening_state(state).get("at_switch") or {}).items():
         if not math.isfinite(value):
             raise _Broken(f"{TRAINER_STATE_NAME} holds λ = {value} of {name}: training had diverged")
     for path in sorted(folder.glob("*.safetensors")):

@@ -44,7 +44,7 @@ def _convert_and_save(model_type: str, auto: str, folder: Path, awake: bool) -> 
     except CannotBuild as error:
         return {**row, "verdict": "not built", "reason": str(error)}
     if awake:
-        _wake(model)
+        wake(model)
     try:
         batch = example_inputs(model)
         expected = outputs(model, batch)
@@ -138,7 +138,7 @@ def difference(first: list[Tensor], second: list[Tensor]) -> float:
 
 
 @torch.no_grad()
-def _wake(model: nn.Module) -> None:
+def wake(model: nn.Module) -> None:
     torch.manual_seed(SEED)
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel() and float(parameter.abs().max()) < 1e-3:

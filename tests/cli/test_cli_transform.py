@@ -9,7 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.cli import answer, bert, files, invoke, sentences, texts, tiny
-from transformers import BertForSequenceClassification, BertTokenizer
+from transformers import (
+    BertForSequenceClassification,
+    BertTokenizer,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import hf_lambda_gelu as hlg
 
@@ -109,6 +115,8 @@ def test_streamed_refit(tmp_path: Path) -> None:
     wider = answer("relu-ize", tmp_path / "src", tmp_path / "wide", "--stream", "--hinges", 4)["model"]["hinges"]
     assert wider["widths"] == {"intermediate_size": [37, 148]}
     assert weights(tmp_path / "wide")["bert.encoder.layer.0.intermediate.dense.weight"].shape == (148, 32)
+    both = invoke("relu-ize", tmp_path / "src", tmp_path / "no", *data, "--stream", "--as-llama", code=2).stderr
+    assert "--as-llama needs the model in memory" in both
 
 
 def test_calibration_alone_measures(tmp_path: Path) -> None:
@@ -193,4 +201,26 @@ def test_hinges(tmp_path: Path) -> None:
             code=2,
         ).stderr
     )
+    assert not (tmp_path / "no").exists()
+
+
+def test_as_llama(tmp_path: Path) -> None:
+    """Qwen2's gates can have no bias; a Llama's can. What another architecture has is wrong use."""
+    config = Qwen2Config(
+        vocab_size=99,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "src")
+    line = ("relu-ize", tmp_path / "src", tmp_path / "relu", "--hinges", 4)
+    assert "hlg.as_llama(model), or --as-llama" in invoke(*line, code=2).stderr
+    assert "1 layers are wider now" in invoke(*line, "--as-llama").stdout
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "relu")
+    assert (model.config.model_type, model.config.intermediate_size, model.config.mlp_bias) == ("llama", 96, True)
+    bert(tmp_path / "bert")
+    error = invoke("relu-ize", tmp_path / "bert", tmp_path / "no", "--as-llama", code=2).stderr
+    assert "(bert) cannot be saved as a Llama" in error
     assert not (tmp_path / "no").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.processes import module_in_fork
 
-from scripts.architectures import run
+from scripts.architectures import hinges, run
 from scripts.architectures.run import RESULTS
 from scripts.tools.tables import read
 
@@ -72,6 +72,36 @@ def test_comparison_and_table(rows: dict[str, dict[str, str]]) -> None:
     assert "| exact | 1 |" in text
     assert "| refused: hard-coded modules; `hard_coded=True` folds them | bloom |" in text
     assert "| **wrong** | bert |" in run.table(new)
+
+
+def test_the_table_of_hinges() -> None:
+    """Of those that convert and were run: wider layers are the sums of their hinges, reload to the bit, or are refused."""
+    exact = {(row["model_type"], row["auto"]) for row in read(RESULTS) if row["verdict"] == "exact"}
+    rows = {(row["model_type"], row["auto"]): row for row in read(hinges.RESULTS)}
+    assert rows.keys() <= exact
+    assert len(rows) >= 150
+    wider = {key[0]: row for key, row in rows.items() if row["verdict"] == "exact"}
+    assert {row["verdict"] for row in rows.values()} == {"exact", "refused"}
+    for row in wider.values():
+        assert float(row["sum"]) <= hinges.ROUNDING
+        assert float(row["effect"]) > 1e-4, "several ReLUs make no difference here, so that the row proves nothing"
+        assert float(row["reload"]) == 0.0
+    assert {"bert", "gpt2", "llama", "vit", "dinov2", "whisper", "granite", "clip"} <= wider.keys()
+    assert {wider[name]["biases"] for name in ("llama", "granite")} == {"mlp_bias"}
+    assert wider["aimv2"]["biases"] == "text_config.mlp_bias vision_config.mlp_bias"
+    assert wider["internlm3"]["biases"] == "attention_bias mlp_bias"  # its class takes both or none
+    no_bias = {"mistral", "qwen2", "qwen3", "gemma", "gemma2", "t5gemma", "qwen2_moe"}
+    kinds = {key[0]: hinges.why(row) for key, row in rows.items() if row["verdict"] == "refused"}
+    assert {kinds[name] for name in no_bias} == {"the gate's map has no bias, and the config no switch for one"}
+    assert {kinds[name] for name in ("phi3", "mixtral", "modernbert")} == {"one map makes gate and up together"}
+    assert kinds["convnext"] == "its width is in no number of the config"
+
+
+def test_a_wrong_row_of_hinges() -> None:
+    good = {"sum": "4.0e-07", "reload": "0.0e+00"}
+    assert hinges.verdict(good) == "exact"
+    assert hinges.verdict(good | {"sum": "1.0e-04"}) == "differs"
+    assert hinges.verdict(good | {"reload": "1.0e-07"}) == "differs"
 
 
 def test_the_table_of_proofs() -> None:

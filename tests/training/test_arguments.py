@@ -52,7 +52,7 @@ def test_command_line_of_the_arguments(capsys: pytest.CaptureFixture[str]) -> No
         f"hardness_{name}"
         for name in (
             *("learning_rate", "switch_point", "compensate", "ramp", "hold"),
-            *("target", "tolerance", "relative_tolerance"),
+            *("target", "tolerance", "relative_tolerance", "hinges", "budget"),
         )
     }
     shown = parser.format_help()

@@ -108,7 +108,7 @@ def check_biases(plan: Plan) -> None:
             raise HingeError(
                 f"{name}: {gate.name} has no bias, and no config attribute gives it one, so that its ReLUs cannot bend at "
                 "other places than 0. Llama and Granite have such a switch (mlp_bias); T5, Mistral, Qwen and Gemma have "
-                "none. Use hinges=1"
+                "none. Mistral's and Qwen2's weights can be a Llama's: hlg.as_llama(model), or --as-llama. Else use hinges=1"
             )
 
 

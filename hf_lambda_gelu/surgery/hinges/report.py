@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...reports import span
 
 
-def _above(bound: float) -> float:
+def rounded_up(bound: float) -> float:
     """Rounded up to three digits: a bound that is shown must be one."""
     unit = 10.0 ** (math.floor(math.log10(bound)) - 2)
     return math.ceil(bound / unit - 1e-9) * unit
@@ -45,6 +46,21 @@ class HingeReport:
     widths: dict[str, tuple[float, float]] = field(default_factory=dict)
     single: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> HingeReport:
+        """That of which JSON holds `dataclasses.asdict`."""
+        sites = [
+            HingedSite(
+                site["name"],
+                (site["units"][0], site["units"][1]),
+                {int(number): count for number, count in site["neurons"].items()},
+                site["bound"],
+            )
+            for site in stored["sites"]
+        ]
+        widths = {path: (before, now) for path, (before, now) in stored["widths"].items()}
+        return cls(sites, widths, dict(stored["single"]))
+
     def __str__(self) -> str:
         width = max([len(site.name) for site in self.sites] + [4])
         bounded = any(site.bound is not None for site in self.sites)
@@ -52,7 +68,7 @@ class HingeReport:
         lines.append(f"  {'site':<{width}}  {'units':>14}  neurons by hinges{'  sup |f − Σ|' if bounded else ''}")
         for site in self.sites:
             neurons = ", ".join(f"{count} × {number}" for number, count in sorted(site.neurons.items()))
-            bound = "" if site.bound is None else f"  {_above(site.bound):.3g}"
+            bound = "" if site.bound is None else f"  {rounded_up(site.bound):.3g}"
             units = f"{site.units[0]} → {site.units[1]}"
             lines.append(f"  {site.name:<{width}}  {units:>14}  {neurons:<17}{bound}")
         lines += [f"  config.{path}: {before:g} → {now:g}" for path, (before, now) in self.widths.items()]

@@ -39,7 +39,7 @@ def minimax_hinges(
         work = HingeWork(networks, wanted)
         try:
             if calibration is None:
-                run = _examples(model)
+                run = made_up_run(model)
             else:
                 check_dealt(calibration, team)
                 networks.batches.keep(model_batches(model, calibration, team))
@@ -57,7 +57,7 @@ def minimax_hinges(
             raise
 
 
-def _examples(model: nn.Module) -> Callable[[], Any]:
+def made_up_run(model: nn.Module) -> Callable[[], Any]:
     """A run of each transformers model in `model` on a small batch."""
     parts = list(transformers_parts(model).values())
     if not parts:

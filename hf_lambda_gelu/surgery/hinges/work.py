@@ -41,12 +41,15 @@ _ACTIVITY = 0.02
 class HingeWork:
     """Makes layers wider in the substituted network, site after site; `networks.undo` takes it back.
 
+    Args:
+        examples: how many the refit will have, if not what `networks` keeps; infinity where they were counted before.
+
     Attributes:
         report: what was done.
     """
 
-    def __init__(self, networks: TwoNetworks, wanted: Wanted) -> None:
-        self.networks, self.wanted = networks, wanted
+    def __init__(self, networks: TwoNetworks, wanted: Wanted, examples: float | None = None) -> None:
+        self.networks, self.wanted, self.examples = networks, wanted, examples
         self.report = HingeReport()
         self._plan = Plan()
 
@@ -78,14 +81,14 @@ class HingeWork:
             if [linear.parameter for linear in found] != [site.block.after.parameter]:
                 reason = traced.obstacles.get(name, "another map takes up its output")
                 raise HingeError(f"{name}: the map after it cannot be refit ({reason}). Use hinges=1")
-            rows = math.prod(traced.leading[name]) * networks.batches.deal.examples // max(1, networks.batches.deal.size(0))
+            examples = networks.batches.deal.examples if self.examples is None else self.examples
+            rows = math.prod(traced.leading[name]) * examples / max(1, networks.batches.deal.size(0))
             if method == "least_squares" and rows < site.units:
-                examples = networks.batches.deal.examples
                 enough = math.ceil(site.units * examples / max(1, rows))
                 raise CalibrationError(
-                    f"{name} will have {site.units} units, and the calibration set has about {rows} rows (tokens, patches) "
-                    f"for it: a refit of so wide a layer wants {site.units} at least, as {enough} examples in place of "
-                    f"{examples} would have, and several times as many to be good. Pass more, or a smaller width"
+                    f"{name} will have {site.units} units, and the calibration set has about {rows:.0f} rows (tokens, "
+                    f"patches) for it: a refit of so wide a layer wants {site.units} at least, as {enough} examples in place "
+                    f"of {examples} would have, and several times as many to be good. Pass more, or a smaller width"
                 )
 
     def shapes(self) -> dict[nn.Parameter, tuple[int, ...]]:

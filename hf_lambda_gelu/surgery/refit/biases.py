@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...structure.config_probe import bias_attribute
+from ...structure.config_probe import bias_attributes
 from ...structure.edits import add_bias, own_config, remove_bias, set_bias
 from ...structure.linear_maps import LinearMap
 
@@ -18,34 +18,36 @@ class AddedBiases:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._names: list[str] = []
-        self._path: str | None = None
+        self._paths: tuple[str, ...] = ()
 
     def add(self, maps: Iterable[LinearMap]) -> str | None:
-        """Give the maps a bias of zeros if a config attribute can; its path, or None with nothing changed."""
+        """Give the maps a bias of zeros if config attributes can; their paths, or None with nothing changed."""
         lacking: dict[str, list[LinearMap]] = {}
         for m in maps:
             if m.bias is None and m.index is None:
                 lacking.setdefault(m.name.removesuffix("weight") + "bias", []).append(m)
         if not lacking or not isinstance(self.model, PreTrainedModel):
             return None
-        found = bias_attribute(self.model, set(lacking))
+        found = bias_attributes(self.model, set(lacking))
         if found is None:
             return None
-        path, lengths = found
+        paths, lengths = found
         own_config(self.model)
-        self._path = path
-        set_bias(self.model, path, True)
+        self._paths = paths
+        for path in paths:
+            set_bias(self.model, path, True)
         for name, length in lengths.items():
             self._names.append(name)
             bias = add_bias(self.model, name, length)
             for linear in lacking.get(name, ()):
                 linear.bias = bias
-        return path
+        return ", ".join(paths)
 
     def remove(self) -> None:
         for name in self._names:
             remove_bias(self.model, name)
         self._names.clear()
-        if self._path is not None and isinstance(self.model, PreTrainedModel):
-            set_bias(self.model, self._path, False)
-        self._path = None
+        if isinstance(self.model, PreTrainedModel):
+            for path in self._paths:
+                set_bias(self.model, path, False)
+        self._paths = ()

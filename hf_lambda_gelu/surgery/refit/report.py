@@ -49,7 +49,7 @@ class CompensationReport:
 
     sites: list[CompensatedSite] = field(default_factory=list)
     uncompensated: dict[str, str] = field(default_factory=dict)  # site → why
-    bias_attribute: str | None = None  # the config attribute that was switched on to give the maps a bias
+    bias_attribute: str | None = None  # the config attributes that were switched on to give the maps a bias
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +68,8 @@ class CompensationReport:
             numbers = f"  {s.rows:>7}  {s.padding:>7}  {s.before:>7.3f}  {s.after:>7.3f}"
             lines.append(f"  {s.name:<{width}}  {s.method:<13}  {s.target:<6}{numbers}{note}")
         if self.bias_attribute:
-            lines.append(f"  config.{self.bias_attribute} is True now: the maps had no bias, and it gives them one")
+            switched = ", ".join(f"config.{path}" for path in self.bias_attribute.split(", "))
+            lines.append(f"  {switched} is True now: the maps had no bias, and it gives them one")
         lines += [f"  {name} not compensated: {reason}" for name, reason in self.uncompensated.items()]
         return "\n".join(lines)
 

@@ -16,7 +16,16 @@ from support.models import converted
 from support.states import full_snapshot
 from support.stock import stock_outputs
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedModel
+from transformers import (
+    Aimv2Config,
+    Aimv2Model,
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
+)
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.surgery.hinges import work
@@ -234,6 +243,25 @@ def test_one_hinge_is_as_before() -> None:
         assert torch.equal(one, other), name
 
 
+def test_each_tower_has_its_own_switch() -> None:
+    """AIMv2's gates get biases by two attributes, which are both taken back where it fails."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Aimv2Config(
+        text_config={**sizes, "vocab_size": 99, "max_position_embeddings": 16, "eos_token_id": 2},
+        vision_config={**sizes, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    torch.manual_seed(0)
+    model = Aimv2Model(config).eval()
+    hlg.convert(model)
+    report = hlg.relu_ize(model, hinges=4)
+    assert report.hinges is not None
+    assert report.hinges.widths == {f"{tower}_config.intermediate_size": (24, 96) for tower in ("text", "vision")}
+    assert (model.config.text_config.mlp_bias, model.config.vision_config.mlp_bias) == (True, True)
+    rebuilt = type(model)(model.config).state_dict()
+    assert {name: t.shape for name, t in rebuilt.items()} == {name: t.shape for name, t in model.state_dict().items()}
+
+
 def test_head_keeps_one_relu() -> None:
     """A head whose gate stands before a norm has no layer to widen: the report says so, and the FFNs are wider."""
     model = lively("bert")
@@ -241,6 +269,13 @@ def test_head_keeps_one_relu() -> None:
     assert report.hinges is not None
     assert list(report.hinges.single) == ["cls.predictions.transform.transform_act_fn"]
     assert "with one ReLU per neuron (NativeLayerNorm stands between" in str(report)
+
+    model = lively("bert")  # without data nothing makes up for one ReLU in the place of a soft gate
+    before = full_snapshot(model)
+    with pytest.raises(hlg.SoftGateError, match=r"1 soft gates would become one ReLU .* NativeLayerNorm"):
+        hlg.relu_ize(model, hinges=4)
+    assert full_snapshot(model) == before
+    assert list(hlg.relu_ize(model, True, hinges=4).hinges.single) == ["cls.predictions.transform.transform_act_fn"]
 
 
 def test_refused_before_anything_changes() -> None:
