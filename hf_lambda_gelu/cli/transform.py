@@ -9,7 +9,7 @@ from typing import Any
 from . import options as o
 from .data import Data, batches, examples
 from .models import loaded, processors, resolved, with_hardness, without_weights
-from .work import UsageError, working
+from .work import Result, UsageError, working
 
 _NO_DATA = (
     "{} runs the model: add --calibration with examples like those that it will meet, such as a text file with a line each. "
@@ -82,17 +82,14 @@ def relu_ize(
       hf-lambda-gelu relu-ize textattack/bert-base-uncased-SST-2 bert-relu \\
           --calibration reviews.txt --compensate least_squares
       hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --stream
-      hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --hinges 2
-      hf-lambda-gelu relu-ize Qwen/Qwen2.5-0.5B qwen-relu --as-llama --hinges 2 \\
-          --calibration texts.txt --compensate least_squares
+      hf-lambda-gelu relu-ize models/qwen2 qwen-relu --calibration texts.txt --compensate least_squares --hinges 2 --as-llama
     """
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
 
         check_target_folder(target)
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
-        wider = hinges != 1 or budget is not None or as_llama
-        _check_data(calibration, compensate, stream, wider)
+        _check_data(calibration, compensate, stream, wider := hinges != 1 or budget is not None or as_llama)
         kept: dict[str, Any] = {"details": details, "trust_remote_code": trust_remote_code}
         how: dict[str, Any] = {"force": force, "tolerance": tolerance, "compensate": compensate}
         data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
@@ -102,13 +99,12 @@ def relu_ize(
                 model = without_weights(folder, target, trust_remote_code)
                 how |= {"calibration": batches(found, data, model, folder, trust_remote_code), "device": device}
             return result.set(hlg.relu_ize_checkpoint(folder, target, **how, **kept, link=not copy))
-        read = loaded(folder, trust_remote_code, device)
-        model = with_hardness(hlg.as_llama(read) if as_llama else read)
-        del read
+        model = with_hardness(loaded(folder, trust_remote_code, device, as_llama))
         how |= {} if found is None else {"calibration": batches(found, data, model, folder, trust_remote_code)}
         report = hlg.relu_ize(model, **how, hinges=hinges, budget=budget)
-        saved = hlg.save_relu_pretrained(model, target, processor=processors(folder, trust_remote_code), **kept)
-        result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
+        _saved(
+            result, report, hlg.save_relu_pretrained(model, target, processor=processors(folder, trust_remote_code), **kept)
+        )
 
 
 def fold(
@@ -141,7 +137,12 @@ def fold(
             for processor in processors(folder, trust_remote_code):
                 processor.save_pretrained(temporary)
             settle_code(temporary, trust_remote_code)
-        result.set({"folder": saved, "model": report}, f"{report}\nsaved in {str(saved)!r}")
+        _saved(result, report, saved)
+
+
+def _saved(result: Result, report: Any, folder: Path) -> None:
+    """What is printed of a model that was changed and saved."""
+    result.set({"folder": folder, "model": report}, f"{report}\nsaved in {str(folder)!r}")
 
 
 def _check_data(calibration: str | None, compensate: str | None, stream: bool, wider: bool) -> None:
