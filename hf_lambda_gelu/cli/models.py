@@ -86,18 +86,22 @@ def _snapshot(name: str, ignored: list[str]) -> Path:
         ) from error
 
 
-def loaded(folder: Path, trust_remote_code: bool = False, device: str = "cpu") -> PreTrainedModel:
-    """The model by the class that its config names.
+def loaded(folder: Path, trust_remote_code: bool = False, device: str = "cpu", as_llama: bool = False) -> PreTrainedModel:
+    """The model by the class that its config names, or the Llama of the same function.
 
     Raises:
         WorkFailed: it does not load.
+        ValueError: it is no Llama's function.
     """
+    import hf_lambda_gelu as hlg
+
     from .inner import load_saved
 
     try:
         model = load_saved(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise WorkFailed(f"no model could be loaded from {str(folder)!r}: {error}") from error
+    model = hlg.as_llama(model) if as_llama else model
     try:
         return model.to(device)  # type: ignore[arg-type, no-any-return]
     except (RuntimeError, AssertionError) as error:

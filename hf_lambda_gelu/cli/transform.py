@@ -85,11 +85,9 @@ def relu_ize(
     \b
     Examples:
       hf-lambda-gelu relu-ize runs/sst2 runs/sst2-relu
-      hf-lambda-gelu relu-ize textattack/bert-base-uncased-SST-2 bert-relu \\
-          --calibration reviews.txt --compensate least_squares
+      hf-lambda-gelu relu-ize textattack/bert-base-uncased-SST-2 bert-relu --calibration reviews.txt --compensate bias
       hf-lambda-gelu relu-ize models/vit vit-relu --calibration pictures/ --compensate least_squares --hinges 2 --stream
-      hf-lambda-gelu relu-ize Qwen/Qwen2.5-0.5B qwen-relu --as-llama --hinges 2 \\
-          --calibration texts.txt --compensate least_squares
+      hf-lambda-gelu relu-ize models/qwen2 qwen-relu --calibration texts.txt --compensate least_squares --hinges 2 --as-llama
     """
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
@@ -98,8 +96,7 @@ def relu_ize(
             check_alone("--stream" if stream else "what needs no data")
         check_target_folder(target)
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
-        wider = hinges != 1 or budget is not None or as_llama
-        _check_data(calibration, compensate, stream, wider, as_llama)
+        _check_data(calibration, compensate, stream, wider := hinges != 1 or budget is not None or as_llama, as_llama)
         width: dict[str, Any] = {"hinges": hinges, "budget": budget}
         kept: dict[str, Any] = {"details": details, "trust_remote_code": trust_remote_code}
         how: dict[str, Any] = {"force": force, "tolerance": tolerance, "compensate": compensate}
@@ -134,9 +131,7 @@ def _relu_ize_in_memory(
 
     (folder, target, device), trusted = places, kept["trust_remote_code"]
     with shared(device) as share:
-        read = loaded(folder, trusted, share.device)
-        model = with_hardness(hlg.as_llama(read) if as_llama else read)
-        del read
+        model = with_hardness(loaded(folder, trusted, share.device, as_llama))
         if found is not None:
             how["calibration"] = share.of(found(model, folder, trusted))
         report = hlg.relu_ize(model, **how, processes="all")

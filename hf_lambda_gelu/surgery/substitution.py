@@ -66,8 +66,7 @@ def relu_ize(
     Args:
         model: a converted model, at any λ, on any device, in any dtype. Sites that its class hard-codes stay smooth, at
             λ = 2¹⁴ in the weights (`fold`).
-        force: substitute soft gates too. This is the naive swap: it costs a pretrained model several points. With `hinges`,
-            and without `compensate`, it is for those whose layers cannot be wider.
+        force: substitute soft gates too, with `hinges` those that have none: a naive swap, which costs several points.
         tolerance: ε; gates with λ < `target_hardness(ε)` count as soft. Give the one that the run was trained with.
         targets: {module name: λ} below which a gate counts as soft, in place of `tolerance`: `trainer.hardness_targets` of a
             run with `hardness_target="calibrated"`, or `calibrate(…).targets(…)`.

@@ -87,8 +87,8 @@ class HingeWork:
                 enough = math.ceil(site.units * examples / max(1, rows))
                 raise CalibrationError(
                     f"{name} will have {site.units} units, and the calibration set has about {rows:.0f} rows (tokens, "
-                    f"patches) for it: a refit of so wide a layer wants {site.units} at least, as {enough} examples in place "
-                    f"of {examples} would have, and several times as many to be good. Pass more, or a smaller width"
+                    f"patches) for it: a refit of so wide a layer wants {site.units} at least, as {enough} examples in "
+                    f"place of {examples} would have, and several times as many to be good. Pass more, or a smaller width"
                 )
 
     def shapes(self) -> dict[nn.Parameter, tuple[int, ...]]:
