@@ -7,6 +7,7 @@ Convolutions that a batch norm follows have no bias of their own, and no config 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...measurement.forward import main_output
-from ...structure.block_source import source_of
 from ...structure.hooks import Hooks
 from ...structure.linear_calls import Key, LinearCall
 from ...structure.linear_maps import LinearMap, watch_linears
@@ -27,14 +27,11 @@ _SAME = 1e-3
 def borrow_biases(model: nn.Module, maps: Iterable[LinearMap], forward: Callable[[], Any]) -> None:
     """Let maps without a bias have that of the batch norm after them, where `forward` shows that it does the same."""
     lacking = [m for m in maps if m.bias is None and m.index is None]
-    if not lacking or source_of(model) is not None:
-        return
-    norms = _norms_after(model, {m.key for m in lacking}, forward)
-    if norms and _does_as_well(norms, forward):
-        for linear in lacking:
-            norm = norms.get(linear.key)
-            if norm is not None:
-                linear.bias, linear.gain = norm.bias, _gain(norm)
+    norms = _norms_after(model, {m.key for m in lacking}, forward) if lacking else {}
+    gains = _that_do_as_well(norms, forward) if norms else {}
+    for linear in lacking:
+        if linear.key in gains:
+            linear.bias, linear.gain = norms[linear.key].bias, gains[linear.key]
 
 
 def _norms_after(model: nn.Module, keys: set[Key], forward: Callable[[], Any]) -> dict[Key, _BatchNorm]:
@@ -65,17 +62,13 @@ def _norms_after(model: nn.Module, keys: set[Key], forward: Callable[[], Any]) -
     return {key: norm for key, norm in once.items() if norm.bias in alone}
 
 
-def _gain(norm: _BatchNorm) -> Tensor:
-    """(k,), what a constant before the norm is after it; fp64."""
-    assert norm.running_var is not None
-    return norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-
-
-def _does_as_well(norms: dict[Key, _BatchNorm], forward: Callable[[], Any]) -> bool:
-    """Whether the outputs are those of random constants added to what the maps put out, once they are in the biases."""
+def _that_do_as_well(norms: dict[Key, _BatchNorm], forward: Callable[[], Any]) -> dict[Key, Tensor]:
+    """{map: (k,), what a constant before its norm is after it; fp64}: none, unless the outputs of one run, with random
+    constants added to what the maps put out, are those of another, with these after the norms."""
     generator = torch.Generator().manual_seed(0)
     base = main_output(forward())
     constants: dict[Key, Tensor] = {}
+    gains: dict[Key, Tensor] = {}
 
     def add(call: LinearCall) -> Tensor | None:
         if call.key not in norms:
@@ -84,17 +77,19 @@ def _does_as_well(norms: dict[Key, _BatchNorm], forward: Callable[[], Any]) -> b
         constants[call.key] = size * torch.randn(call.output.shape[-1], generator=generator)
         return call.output + constants[call.key].to(call.output)
 
+    def add_after(key: Key, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        norm = norms[key]
+        assert norm.running_var is not None
+        gains[key] = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        constant = constants[key].to(output.device) * gains[key]
+        return output + constant.to(output).view(-1, *[1] * (output.dim() - 2))
+
     with watch_linears(add):
         wanted = main_output(forward())
-    before = {norm: norm.bias.detach().clone() for norm in norms.values()}
-    try:
+    with Hooks() as hooks:
         for key, norm in norms.items():
-            norm.bias.copy_(norm.bias.double() + (constants[key].to(norm.bias.device) * _gain(norm)))
+            hooks.after(norm, partial(add_after, key))
         given = main_output(forward())
-    finally:
-        for norm, bias in before.items():
-            norm.bias.copy_(bias)
-    if base is None or wanted is None or given is None:
-        return False
     moved = float((wanted.double() - base.double()).norm())
-    return moved > 0.0 and float((given.double() - wanted.double()).norm()) <= _SAME * moved
+    same = moved > 0.0 and float((given.double() - wanted.double()).norm()) <= _SAME * moved
+    return gains if same else {}
