@@ -87,9 +87,8 @@ def relu_ize(
     with working(json, debug) as result:
         import hf_lambda_gelu as hlg
 
-        check_target_folder(target)
         details = hlg.CardDetails(base_model=base_model, dataset=dataset, license=license)
-        _check_data(calibration, compensate, stream, wider := hinges != 1 or budget is not None or as_llama)
+        _check_data(target, calibration, compensate, stream, wider := hinges != 1 or budget is not None or as_llama)
         kept: dict[str, Any] = {"details": details, "trust_remote_code": trust_remote_code}
         how: dict[str, Any] = {"force": force, "tolerance": tolerance, "compensate": compensate}
         data = Data(calibration, column, label_column, split, dataset_config, samples, batch_size, max_length)
@@ -102,9 +101,8 @@ def relu_ize(
         model = with_hardness(loaded(folder, trust_remote_code, device, as_llama))
         how |= {} if found is None else {"calibration": batches(found, data, model, folder, trust_remote_code)}
         report = hlg.relu_ize(model, **how, hinges=hinges, budget=budget)
-        _saved(
-            result, report, hlg.save_relu_pretrained(model, target, processor=processors(folder, trust_remote_code), **kept)
-        )
+        saved = hlg.save_relu_pretrained(model, target, processor=processors(folder, trust_remote_code), **kept)
+        _saved(result, report, saved)
 
 
 def fold(
@@ -145,8 +143,9 @@ def _saved(result: Result, report: Any, folder: Path) -> None:
     result.set({"folder": folder, "model": report}, f"{report}\nsaved in {str(folder)!r}")
 
 
-def _check_data(calibration: str | None, compensate: str | None, stream: bool, wider: bool) -> None:
-    """UsageError for options that need data, or do not go together."""
+def _check_data(target: Path, calibration: str | None, compensate: str | None, stream: bool, wider: bool) -> None:
+    """UsageError for options that need data, or do not go together; ValueError unless the folder can be made."""
+    check_target_folder(target)
     if stream and wider:
         raise UsageError("--stream refits layers as they are: leave it out, or --hinges, --budget and --as-llama")
     if (compensate is not None or stream) and calibration is None:
