@@ -16,7 +16,7 @@ from support.folders import LEAF, digests, inodes, load, read, same_tensors, sto
 from support.stock import stock_outputs
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, MobileViTConfig, MobileViTModel
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints import disk_room
@@ -102,6 +102,29 @@ def test_other_ways(compensate: Any, tmp_path: Path) -> None:
     same_tensors(load(type(model), tmp_path / "dst").state_dict(), memory.state_dict())
     assert report.model.relative_change == expected.relative_change > 0.0
     assert report.model.zeros == expected.zeros
+
+
+def test_convolutions_whose_biases_are_their_norms(tmp_path: Path) -> None:
+    """Batch norms lend their biases, in files as in memory."""
+    torch.manual_seed(0)
+    neck = [4, 4, 8, 8, 8, 16, 16]
+    model = MobileViTModel(
+        MobileViTConfig(
+            image_size=32, hidden_sizes=[8, 12, 16], neck_hidden_sizes=neck, expand_ratio=2.0, num_attention_heads=2
+        )
+    )
+    pictures = [{"pixel_values": torch.randn(2, 3, 32, 32)} for _ in range(5)]
+    with torch.no_grad():
+        model.train()(**pictures[0])  # the norms get numbers
+        for parameter in model.eval().parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "src")
+    hlg.convert(model)
+    report = hlg.relu_ize(model, calibration=pictures, compensate="least_squares").compensation
+    assert report is not None
+    assert sum("weights only" in site.note for site in report.sites) < 0.2 * len(report.sites)
+    hlg.relu_ize_checkpoint(tmp_path / "src", tmp_path / "dst", calibration=pictures, compensate="least_squares")
+    same_tensors(stored(tmp_path / "dst"), dict(model.state_dict()))
 
 
 def test_one_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
