@@ -53,7 +53,7 @@ def distill(
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Let a ReLU checkpoint learn from its smooth original's predictions.
+    """Let a ReLU checkpoint learn from its smooth original.
 
     A few steps after relu-ize, on examples without labels. A fifth of them, 32 at most, is held out: how far the two models'
     predictions are apart is measured on these, before and after. The same command goes on where a killed one was.

@@ -100,6 +100,7 @@ def relu_ize(
         >>> _ = hlg.convert(model, init_hardness=200.0)
         >>> _ = hlg.relu_ize(model)
     """
+    _check_refit_of_whole(model, compensate)  # before it is asked who refits
     team = team_of(processes, model, "" if compensate is None else "refit the model")
     with team.whole():
         asked = _Asked(calibration, compensate, compute_metrics, check_hinges(hinges, budget, compensate is not None), team)
@@ -279,6 +280,16 @@ def check_options(calibration: Iterable[Any] | None, compensate: Compensate | No
         )
 
 
+def _check_refit_of_whole(model: nn.Module, compensate: Compensate | None) -> None:
+    if compensate is not None:
+        check_whole(
+            model,
+            f"compensate={compensate!r}",
+            "while training let λ climb instead, by set_hardness along a HardeningSchedule; afterwards load what was saved "
+            "into a model in one process and refit that",
+        )
+
+
 def check_substitutable(
     model: nn.Module, calibration: Iterable[Any] | None, compensate: Compensate | None
 ) -> list[SubstitutedSite]:
@@ -289,13 +300,7 @@ def check_substitutable(
     if compensate is not None and quantised is not None:
         raise ValueError(f"{quantised} is quantised and cannot be refit: substitute first, then quantise the ReLU model")
     check_not_offloaded(model)
-    if compensate is not None:
-        check_whole(
-            model,
-            f"compensate={compensate!r}",
-            "while training let λ climb instead, by set_hardness along a HardeningSchedule; afterwards load what was saved "
-            "into a model in one process and refit that",
-        )
+    _check_refit_of_whole(model, compensate)
     if any(site.unclipped_hardness.is_meta for site in hardness_sites(model).values()):
         raise ValueError("the model is on the meta device, where λ has no value: load its weights first")
     profile = hardness_profile(model)

@@ -186,6 +186,7 @@ def trainer_of(model: nn.Module) -> Any:
         train_dataset=None,
         learned_hardness=dict.fromkeys(hlg.hardness_sites(model), 1.5),
         compensation=None,
+        hinges=None,
     )
 
 

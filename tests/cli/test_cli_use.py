@@ -25,7 +25,7 @@ import hf_lambda_gelu as hlg
 from hf_lambda_gelu.cli import app
 from hf_lambda_gelu.cli.work import to_dict
 
-COMMANDS = ["convert", "relu-ize", "fold", "audit", "calibrate", "sensitivity", "verify", "push", "demo"]
+COMMANDS = ["convert", "relu-ize", "distill", "fold", "audit", "calibrate", "sensitivity", "verify", "push", "demo"]
 GROUPS = {"export": ["onnx"]}  # commands of a group's own
 
 # The package's own __init__ registers λ-GELU with transformers, and so needs it; the command line itself does not.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, dispatch_model
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -86,7 +87,9 @@ def _hooked(model: Any) -> None:
 
 
 def _prepared(model: Any) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the first run of a process
     Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("change", [None, _rebound, _hooked, _prepared], ids=["as it is", "wraps", "hooks", "accelerate"])

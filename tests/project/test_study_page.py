@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def recipes() -> str:
     """All tables of `scripts.studies.report` but those of README."""
     scores, before = report.accuracies(run.RESULTS), report.accuracies(run.RESULTS, "before")
-    tasks = [[task.name for task in group] for group in (PRETRAINED, SCRATCH)]
+    measured = {task for found in scores.values() for task in found}
+    tasks = [[task.name for task in group if task.name in measured] for group in (PRETRAINED, SCRATCH)]
     return "\n".join(
         "\n".join([report.table(scores, names), report.differences(scores, names), report.gaps(scores, before, names)])
         for names in tasks

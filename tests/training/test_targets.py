@@ -155,6 +155,7 @@ def test_calibrated_targets_and_checkpoints(tmp_path: Path) -> None:
         assert kept == {
             "at_switch": trainer.learned_hardness,
             "calibrated": None if name == "l1" else trainer.hardness_targets,
+            "hinges": None,
             "processes": 1,
         }
 

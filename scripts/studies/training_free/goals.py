@@ -12,8 +12,8 @@ from scripts.studies.training_free.hinges import spread
 from scripts.tools.tables import read
 
 RESULTS = Path(__file__).parents[1] / "results"
-_HINGES = "hinges --tasks {task} --variants {variant}"
-_DISTILLED = "distilled --variants {variant}"
+_HINGES = "python -m scripts.studies.training_free.hinges --tasks {task} --variants {variant}"
+_DISTILLED = "python -m scripts.studies.training_free.distilled --variants {variant}"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ class Goal:
 
     @property
     def command(self) -> str:
-        """After `python -m scripts.studies.training_free.`."""
         task, variant = self.wanted
         return (_HINGES if self.table[0] == "hinges" else _DISTILLED).format(task=task, variant=variant)
 

@@ -13,7 +13,7 @@ from support.models import converted
 from support.site_tables import ALBERT, WHERE, Where, both
 from support.states import hooks
 from support.traced import found
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 import hf_lambda_gelu as hlg
@@ -41,7 +41,8 @@ def moved(
         watch = owner.get_submodule(module).register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     vector = torch.randn(len(scale), generator=torch.Generator().manual_seed(1))
     stock(**tiny.inputs(stock))
-    push = stock.get_submodule(taker).register_forward_hook(lambda _, args, output: output + vector)
+    conv = isinstance(stock.get_submodule(taker), nn.Conv1d)
+    push = stock.get_submodule(taker).register_forward_hook(lambda _, args, y: y + (vector[:, None] if conv else vector))
     stock(**tiny.inputs(stock))
     watch.remove()
     push.remove()
