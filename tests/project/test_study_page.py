@@ -10,7 +10,7 @@ import pytest
 from scripts.studies import claims, report, run, sparsity, updates
 from scripts.studies.scratch import SCRATCH
 from scripts.studies.tasks import PRETRAINED
-from scripts.studies.training_free import hinges
+from scripts.studies.training_free import goals, hinges, kept
 from scripts.studies.training_free import run as training_free
 from scripts.tools.tables import read
 
@@ -40,6 +40,9 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "updates": ("docs/study.md", lambda: updates.table(updates.read(updates.RESULTS))),
     "without training": ("docs/study.md", training_free.table),
     "hinges": ("docs/study.md", hinges.table),
+    "goals": ("docs/study.md", goals.table),
+    "goals in README": ("README.md", goals.table),
+    "latency": ("docs/study.md", kept.table),
     "sparsity": ("docs/how-to/sparsity.md", lambda: sparsity.table(read(sparsity.RESULTS))),
 }
 

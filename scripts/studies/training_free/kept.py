@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 import hf_lambda_gelu as hlg
 from scripts.relu_ize_lm import QUESTIONS, Arguments, reply, windows
+from scripts.studies.training_free.hinges import VARIANTS
 from scripts.tools.assets import asset
-from scripts.tools.tables import append
+from scripts.tools.tables import append, read
 
 RESULTS = Path(__file__).parents[1] / "results"
 FIELDS = ("network", "form", "what", "milliseconds", "ratio", "least", "most", "versions")
@@ -117,6 +118,25 @@ def _row(network: str, form: str, what: str, times: list[float], smooth: list[fl
         "most": f"{max(ratios):.2f}",
         "versions": f"torch {torch.__version__}",
     }
+
+
+def table(results: Path = RESULTS / "hinges_latency.csv") -> str:
+    """By network, as Markdown: milliseconds of the smooth one, ratios of the others."""
+    found: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
+    for row in read(results):
+        found.setdefault(row["network"], {})[row["form"], row["what"]] = row
+    lines = ["| network | a prompt | a token | a token, sparse |", "|---|---|---|---|"]
+    for name in ("smooth", *VARIANTS):
+        if name in found:
+            cells = [_cell(found[name].get(key)) for key in (("dense", "prompt"), ("dense", "token"), ("sparse", "token"))]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, str] | None) -> str:
+    if row is None:
+        return "–"
+    return f"{row['milliseconds']} ms" if row["network"] == "smooth" else f"{row['ratio']} [{row['least']}–{row['most']}]"
 
 
 def main(argv: list[str] | None = None) -> None:
