@@ -13,7 +13,7 @@ difference of its outputs. With --keep FOLDER what was saved stays there, as TAS
   text, windows of 256 tokens).
 - dinov2: accuracy of a linear probe on the smooth model's class token, frozen, on 2,000 pictures, after 800 pictures.
 - minilm: the same of a probe on mean sentence vectors, on 2,000 reviews, after 500 reviews.
-- whisper: word error rate of voice prompts, after 50 others, as in tasks.py.
+- whisper: word error rate of voice prompts, after 120 of the 124 others, as in tasks.py.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ class Reviews(Probed):
 class Prompts:
     """Whisper, on the CPU. The smooth model comes first: the decoder is calibrated on what it transcribes."""
 
-    metric, calibration = "word error rate", "50 prompts"
+    metric, calibration = "word error rate", "120 prompts"
 
     def __init__(self) -> None:
         self.task = tasks.Whisper()
@@ -232,7 +232,7 @@ class Prompts:
 
     def batches(self, seed: int) -> Iterator[Batch]:
         assert self.smooth is not None
-        return self.task.batches(self.smooth, 50, seed)
+        return self.task.batches(self.smooth, 120, seed)  # 30 tokens each in the decoder, whose layers may be 3,072 wide
 
     def judge(self, model: Any, device: str) -> tuple[float, float]:
         found = self.task.judge(model.to("cpu"), self.smooth)
