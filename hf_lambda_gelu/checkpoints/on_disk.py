@@ -28,7 +28,8 @@ from ..surgery.conversion import ConversionReport, convert
 from ..surgery.hinges.wanted import check_hinges
 from ..surgery.refit.report import Compensate
 from ..surgery.report import SubstitutionReport
-from ..surgery.substitution import check_options, relu_ize
+from ..surgery.substitutable import check_options
+from ..surgery.substitution import relu_ize
 from .card import PLOT_NAME, REPORT_NAME, CardDetails
 from .folders import whole_folder
 from .on_disk_files import Source, WrittenFiles

@@ -21,7 +21,7 @@ from .hinges.wanted import Wanted
 from .hinges.work import HingeWork
 from .refit.engine import compensation
 from .refit.report import Compensate, CompensationReport
-from .substitution import check_substitutable
+from .substitutable import check_substitutable
 
 
 @transaction

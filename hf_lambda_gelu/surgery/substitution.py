@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 from transformers import EvalPrediction
 from transformers.activations import ACT2FN
 
-from ..activation.hardness import DEFAULT_TOLERANCE, sup_error, target_hardness
-from ..activation.module import hardness_profile, hardness_sites
+from ..activation.hardness import DEFAULT_TOLERANCE, sup_error
+from ..activation.module import hardness_sites
 from ..measurement.batches import check_dealt, model_batches
 from ..measurement.change import MeasuredChange, measure_change
 from ..measurement.forward import measuring
@@ -23,13 +22,9 @@ from ..reports import length
 from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import hard_coded_sites
 from ..structure.edits import replace_everywhere, set_activation
-from ..structure.forwards import bypassed_by_code, refusal
-from ..structure.modules import has_adapters, joined, quantised_weight, transformers_parts
-from ..structure.offloading import check_not_offloaded
-from ..structure.sharding import check_whole
+from ..structure.modules import has_adapters, joined, transformers_parts
 from ..structure.smooth_activations import smooth_activations
 from ..structure.transaction import keep, transaction
-from ..structure.usable import check_usable
 from .folding import fold
 from .gates import SoftGateError, gates_as_relu
 from .hinges.wanted import Wanted, check_hinges
@@ -39,10 +34,8 @@ from .refit.engine import compensation
 from .refit.report import Compensate
 from .refit.two_networks import TwoNetworks
 from .relu_runs import Runs, check_relu_runs, run_as_relu, runs_by_part
-from .report import FOLDED_HARDNESS, SubstitutedSite, SubstitutionReport
-
-# a ramp ends at its target to fp32's accuracy, not to the last bit
-_SLACK = 1e-3
+from .report import FOLDED_HARDNESS, SubstitutionReport
+from .substitutable import check_refit_of_whole, check_substitutable, soft_sites
 
 
 @transaction
@@ -100,7 +93,7 @@ def relu_ize(
         >>> _ = hlg.convert(model, init_hardness=200.0)
         >>> _ = hlg.relu_ize(model)
     """
-    _check_refit_of_whole(model, compensate)  # before it is asked who refits
+    check_refit_of_whole(model, compensate)  # before it is asked who refits
     team = team_of(processes, model, "" if compensate is None else "refit the model")
     with team.whole():
         asked = _Asked(calibration, compensate, compute_metrics, check_hinges(hinges, budget, compensate is not None), team)
@@ -124,7 +117,7 @@ def _relu_ized(
     calibration, compensate, wanted, team = asked.calibration, asked.compensate, asked.wanted, asked.team
     sites = check_substitutable(model, calibration, compensate)
     swapped = compensate is None and wanted is None
-    soft = _soft_sites(sites, tolerance, targets, refused=not force and swapped)
+    soft = soft_sites(sites, tolerance, targets, refused=not force and swapped)
     report = SubstitutionReport(sites, tolerance, forced=bool(soft) and swapped)
     team.same({"compensate": compensate, "hinges": wanted, "force": force}, "what is asked for")
     check_same_weights(team, model)
@@ -267,75 +260,3 @@ def _fold(model: nn.Module, names: list[str], batch: Mapping[str, Any] | None, r
         sites[name].set_hardness(FOLDED_HARDNESS)
     fold(model, batch, only=names)
     report.folded = {name: sup_error(FOLDED_HARDNESS, sites[name].base) for name in names}
-
-
-def check_options(calibration: Iterable[Any] | None, compensate: Compensate | None) -> None:
-    """ValueError for a `compensate` that is unknown or lacks a calibration set."""
-    if compensate not in (None, *get_args(Compensate)):
-        raise ValueError(f"unknown compensate={compensate!r}: expected 'least_squares', 'bias' or None")
-    if compensate is not None and calibration is None:
-        raise ValueError(
-            f"compensate={compensate!r} learns from data: pass calibration=…, batches like those that the model will meet. "
-            "A few hundred unlabelled examples do"
-        )
-
-
-def _check_refit_of_whole(model: nn.Module, compensate: Compensate | None) -> None:
-    if compensate is not None:
-        check_whole(
-            model,
-            f"compensate={compensate!r}",
-            "while training let λ climb instead, by set_hardness along a HardeningSchedule; afterwards load what was saved "
-            "into a model in one process and refit that",
-        )
-
-
-def check_substitutable(
-    model: nn.Module, calibration: Iterable[Any] | None, compensate: Compensate | None
-) -> list[SubstitutedSite]:
-    """The sites with their λ; ValueError if this model cannot be substituted, or not as it is asked for."""
-    check_usable(model)
-    check_options(calibration, compensate)
-    quantised = quantised_weight(model)
-    if compensate is not None and quantised is not None:
-        raise ValueError(f"{quantised} is quantised and cannot be refit: substitute first, then quantise the ReLU model")
-    check_not_offloaded(model)
-    _check_refit_of_whole(model, compensate)
-    if any(site.unclipped_hardness.is_meta for site in hardness_sites(model).values()):
-        raise ValueError("the model is on the meta device, where λ has no value: load its weights first")
-    profile = hardness_profile(model)
-    if not profile:
-        smooth = smooth_activations(model)
-        hint = "call convert(model) first" if smooth else "it is a ReLU model already, or never was converted"
-        raise ValueError(f"{type(model).__name__} has no λ-GELU to replace: {hint}")
-    diverged = [name for name, value in profile.items() if not math.isfinite(value)]
-    if diverged:
-        raise ValueError(
-            f"λ of {len(diverged)} of {len(profile)} sites is no number ({diverged[0]}: {profile[diverged[0]]}): training "
-            "has diverged, and with it the weights. Load an earlier checkpoint"
-        )
-    reasons = bypassed_by_code(model, profile)
-    if reasons:
-        raise ValueError(refusal(reasons))
-    bases = {name: site.base for name, site in hardness_sites(model).items()}
-    return [SubstitutedSite(name, bases[name], value, sup_error(value, bases[name])) for name, value in profile.items()]
-
-
-def _soft_sites(
-    sites: list[SubstitutedSite], tolerance: float, targets: Mapping[str, float] | None, refused: bool
-) -> list[SubstitutedSite]:
-    """The sites whose λ is below its target, or below that of `tolerance`; SoftGateError if such are to be refused."""
-    wanted = {s.name: target_hardness(tolerance, s.base) for s in sites} if targets is None else targets
-    missing = [s.name for s in sites if s.name not in wanted]
-    if missing:
-        raise ValueError(f"targets names no λ for {len(missing)} of {len(sites)} sites, {missing[0]} the first of them")
-    soft = [s for s in sites if s.hardness < wanted[s.name] * (1.0 - _SLACK)]
-    if soft and refused:
-        worst = min(soft, key=lambda site: site.hardness / wanted[site.name])
-        measure = f"tolerance {tolerance:g}" if targets is None else "their targets"
-        raise SoftGateError(
-            f"{len(soft)} of {len(sites)} gates are soft for {measure}: {worst.name} has λ = {worst.hardness:.4g}, "
-            f"expected at least {wanted[worst.name]:.4g}. Finish the ramp, pass the tolerance or targets of the run, "
-            "compensate='least_squares' with a calibration set, or force=True to substitute all the same"
-        )
-    return soft

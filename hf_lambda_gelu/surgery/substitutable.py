@@ -1,0 +1,97 @@
+"""Whether a model can be substituted, and as it is asked for; looked at before anything is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
+
+from torch import nn
+
+from ..activation.hardness import sup_error, target_hardness
+from ..activation.module import hardness_profile, hardness_sites
+from ..structure.forwards import bypassed_by_code, refusal
+from ..structure.modules import quantised_weight
+from ..structure.offloading import check_not_offloaded
+from ..structure.sharding import check_whole
+from ..structure.smooth_activations import smooth_activations
+from ..structure.usable import check_usable
+from .gates import SoftGateError
+from .refit.report import Compensate
+from .report import SubstitutedSite
+
+# a ramp ends at its target to fp32's accuracy, not to the last bit
+_SLACK = 1e-3
+
+
+def check_options(calibration: Iterable[Any] | None, compensate: Compensate | None) -> None:
+    """ValueError for a `compensate` that is unknown or lacks a calibration set."""
+    if compensate not in (None, *get_args(Compensate)):
+        raise ValueError(f"unknown compensate={compensate!r}: expected 'least_squares', 'bias' or None")
+    if compensate is not None and calibration is None:
+        raise ValueError(
+            f"compensate={compensate!r} learns from data: pass calibration=…, batches like those that the model will meet. "
+            "A few hundred unlabelled examples do"
+        )
+
+
+def check_refit_of_whole(model: nn.Module, compensate: Compensate | None) -> None:
+    """ValueError if a refit is asked for of weights that are cut up."""
+    if compensate is not None:
+        check_whole(
+            model,
+            f"compensate={compensate!r}",
+            "while training let λ climb instead, by set_hardness along a HardeningSchedule; afterwards load what was saved "
+            "into a model in one process and refit that",
+        )
+
+
+def check_substitutable(
+    model: nn.Module, calibration: Iterable[Any] | None, compensate: Compensate | None
+) -> list[SubstitutedSite]:
+    """The sites with their λ; ValueError if this model cannot be substituted, or not as it is asked for."""
+    check_usable(model)
+    check_options(calibration, compensate)
+    quantised = quantised_weight(model)
+    if compensate is not None and quantised is not None:
+        raise ValueError(f"{quantised} is quantised and cannot be refit: substitute first, then quantise the ReLU model")
+    check_not_offloaded(model)
+    check_refit_of_whole(model, compensate)
+    if any(site.unclipped_hardness.is_meta for site in hardness_sites(model).values()):
+        raise ValueError("the model is on the meta device, where λ has no value: load its weights first")
+    profile = hardness_profile(model)
+    if not profile:
+        smooth = smooth_activations(model)
+        hint = "call convert(model) first" if smooth else "it is a ReLU model already, or never was converted"
+        raise ValueError(f"{type(model).__name__} has no λ-GELU to replace: {hint}")
+    diverged = [name for name, value in profile.items() if not math.isfinite(value)]
+    if diverged:
+        raise ValueError(
+            f"λ of {len(diverged)} of {len(profile)} sites is no number ({diverged[0]}: {profile[diverged[0]]}): training "
+            "has diverged, and with it the weights. Load an earlier checkpoint"
+        )
+    reasons = bypassed_by_code(model, profile)
+    if reasons:
+        raise ValueError(refusal(reasons))
+    bases = {name: site.base for name, site in hardness_sites(model).items()}
+    return [SubstitutedSite(name, bases[name], value, sup_error(value, bases[name])) for name, value in profile.items()]
+
+
+def soft_sites(
+    sites: list[SubstitutedSite], tolerance: float, targets: Mapping[str, float] | None, refused: bool
+) -> list[SubstitutedSite]:
+    """The sites whose λ is below its target, or below that of `tolerance`; SoftGateError if such are to be refused."""
+    wanted = {s.name: target_hardness(tolerance, s.base) for s in sites} if targets is None else targets
+    missing = [s.name for s in sites if s.name not in wanted]
+    if missing:
+        raise ValueError(f"targets names no λ for {len(missing)} of {len(sites)} sites, {missing[0]} the first of them")
+    soft = [s for s in sites if s.hardness < wanted[s.name] * (1.0 - _SLACK)]
+    if soft and refused:
+        worst = min(soft, key=lambda site: site.hardness / wanted[site.name])
+        measure = f"tolerance {tolerance:g}" if targets is None else "their targets"
+        raise SoftGateError(
+            f"{len(soft)} of {len(sites)} gates are soft for {measure}: {worst.name} has λ = {worst.hardness:.4g}, "
+            f"expected at least {wanted[worst.name]:.4g}. Finish the ramp, pass the tolerance or targets of the run, "
+            "compensate='least_squares' with a calibration set, or force=True to substitute all the same"
+        )
+    return soft
