@@ -15,38 +15,26 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import logging
-import multiprocessing
 import os
 import re
-import resource
-import sys
-import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
-import transformers
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.checkpoints import stock_process
 from hf_lambda_gelu.structure.config import get_attribute
 from hf_lambda_gelu.surgery.hinges.minimax import minimax
 from scripts.architectures.checks import difference, outputs, wake
 from scripts.architectures.run import RESULTS as COVERAGE
-from scripts.architectures.run import append
+from scripts.architectures.sweep import sweep
 from scripts.architectures.tiny_models import example_inputs, tiny_model
 from scripts.tools.tables import read
-from scripts.tools.warm_stock import run_in_stock
 
 RESULTS = COVERAGE.with_name("hinges.csv")
 FIELDS = [
@@ -65,7 +53,6 @@ FIELDS = [
     "transformers",
 ]
 HINGES = 4
-LIMIT_SECONDS, LIMIT_BYTES = 240, 12 * 2**30
 # of the largest output, in fp32: the network adds the same terms in another order, a few hundred at a time
 ROUNDING = 2e-5
 
@@ -96,61 +83,7 @@ def main() -> None:
     if options.table:
         print(table(read(options.results)))
         return
-    exact = [(row["model_type"], row["auto"]) for row in read(COVERAGE) if row["verdict"] == "exact"]
-    if options.models:
-        jobs = [job for job in exact if job[0] in options.models]
-    else:
-        done = {(row["model_type"], row["auto"]) for row in read(options.results)}
-        jobs = [job for job in exact if job not in done]
-        jobs = [job for start in range(16) for job in jobs[start::16]]  # so that some of each kind come early
-    run_in_stock("", [], os.getcwd(), os.environ)  # here, so that all children have the one that starts now
-    stock_process.run_apart = run_in_stock
-    with tqdm(total=len(jobs), disable=None) as bar:
-        for job in jobs:
-            row = in_its_own_process(*job)
-            append(options.results, row, FIELDS)
-            bar.update()
-            bar.set_postfix_str(job[0])
-            if options.models or row["verdict"] not in ("exact", "refused"):
-                tqdm.write(str({key: value for key, value in row.items() if value != ""}))
-    print(dict(Counter(row["verdict"] for row in read(options.results))))
-
-
-def in_its_own_process(model_type: str, auto: str) -> dict[str, str]:
-    """The row of an architecture."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_child, args=(model_type, auto, theirs))
-    process.start()
-    theirs.close()
-    try:
-        found = ours.recv() if ours.poll(LIMIT_SECONDS) else {"verdict": "crash", "reason": f"over {LIMIT_SECONDS} s"}
-    except EOFError:
-        process.join()
-        found = {"verdict": "crash", "reason": f"ended with code {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
-    row = {"model_type": model_type, "auto": auto, "transformers": transformers.__version__, **found}
-    return {field: " ".join(str(row.get(field, "")).split())[:400] for field in FIELDS}
-
-
-def _child(model_type: str, auto: str, pipe: Connection) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
-    transformers.utils.logging.disable_progress_bar()
-    sys.modules["matplotlib"] = None  # type: ignore[assignment]  # drawing takes longer than all else
-    row: dict[str, Any] = {}
-    place = ""
-    try:
-        with tempfile.TemporaryDirectory(prefix="hinges-") as scratch:
-            place = f"{scratch}/"  # which a table does not name
-            _widen(row, model_type, auto, Path(scratch, "relu"))
-    except Exception as error:
-        row |= {"verdict": "failed", "reason": f"{type(error).__name__}: {error}".replace(place, "")}
-    pipe.send(row)
+    sweep(_widen, options.results, FIELDS, options.models, good=["exact", "refused"])
 
 
 def _widen(row: dict[str, Any], model_type: str, auto: str, folder: Path) -> None:
