@@ -10,7 +10,7 @@ import pytest
 from scripts.studies import claims, report, run, sparsity, updates
 from scripts.studies.scratch import SCRATCH
 from scripts.studies.tasks import PRETRAINED
-from scripts.studies.training_free import goals, hinges, kept
+from scripts.studies.training_free import first_steps, goals, hinges, kept
 from scripts.studies.training_free import run as training_free
 from scripts.tools.tables import read
 
@@ -54,3 +54,11 @@ def test_page_shows_the_table(name: str) -> None:
     lines = [line for line in made().splitlines() if line.startswith("|")]
     assert len(lines) > 2
     assert [line for line in lines if line not in text] == []
+
+
+@pytest.mark.parametrize("page", ["docs/study.md", "docs/how-to/language-model.md"])
+def test_page_says_where_the_first_steps_lead(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for row in read(first_steps.RESULTS):
+        assert f"{float(row['before']):.2f} nats" in text
+        assert f"{float(row['after']):.3f}" in text
