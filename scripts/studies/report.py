@@ -22,6 +22,7 @@ LABELS = {
     "swap": "… ReLU swapped in, unprepared",
     "bias_after": "… biases refit, no training",
     "least_squares_after": "… compensated, no training",
+    "hinges_after": "… compensated, two ReLUs per gate, no training",
     "relu_first": "ReLU swapped in first, trained as long",
     "bias_first": "ReLU first, biases refit, trained as long",
     "least_squares_first": "ReLU first, compensated, trained as long",

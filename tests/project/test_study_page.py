@@ -28,15 +28,15 @@ def recipes() -> str:
     )
 
 
-def tested() -> list[dict[str, str]]:
+def judged_rows() -> list[dict[str, str]]:
     return [row for row in read(run.RESULTS) if row["split"] == "test"]
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "recipes": ("docs/study.md", recipes),
     "README": ("README.md", lambda: report.headline(report.accuracies(run.RESULTS), PRETRAINED)),
-    "profiles": ("docs/study.md", lambda: claims.profiles(tested())),
-    "drops": ("docs/study.md", lambda: claims.drops(tested())),
+    "profiles": ("docs/study.md", lambda: claims.profiles(judged_rows())),
+    "drops": ("docs/study.md", lambda: claims.drops(judged_rows())),
     "updates": ("docs/study.md", lambda: updates.table(updates.read(updates.RESULTS))),
     "without training": ("docs/study.md", training_free.table),
     "hinges": ("docs/study.md", hinges.table),

@@ -12,7 +12,7 @@ from scripts.studies.recipes.recipe import Result, Run, recipe
 
 @recipe
 def gelu(run: Run) -> dict[str, Result]:
-    """Fine-tune GELU; then three substitutions without training."""
+    """Fine-tune GELU; then four substitutions without training."""
     model = run.model()
     run.trainer(model).train()
     smooth = run.judge(model)
@@ -21,12 +21,15 @@ def gelu(run: Run) -> dict[str, Result]:
     results = {"gelu": Result(smooth)}
     with hlg.gates_as_relu(model):
         results["swap"] = Result(run.judge(model), smooth)
-    for method in ("bias", "least_squares"):
+    ways: dict[str, dict[str, Any]] = {method: {"compensate": method} for method in ("bias", "least_squares")}
+    if run.task.pretrained:  # of the small networks some have layers whose width no number of the config says
+        ways["hinges"] = {"compensate": "least_squares", "hinges": 2}
+    for name, options in ways.items():
         again = run.model()
         hlg.convert(again)
         again.load_state_dict(weights)
-        hlg.relu_ize(again, calibration=run.calibration(), compensate=method)
-        results[f"{method}_after"] = Result(run.judge(again), smooth)
+        hlg.relu_ize(again, calibration=run.calibration(), **options)
+        results[f"{name}_after"] = Result(run.judge(again), smooth)
     return results
 
 
