@@ -135,12 +135,21 @@ class Whisper(Task):
     def load(self) -> PreTrainedModel:
         return WhisperForConditionalGeneration.from_pretrained(asset(self.asset))
 
-    def heard(self, split: str, rows: list[int] | None = None) -> tuple[Iterator[Tensor], list[str]]:
-        """Features in batches of 5, and the transcripts as they should be."""
+    def heard(self, split: str, rows: list[int] | None = None, noise: float = 0.0) -> tuple[Iterator[Tensor], list[str]]:
+        """Features in batches of 5, and the transcripts as they should be.
+
+        Args:
+            noise: its deviation, as a fraction of the sound's own.
+        """
         data = datasets.load_dataset(str(asset("voice_prompts")), split=split).with_format("numpy")
         data = data if rows is None else data.select(rows)
         extractor = WhisperProcessor.from_pretrained(asset(self.asset)).feature_extractor
-        audio = ([np.asarray(a) for a in data[i : i + 5]["audio"]] for i in range(0, len(data), 5))
+        generator = np.random.default_rng(0)
+
+        def sound(array: np.ndarray) -> np.ndarray:
+            return array + noise * array.std() * generator.standard_normal(array.shape) if noise else array
+
+        audio = ([sound(np.asarray(a)) for a in data[i : i + 5]["audio"]] for i in range(0, len(data), 5))
         features = (extractor(a, sampling_rate=16000, return_tensors="pt").input_features for a in audio)
         return features, [str(text) for text in data["text"]]
 
@@ -151,9 +160,9 @@ class Whisper(Task):
         rows = [row for batch in features for row in model.generate(batch, max_new_tokens=80).tolist()]
         return [row[: row.index(end)] if end in row else row for row in rows], references
 
-    def batches(self, smooth: Found, size: int, seed: int) -> Iterator[Batch]:
+    def batches(self, smooth: Found, size: int, seed: int, noise: float = 0.0) -> Iterator[Batch]:
         chosen = np.random.default_rng(seed).choice(len(smooth["calibration"]), size, replace=False).tolist()
-        for i, features in enumerate(self.heard("calibration", chosen)[0]):
+        for i, features in enumerate(self.heard("calibration", chosen, noise)[0]):
             rows = [torch.tensor([*smooth["start"], *smooth["calibration"][j]]) for j in chosen[5 * i : 5 * i + 5]]
             mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True)
             ids = torch.nn.utils.rnn.pad_sequence(rows, True, smooth["start"][0])
