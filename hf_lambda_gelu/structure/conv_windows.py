@@ -58,9 +58,9 @@ class Window:
         x = x.narrow(-n - 1, group * width, width)
         if any(p for ends in self.padding for p in ends):
             x = F.pad(x, [p for ends in reversed(self.padding) for p in ends])
-        for dim, (size, step, apart) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
-            x = x.unfold(dim - n - dim, (size - 1) * apart + 1, step)[..., ::apart]
-        # (…, d, *positions, *kernel), where the dimensions of the kernel came to the end one after the other
+        for size, step, apart in zip(self.kernel, self.stride, self.dilation, strict=True):
+            x = x.unfold(-n, (size - 1) * apart + 1, step)[..., ::apart]  # the kernel's dimension comes last, so −n is the next
+        # (…, d, *positions, *kernel)
         x = x.movedim(-2 * n - 1, -n - 1)
         return x.reshape(-1, width * math.prod(self.kernel))
 
