@@ -29,6 +29,14 @@ LearningRate = Annotated[
     float | None, typer.Option(help="Its peak; by default 2e-4, with --lora 1e-3. A tenth of the steps warm up.")
 ]
 Lora = Annotated[bool, typer.Option("--lora", help="Train adapters of rank 16 and merge them; needs peft. Less memory.")]
+Freeze = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE",
+        help="Modules that do not learn, by the last part of their names; may be given again. Of a gated FFN with several "
+        "ReLUs per gate: --freeze up_proj --freeze down_proj.",
+    ),
+]
 
 
 def distill(
@@ -39,6 +47,7 @@ def distill(
     steps: Steps = 60,
     learning_rate: LearningRate = None,
     lora: Lora = False,
+    freeze: Freeze = None,
     column: o.Column = None,
     split: o.Split = "train",
     dataset_config: o.DatasetConfig = None,
@@ -71,5 +80,6 @@ def distill(
 
         rate = learning_rate or (1e-3 if lora else 2e-4)
         card = {"base_model": base_model, "dataset": dataset, "license": license}
-        work = Distilling(student, teacher, output, read, steps, rate, lora, device, card, trust_remote_code)
+        frozen = tuple(freeze or ())
+        work = Distilling(student, teacher, output, read, steps, rate, lora, frozen, device, card, trust_remote_code)
         result.set(*work.done(found, resolved(student), resolved(teacher)))

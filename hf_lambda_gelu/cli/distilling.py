@@ -57,6 +57,7 @@ class Distilling:
     steps: int
     learning_rate: float
     lora: bool
+    freeze: tuple[str, ...]
     device: str
     card: dict[str, str | None]
     trust_remote_code: bool
@@ -72,7 +73,7 @@ class Distilling:
         collate = self.collator(found, model, student)
         learned, held_out = halves(found.items)
         dtype = model.dtype
-        model = self.with_adapters(model.float())  # small steps are lost in half precision
+        model = self.learning(model.float())  # small steps are lost in half precision
         with unfinished_folder(self.output) as folder:
             arguments = self.arguments(folder, model)
             resumed = self.left_in(folder, arguments, student, teacher)
@@ -112,6 +113,12 @@ class Distilling:
             check_relu(model)
         except ValueError as error:
             raise UsageError(f"STUDENT, which comes first, is {self.student!r}, no ReLU network: {error}") from error
+        modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        if unknown := [name for name in self.freeze if name not in modules]:
+            raise UsageError(
+                f"--freeze {unknown[0]}: no module of the student is called so. Expected the last part of a name, of "
+                f"{', '.join(linear_names(model))}"
+            )
         left = smooth_modules(model)
         if left:
             raise UsageError(f"the student has smooth modules that no config governs, from {left[0].name} on: not distilled")
@@ -141,8 +148,11 @@ class Distilling:
 
         return masked
 
-    def with_adapters(self, model: PreTrainedModel) -> Any:
-        """The model; with --lora, PEFT's around it."""
+    def learning(self, model: PreTrainedModel) -> Any:
+        """The model, of which what is to learn wants gradients; with --lora, PEFT's around it."""
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in self.freeze:
+                module.requires_grad_(False)
         if not self.lora:
             return model
         try:
@@ -150,7 +160,8 @@ class Distilling:
         except ImportError as error:
             raise UsageError("--lora needs peft: pip install peft") from error
         torch.manual_seed(0)
-        return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+        frozen = list(self.freeze) or None
+        return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", exclude_modules=frozen))
 
     def arguments(self, folder: Path, model: Any) -> TrainingArguments:
         """Of the run: a batch in pieces whose logits fit memory, a checkpoint after each sixth of the steps."""
@@ -208,7 +219,7 @@ class Distilling:
             **given,
             dataset=self.card["dataset"],
             language=before.get("language"),
-            arguments={**arguments, "lora": self.lora},
+            arguments={**arguments, "lora": self.lora, "frozen": " ".join(self.freeze) or "nothing"},
             notes=f"After the substitution it learned from the smooth model's predictions: {self.said(held_out, apart)}.",
         )
 
@@ -219,6 +230,12 @@ class Distilling:
             return text
         moved = f"{apart['before']:.4g} → {apart['after']:.4g}"
         return f"{text}; divergence from the smooth model on {held_out} examples held out: {moved}"
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """The last parts of the names of modules with a weight matrix, each once."""
+    matrices = (name for name, p in model.named_parameters() if p.dim() == 2)
+    return list(dict.fromkeys(name.split(".")[-2] for name in matrices if "." in name))
 
 
 def halves(items: Sequence[Any]) -> tuple[list[Any], list[Any]]:

@@ -59,7 +59,9 @@ class Window:
         if any(p for ends in self.padding for p in ends):
             x = F.pad(x, [p for ends in reversed(self.padding) for p in ends])
         for size, step, apart in zip(self.kernel, self.stride, self.dilation, strict=True):
-            x = x.unfold(-n, (size - 1) * apart + 1, step)[..., ::apart]  # the kernel's dimension comes last, so −n is the next
+            x = x.unfold(-n, (size - 1) * apart + 1, step)[
+                ..., ::apart
+            ]  # the kernel's dimension comes last, so −n is the next
         # (…, d, *positions, *kernel)
         x = x.movedim(-2 * n - 1, -n - 1)
         return x.reshape(-1, width * math.prod(self.kernel))

@@ -88,6 +88,20 @@ def test_adapters(tmp_path: Path) -> None:
     load(BertForSequenceClassification, tmp_path / "out")
 
 
+@pytest.mark.parametrize("options", [(), ("--lora",)], ids=["all weights", "adapters"])
+def test_frozen(options: tuple[str, ...], tmp_path: Path) -> None:
+    """Modules of a name that is given keep their weights to the bit; others learn."""
+    student, smooth = models(tmp_path)
+    line = ("distill", student, smooth, "--data", texts(tmp_path / "texts.txt"), "--output", tmp_path / "out", *SHORT)
+    invoke(*line, *options, "--freeze", "query", "--freeze", "word_embeddings")
+    before, after = weights(student), weights(tmp_path / "out")
+    frozen = {name for name in before if ".query." in name or ".word_embeddings." in name}
+    assert len(frozen) > 2
+    same = {name for name, value in before.items() if torch.equal(after[name], value)}
+    assert frozen <= same
+    assert {name for name in before if name.endswith("key.weight")}.isdisjoint(same)
+
+
 def test_killed_and_called_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kill after the second checkpoint would leave: the same command goes on from there, and its weights are those of
     an uninterrupted one, to the bit. With other options it starts anew."""
@@ -145,6 +159,7 @@ def test_refused(tmp_path: Path) -> None:
         (student, tmp_path / "nowhere" / "x", (), "there is no folder"),
         (student, smooth, ("--device", "tpu"), "--device tpu: expected cpu or cuda"),
         (student, smooth, ("--steps", 0), "--steps"),
+        (student, smooth, ("--freeze", "up_proj"), "--freeze up_proj: no module of the student is called so"),
     ):
         line = ("distill", first, second, "--data", data, "--output", tmp_path / "out", *options)
         assert message in invoke(*line, code=2).stderr, message

@@ -34,12 +34,12 @@ from scripts.tools.tables import append, read
 
 RESULTS = Path(__file__).parents[1] / "results" / "distilled.csv"
 FIELDS = (
-    "task", "variant", "seed", "steps", "batch", "tokens", "rate", "kept", "optimizer", "metric", "smooth", "refit",
+    "task", "variant", "seed", "steps", "batch", "tokens", "rate", "frozen", "optimizer", "metric", "smooth", "refit",
     "distilled", "seconds", "device", "versions",
 )  # fmt: skip
 STEPS, BATCH, MICRO = 60, 8, 2  # the logits of a whole batch take gigabytes
 RATES = {"k1": 2e-4, "k2": 5e-5}
-KEPT: dict[str, tuple[str, ...]] = {"k1": (), "k2": ("up_proj", "down_proj")}  # maps that do not learn
+FROZEN: dict[str, tuple[str, ...]] = {"k1": (), "k2": ("up_proj", "down_proj")}  # modules that do not learn
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,7 +80,7 @@ def measure(missing: list[tuple[str, int]], options: argparse.Namespace) -> None
     for variant, seed in missing:
         student = refit(task, variant, seed, options).to(options.device)
         for name, parameter in student.named_parameters():
-            parameter.requires_grad_(not any(f".{kept}." in name for kept in KEPT[variant]))
+            parameter.requires_grad_(not any(f".{module}." in name for module in FROZEN[variant]))
         before, _ = task.judge(student, options.device)
         print(f"{variant} seed {seed}: {smooth:.4f} → {before:.4f} by the refit", flush=True)
         rate = options.rate or RATES[variant]
@@ -97,7 +97,7 @@ def measure(missing: list[tuple[str, int]], options: argparse.Namespace) -> None
             "batch": BATCH,
             "tokens": options.steps * BATCH * Arguments().length,
             "rate": f"{rate:g}",
-            "kept": " ".join(KEPT[variant]),
+            "frozen": " ".join(FROZEN[variant]),
             "optimizer": "AdamW",
             "metric": task.metric,
             "smooth": f"{smooth:.4f}",

@@ -2,7 +2,7 @@
 
     python -m scripts.studies.training_free.hinges --tasks smollm2 --variants k2 --seeds 0 --keep runs/hinges    # first
     python -m scripts.studies.training_free.first_steps runs/hinges/smollm2-k2-seed0 --rates 2e-5 6e-6
-    python -m scripts.studies.training_free.first_steps runs/hinges/smollm2-k2-seed0 --rates 5e-5 --keep up_proj down_proj
+    python -m scripts.studies.training_free.first_steps runs/hinges/smollm2-k2-seed0 --rates 5e-5 --freeze up_proj down_proj
 
 Twelve steps of AdamW on two windows of 256 tokens each, the rate rising over three and falling to 0; KL(smooth ‖ ReLU) a
 token, in nats, on six windows of the test splits, before and after. Rows go to results/first_steps.csv.
@@ -25,7 +25,7 @@ from scripts.tools.assets import asset
 from scripts.tools.tables import append
 
 RESULTS = Path(__file__).parents[1] / "results" / "first_steps.csv"
-FIELDS = ("variant", "rate", "kept", "steps", "windows", "before", "after", "versions")
+FIELDS = ("variant", "rate", "frozen", "steps", "windows", "before", "after", "versions")
 STEPS, WINDOWS, WARM = 12, 2, 3
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="the ReLU network that the study of hinges kept")
     parser.add_argument("--rates", nargs="+", type=float, default=[2e-5, 6e-6])
-    parser.add_argument("--keep", nargs="+", default=[], metavar="MAP", help="maps that do not learn, such as down_proj")
+    parser.add_argument("--freeze", nargs="+", default=[], metavar="MODULE", help="what does not learn, such as down_proj")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(asset("smollm2"))
@@ -71,9 +71,9 @@ def main() -> None:
     for rate in options.rates:
         student = copy.deepcopy(refit)
         for name, parameter in student.named_parameters():
-            parameter.requires_grad_(not any(f".{kept}." in name for kept in options.keep))
+            parameter.requires_grad_(not any(f".{module}." in name for module in options.freeze))
         steps(teacher, student, train, rate)
-        made = (options.folder.name, rate, " ".join(options.keep), STEPS, WINDOWS, f"{before:.4f}")
+        made = (options.folder.name, rate, " ".join(options.freeze), STEPS, WINDOWS, f"{before:.4f}")
         row: dict[str, object] = dict(zip(FIELDS, made, strict=False))
         row |= {"after": f"{judged(teacher, student, test):.4f}", "versions": " ".join(package_versions().values())}
         append(options.results, FIELDS, [row])
