@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._compat import pytree
 from .feed_forward import Blocks, FeedForward
 from .fused_maps import Halves, Lain
 from .hooks import Hooks
@@ -29,6 +30,8 @@ _UNITWISE = frozenset({"Relu", "Mul", "Clone", "Alias", "View", "UnsafeView", "R
 _UNITWISE |= {MADE_BY}
 # operations that take a part of what a map puts out, as of one that makes gate and up together
 _CUTS = frozenset({"Split", "SplitWithSizes", "Slice", "Unbind", "Select", "Narrow"})
+# who takes up what the model puts out
+_OUTPUT: Key = (0, ())
 # operations after which a dimension is not where it was
 _MOVING = frozenset({"View", "UnsafeView", "ReshapeAlias"}) | _CUTS
 
@@ -40,7 +43,8 @@ def feed_forwards(model: nn.Module, sites: Mapping[str, nn.Module], forward: Cal
         for name, site in sites.items():
             hooks.after(site, partial(walk.on_site, name))
         with watch_linears(walk.on_linear):
-            forward()
+            output = forward()
+        walk.on_output(output)
     result = Blocks()
     for name in sites:
         try:
@@ -128,6 +132,12 @@ class _Walk:
         self._leaves[id(leaf)] = ran
         return made_by(leaf, call.output.detach())
 
+    def on_output(self, output: Any) -> None:
+        """What the model puts out takes up what maps put out, as a map would that comes after it."""
+        for tensor in pytree.tree_leaves([dict(one) if isinstance(one, dict) else one for one in _each(output)]):
+            for leaf in self._leaves_before(tensor.grad_fn) if isinstance(tensor, Tensor) else ():
+                self._users.setdefault(self._leaves[id(leaf)].place, set()).add(_OUTPUT)
+
     def _block(self, after: _Ran, taken: Tensor, nodes: list[Any], names: set[str]) -> _Found:
         """The maps of a block, whose last one gets `taken`, from these nodes."""
         if after.obstacle:
@@ -212,6 +222,11 @@ class _Walk:
             if len(names) > 1:
                 raise _Obstacle(f"{names[0]} is tied to {names[1]}")
         return found
+
+
+def _each(output: Any) -> Sequence[Any]:
+    """The outputs, of one run or of several."""
+    return output if isinstance(output, (list, tuple)) else [output]
 
 
 def _permuted(order: tuple[int, ...], dims: Sequence[int]) -> tuple[int, ...]:
