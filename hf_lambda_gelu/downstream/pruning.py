@@ -96,9 +96,9 @@ def prune_dead_units(model: nn.Module, batches: Iterable[Any]) -> PruningReport:
 
     Stock transformers can load what is saved. It has one width for all layers (or for all of an encoder, of a tower), so
     each keeps as many units as the layer that needs most, dead ones among them where it needs fewer; a block keeps one unit
-    at least. A block whose width is no number of the config (DINOv2's `mlp_ratio`), or that is not understood (experts, one
-    map for gate and up together), is left whole, and the report says why. Parameters stay the same objects with smaller
-    data and without gradients: make the optimizer afterwards.
+    at least. A block whose width is no number of the config (DINOv2's `mlp_ratio`), or that is not understood (experts), is
+    left whole, and the report says why. Parameters stay the same objects with smaller data and without gradients: make the
+    optimizer afterwards.
 
     Args:
         model: a ReLU network, transformers' or any other. In any dtype, on any device.

@@ -90,7 +90,14 @@ class FeedForward:
 
 @dataclass
 class Blocks:
-    """What one forward pass showed: the blocks by site, and why the other sites have none that can be told."""
+    """What one forward pass showed.
+
+    Attributes:
+        found: site → its block.
+        obstacles: site → why it has none that can be told.
+        shown: the sites of blocks before whose ReLU something is that the model puts out as well.
+    """
 
     found: dict[str, FeedForward] = field(default_factory=dict)
     obstacles: dict[str, str] = field(default_factory=dict)
+    shown: list[str] = field(default_factory=list)

@@ -30,8 +30,6 @@ _UNITWISE = frozenset({"Relu", "Mul", "Clone", "Alias", "View", "UnsafeView", "R
 _UNITWISE |= {MADE_BY}
 # operations that take a part of what a map puts out, as of one that makes gate and up together
 _CUTS = frozenset({"Split", "SplitWithSizes", "Slice", "Unbind", "Select", "Narrow"})
-# who takes up what the model puts out
-_OUTPUT: Key = (0, ())
 # operations after which a dimension is not where it was
 _MOVING = frozenset({"View", "UnsafeView", "ReshapeAlias"}) | _CUTS
 
@@ -44,11 +42,11 @@ def feed_forwards(model: nn.Module, sites: Mapping[str, nn.Module], forward: Cal
             hooks.after(site, partial(walk.on_site, name))
         with watch_linears(walk.on_linear):
             output = forward()
-        walk.on_output(output)
-    result = Blocks()
+    result, shown = Blocks(), walk.shown_by(output)
     for name in sites:
         try:
-            result.found[name] = walk.block(name)
+            block = result.found[name] = walk.block(name)
+            result.shown += [name] if any(made.parameter in shown for made in block.before) else []
         except _Obstacle as obstacle:
             result.obstacles[name] = str(obstacle)
     return result
@@ -132,11 +130,13 @@ class _Walk:
         self._leaves[id(leaf)] = ran
         return made_by(leaf, call.output.detach())
 
-    def on_output(self, output: Any) -> None:
-        """What the model puts out takes up what maps put out, as a map would that comes after it."""
-        for tensor in pytree.tree_leaves([dict(one) if isinstance(one, dict) else one for one in _each(output)]):
-            for leaf in self._leaves_before(tensor.grad_fn) if isinstance(tensor, Tensor) else ():
-                self._users.setdefault(self._leaves[id(leaf)].place, set()).add(_OUTPUT)
+    def shown_by(self, output: Any) -> set[nn.Parameter]:
+        """The weights of the maps whose outputs are in what the model puts out, no other map between."""
+        runs = output if isinstance(output, (list, tuple)) else [output]
+        tensors = pytree.tree_leaves([dict(run) if isinstance(run, dict) else run for run in runs])
+        leaves = [leaf for t in tensors if isinstance(t, Tensor) for leaf in self._leaves_before(t.grad_fn)]
+        found = [self._leaves[id(leaf)].found for leaf in leaves]
+        return {linear.parameter for linear in found if linear is not None}
 
     def _block(self, after: _Ran, taken: Tensor, nodes: list[Any], names: set[str]) -> _Found:
         """The maps of a block, whose last one gets `taken`, from these nodes."""
@@ -222,11 +222,6 @@ class _Walk:
             if len(names) > 1:
                 raise _Obstacle(f"{names[0]} is tied to {names[1]}")
         return found
-
-
-def _each(output: Any) -> Sequence[Any]:
-    """The outputs, of one run or of several."""
-    return output if isinstance(output, (list, tuple)) else [output]
 
 
 def _permuted(order: tuple[int, ...], dims: Sequence[int]) -> tuple[int, ...]:

@@ -135,6 +135,31 @@ def test_a_layer_that_runs_three_times(tmp_path: Path) -> None:
     close(outputs(model, data[0]), outputs(type(model).from_pretrained(tmp_path).eval(), data[0]), 0.0)
 
 
+def test_gate_and_up_in_one_map(tmp_path: Path) -> None:
+    """Of ModernBERT's Wi a unit has two rows, which go together; what is left is of units that fire."""
+    model = relu_model("modernbert")
+    layers = [layer.mlp for layer in model.model.layers]
+    for mlp in layers:
+        kill(mlp, "Wi", [1, 2, 36])  # rows of the gate
+    data = batches(model)
+    expected = [outputs(model, batch) for batch in data]
+    dead = [len(site.dead) for site in hlg.activation_sparsity(model, data).sites[:2]]
+    gates, ups = layers[0].Wi.weight.detach().clone().chunk(2)
+    report = hlg.prune_dead_units(model, data)
+    now = 37 - min(dead)
+    assert report.widths == {"intermediate_size": (37, now)}
+    assert now <= 34
+    assert (layers[0].Wi.out_features, layers[0].Wo.in_features) == (2 * now, now)
+    left = zip(*layers[0].Wi.weight.detach().chunk(2), strict=True)
+    pairs = {(g.numpy().tobytes(), u.numpy().tobytes()) for g, u in zip(gates, ups, strict=True)}
+    assert {(g.numpy().tobytes(), u.numpy().tobytes()) for g, u in left} <= pairs
+    for batch, wanted in zip(data, expected, strict=True):
+        close(wanted, outputs(model, batch))
+    hlg.save_relu_pretrained(model, tmp_path / "pruned")
+    reloaded = type(model).from_pretrained(tmp_path / "pruned").eval()
+    close(outputs(model, data[0]), outputs(reloaded, data[0]), 0.0)
+
+
 def test_tied_layers_are_left_whole() -> None:
     """One weight under two names; a third layer, which is not tied, has the same width in the config, and stays too."""
     model = converted("bert", 160.0, num_hidden_layers=3)

@@ -82,9 +82,11 @@ def plan_hinges(model: nn.Module, sites: Mapping[str, LambdaGELU], forward: Call
     blocks = feed_forwards(model, sites, forward)
     plan = Plan(single=dict(blocks.obstacles))
     found = dict(blocks.found)
-    for name in hard_coded_sites(model):
+    kept = dict.fromkeys(blocks.shown, "the model puts out what the map before it does")
+    kept |= dict.fromkeys(hard_coded_sites(model), "its activation is hard-coded and stays smooth")
+    for name, reason in kept.items():
         if found.pop(name, None) is not None:
-            plan.single[name] = "its activation is hard-coded and stays smooth"
+            plan.single[name] = reason
     _check_formula(model, {name: sites[name] for name in found}, found, forward)
     try:
         _add_all(plan, model, found, wanted)

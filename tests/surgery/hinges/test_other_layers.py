@@ -114,7 +114,7 @@ def test_fused_layer_computes_the_sum(cut: str, monkeypatch: pytest.MonkeyPatch)
         ("turned around", "Flip stands between"),
         ("doubled", r"what the map after it gets is not its output, or that times another map's"),
         ("overlapping", r"what the map after it gets is not its output, or that times another map's"),
-        ("used elsewhere", "used elsewhere too"),
+        ("used elsewhere", "the model puts out what the map before it does"),
         ("copied", r"is cut in parts by Split"),
     ],
 )
