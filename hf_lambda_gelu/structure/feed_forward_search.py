@@ -155,7 +155,8 @@ class _Walk:
         for maker in makers.values():
             if maker.obstacle:
                 raise _Obstacle(maker.obstacle)
-            if maker.shape != (*taken.shape[:-1], (1 if not cut or ups else 2) * taken.shape[-1]):
+            times = 1 if not cut or ups else 2
+            if (maker.shape[-1], maker.shape.numel()) != (times * taken.shape[-1], times * taken.numel()):
                 raise _Obstacle(cut or "the maps before and after it have unlike shapes")
         halves = gates[0].lain.halves(self._entered[next(iter(names))]) if cut else None
         if cut and halves is None:

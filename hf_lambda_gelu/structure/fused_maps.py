@@ -59,13 +59,22 @@ class Lain:
         """That of a tensor that is there."""
         return cls(StorageWeakRef(tensor.untyped_storage()), int(tensor.storage_offset()), tensor.shape, tensor.stride())
 
+    @property
+    def rows(self) -> tuple[int, int] | None:
+        """How many rows (…, features) has, and how far one is from the next; None if they are not even."""
+        count, apart = 1, 0
+        for size, stride in reversed(list(zip(self.shape[:-1], self.strides[:-1], strict=True))):
+            if size != 1 and count != 1 and stride != count * apart:
+                return None
+            apart = stride if count == 1 and size != 1 else apart
+            count *= size
+        return count, apart
+
     def halves(self, gate: Lain) -> Halves | None:
         """How `gate` is a half of what this map put out; None if it is no view of a half of its outputs."""
         units, odd = divmod(self.shape[-1], 2)
         apart, step = gate.offset - self.offset, self.strides[-1]
-        if self.memory != gate.memory or odd or gate.shape != (*self.shape[:-1], units):
-            return None
-        if gate.strides[:-1] != self.strides[:-1] or apart not in (0, step, units * step):
+        if self.memory != gate.memory or odd or gate.shape[-1] != units or gate.rows is None or gate.rows != self.rows:
             return None
         if gate.strides[-1] == step and apart in (0, units * step):
             return Halves(apart == 0)

@@ -17,6 +17,7 @@ from support.stock import stock_outputs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.surgery.hinges import work
@@ -39,10 +40,11 @@ def rows(name: str, count: int = 24) -> list[dict[str, Tensor]]:
 class Fused(nn.Module):
     """One map for gate and up, whose outputs are cut in the way that it is made with."""
 
-    def __init__(self, cut: str) -> None:
+    def __init__(self, cut: str, as_conv1d: bool = False) -> None:
         super().__init__()
         self.cut = cut
-        self.both, self.act, self.down = nn.Linear(WIDTH, 2 * UNITS), nn.GELU(), nn.Linear(UNITS, WIDTH)
+        both = Conv1D(2 * UNITS, WIDTH) if as_conv1d else nn.Linear(WIDTH, 2 * UNITS)
+        self.both, self.act, self.down = both, nn.GELU(), nn.Linear(UNITS, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.both(x)
@@ -82,15 +84,18 @@ CUTS: dict[str, tuple[range, range]] = {
 }
 
 
-@pytest.mark.parametrize("cut", CUTS)
-def test_fused_layer_computes_the_sum(cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("cut", "as_conv1d"), [*((cut, False) for cut in CUTS), ("up first", True), ("in turns", True)])
+def test_fused_layer_computes_the_sum(cut: str, as_conv1d: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neuron by neuron, Σᵢ aᵢ relu(z − tᵢ) u through the old halves is what the wider layer puts out, at λ = 3."""
     monkeypatch.setattr(work, "minimax", lambda base, hinges: FOUND)
     torch.manual_seed(0)
-    model = Fused(cut)
+    model = Fused(cut, as_conv1d)
+    with torch.no_grad():
+        model.both.weight.normal_(std=0.3)
+        model.both.bias.normal_(std=0.3)
     hlg.convert(model, init_hardness=3.0)
     x = 3.0 * torch.randn(2, 7, WIDTH)
-    w, b = (p.detach().double().numpy() for p in (model.both.weight, model.both.bias))
+    w, b = (p.detach().double().numpy() for p in (model.both.weight.T if as_conv1d else model.both.weight, model.both.bias))
     w2, b2 = (p.detach().double().numpy() for p in (model.down.weight, model.down.bias))
     report = hlg.relu_ize(model, calibration=[x], hinges=5)
     assert report.hinges is not None
@@ -105,7 +110,7 @@ def test_fused_layer_computes_the_sum(cut: str, monkeypatch: pytest.MonkeyPatch)
             value = sum(a * max(z - t / 3.0, 0.0) for a, t in zip(FOUND.weights, FOUND.at, strict=True))
             wanted += w2[:, unit] * value * (w[up] @ entry + b[up])
         assert np.abs(got[row] - wanted).max() < 1e-5 * max(1.0, np.abs(wanted).max())
-    assert (model.both.out_features, model.down.in_features) == (10 * UNITS, 5 * UNITS)
+    assert (model.both.nf if as_conv1d else model.both.out_features, model.down.in_features) == (10 * UNITS, 5 * UNITS)
 
 
 @pytest.mark.parametrize(
