@@ -16,7 +16,8 @@ from support.states import full_snapshot
 from support.stock import stock_outputs
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 import hf_lambda_gelu as hlg
@@ -306,6 +307,55 @@ def test_no_bias_is_what_is_said_first() -> None:
             with pytest.raises(hlg.HingeError, match=reason):
                 hlg.relu_ize(model, **options)
             assert full_snapshot(model) == before, name
+
+
+class SwitchConfig(PreTrainedConfig):
+    model_type = "handmade_switch"
+
+    def __init__(
+        self, mlp_bias: bool = False, inner_size: int = 10, other_size: int = 12, hidden_act: str = "silu", **kwargs: Any
+    ) -> None:
+        self.mlp_bias, self.inner_size, self.other_size, self.hidden_act = mlp_bias, inner_size, other_size, hidden_act
+        super().__init__(**kwargs)
+
+
+class Switch(PreTrainedModel):
+    """Two layers: a switch of the config gives the first one's maps biases; nothing gives the second's last map one."""
+
+    config_class = SwitchConfig
+    main_input_name = "inputs_embeds"
+
+    def __init__(self, config: SwitchConfig) -> None:
+        super().__init__(config)
+        self.both = nn.Linear(WIDTH, 2 * config.inner_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.inner_size, WIDTH, bias=config.mlp_bias)
+        self.first, self.second = nn.Linear(WIDTH, config.other_size), nn.Linear(config.other_size, WIDTH, bias=False)
+        self.act, self.act2 = ACT2FN[config.hidden_act], ACT2FN[config.hidden_act]
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        pass
+
+    def forward(self, inputs_embeds: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        gate, up = self.both(inputs_embeds).chunk(2, -1)
+        x = inputs_embeds + self.down(self.act(gate) * up)
+        return {"logits": x + self.second(self.act2(self.first(x)))}
+
+
+@pytest.mark.parametrize("options", [{"hinges": 4}, {"hinges": 2, **REFIT}], ids=["no data", "data"])
+def test_gates_get_biases_where_other_maps_cannot(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = Switch(SwitchConfig())
+    hlg.convert(model)
+    data = [{"inputs_embeds": torch.randn(4, 16, WIDTH)} for _ in range(3)]
+    report = hlg.relu_ize(model, calibration=data, **options)
+    assert report.hinges is not None
+    assert set(report.hinges.widths) == {"inner_size", "other_size"}
+    assert (model.config.mlp_bias, model.second.bias) == (True, None)
+    assert len(model.both.bias) == 2 * 10 * options["hinges"]
+    assert bool(model.both.bias.any())
+    rebuilt = {name: tensor.shape for name, tensor in Switch(model.config).state_dict().items()}
+    assert rebuilt == {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 class Experts(nn.Module):
