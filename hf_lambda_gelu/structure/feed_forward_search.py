@@ -66,6 +66,7 @@ class _Ran:
         shape: of what it put out.
         obstacle: why its rows are not its input's; empty if they are.
         lain: where what it put out lay.
+        turned: whether its features are the last dimension in `LinearCall` alone, as a convolution's channels.
     """
 
     place: Key
@@ -73,6 +74,7 @@ class _Ran:
     shape: torch.Size
     obstacle: str
     lain: Lain
+    turned: bool
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class _Walk:
         self._ran: dict[str, int] = {}  # site → how many linear maps ran before its last call
         self._sites: dict[Any, str] = {}  # the node that a ReLU's output comes from
         self._kept: list[Any] = []  # or another object might get the id of one that is gone
-        self._entered: dict[str, Lain] = {}  # where what a site got last lay
+        self._entered: dict[str, Lain | None] = {}  # where what a site got last lay
         self._found: dict[str, dict[tuple[Key, ...], _Found]] = {}
         self._obstacles: dict[str, str] = {}
         self._users: dict[Key, set[Key]] = {}  # map → the maps that take up what it puts out
@@ -100,7 +102,7 @@ class _Walk:
     def on_site(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         self._found.setdefault(name, {})
         self._ran[name] = len(self._leaves)
-        self._entered[name] = Lain.of(args[0])
+        self._entered[name] = Lain.of(args[0]) if args else None
         if output.grad_fn is not None:
             self._sites[output.grad_fn] = name
             self._kept.append(output.grad_fn)
@@ -112,7 +114,7 @@ class _Walk:
             "" if call.window is None else f"it feeds a convolution with kernel {'×'.join(map(str, call.window.kernel))}"
         )
         place, lain = self._parameters.place(call), Lain.of(call.output)
-        ran = _Ran(place, self._parameters.find(call), call.output.shape, window, lain)
+        ran = _Ran(place, self._parameters.find(call), call.output.shape, window, lain, call.order is not None)
         nodes = list(ancestors(call.input.grad_fn))
         names = {self._sites[node] for node in nodes if node in self._sites}
         for name in names:
@@ -155,10 +157,13 @@ class _Walk:
         for maker in makers.values():
             if maker.obstacle:
                 raise _Obstacle(maker.obstacle)
+            if maker.turned != after.turned:
+                raise _Obstacle("one of the maps before and after it is a convolution, and another none")
             times = 1 if not cut or ups else 2
             if (maker.shape[-1], maker.shape.numel()) != (times * taken.shape[-1], times * taken.numel()):
                 raise _Obstacle(cut or "the maps before and after it have unlike shapes")
-        halves = gates[0].lain.halves(self._entered[next(iter(names))]) if cut else None
+        entered = self._entered[next(iter(names))]
+        halves = gates[0].lain.halves(entered) if cut and entered is not None else None
         if cut and halves is None:
             raise _Obstacle(cut)
         return _Found((after, *gates, *ups), halves)

@@ -143,11 +143,18 @@ def _add(
     shapes = {} if then is None else {name: p.shape for name, p in then.named_parameters()}
     names = {parameter: name for name, parameter in part.named_parameters()}
     for name in width.sites:
-        after = blocks[name].parameters[0]
-        shape = shapes.get(names[after.parameter])
-        if shape is None or abs(shape[after.dim] - wanted.factor * blocks[name].units) > 1:
+        block, sides = blocks[name], blocks[name].parameters
+        shape = shapes.get(names[sides[0].parameter])
+        units = 0 if shape is None else shape[sides[0].dim]
+        if any(shapes.get(names[side.parameter]) != side.shape(units) for side in sides):
             raise HingeError(f"{type(part).__name__} cannot be built with config.{width.path} = {number}")
-        plan.sites[name] = PlannedSite(blocks[name], shape[after.dim])
+        if not wanted.allows(block.units, units):
+            raise HingeError(
+                f"{name}: with config.{width.path} = {number:g} {type(part).__name__} has {units} units in the place of "
+                f"{block.units}, as it rounds, and {wanted.factor:g} times as many were to be: pass another number of "
+                "hinges, or with data a budget"
+            )
+        plan.sites[name] = PlannedSite(block, units)
     plan.widths.append((prefix, part, width, number))
 
 

@@ -207,6 +207,25 @@ def test_channels_that_change_places(between: str) -> None:
         hlg.relu_ize(model, calibration=[torch.randn(2, UNITS, UNITS)], hinges=4)
 
 
+class Mixed(nn.Module):
+    """A linear map before, a convolution after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.act, self.after = nn.Linear(WIDTH, UNITS), nn.GELU(), nn.Conv1d(UNITS, WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.act(self.before(x)).permute(0, 2, 1))
+
+
+def test_a_linear_map_and_a_convolution() -> None:
+    """As a readout between two parts of a model has them, whose width is that of both: it keeps one ReLU per neuron."""
+    model = Mixed()
+    hlg.convert(model)
+    with pytest.raises(hlg.HingeError, match="one of the maps before and after it is a convolution, and another none"):
+        hlg.relu_ize(model, calibration=[torch.randn(2, 7, WIDTH)], hinges=4)
+
+
 def test_rows_of_a_convolution() -> None:
     """A calibration set that is too small is told by its positions: 2 × 8 × 8 are 128 rows, and channels are none."""
     model = other_layers("poolformer", mlp_ratio=12.0)
@@ -214,6 +233,19 @@ def test_rows_of_a_convolution() -> None:
     with pytest.raises(hlg.CalibrationError, match="will have 288 units, and the calibration set has about 128 rows"):
         hlg.relu_ize(model, calibration=rows("poolformer", 1), **REFIT, hinges=2)
     assert full_snapshot(model) == before
+
+
+def test_a_ratio_that_the_class_rounds() -> None:
+    """12 × 2.0333… are 24 channels, three times as wide 73: too many for 3 each, told before work is done; a budget fits."""
+    sizes = {"hidden_sizes": [12, 12], "mlp_ratio": 24.4 / 12}
+    model = other_layers("poolformer", **sizes)
+    before = full_snapshot(model)
+    with pytest.raises(hlg.HingeError, match=r"has 73 units in the place of 24, as it rounds, and 3 times as many"):
+        hlg.relu_ize(model, calibration=rows("poolformer"), **REFIT, hinges=3)
+    assert full_snapshot(model) == before
+    report = hlg.relu_ize(model, calibration=rows("poolformer"), **REFIT, budget=3.0)
+    assert report.hinges is not None
+    assert {site.units for site in report.hinges.sites} == {(24, 73)}
 
 
 # ----------------------------------------------------------------------------------------- of transformers' classes
@@ -295,7 +327,11 @@ def test_failure_leaves_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_no_bias_is_what_is_said_first() -> None:
     """Of maps that make gate and up, of experts, and where the width would be another reason."""
     phi = AutoModelForCausalLM.from_config(AutoConfig.for_model("phi3", **tiny.GATED, pad_token_id=0))
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "first_k_dense_replace": 0}
+    glm = AutoModelForCausalLM.from_config(AutoConfig.for_model("glm4_moe", **tiny.GATED, **experts, pad_token_id=0))
     cases = {
+        # its shared experts are as wide as those in stacks, by the same number of the config
+        "glm4_moe": (randomized(glm), r"shared_experts\.gate_proj\.weight has no bias, and no config attribute"),
         "phi3": (randomized(phi), r"model\.layers\.0\.mlp\.gate_up_proj\.weight has no bias, and no config attribute"),
         "mixtral": (experts_model("mixtral"), "is one of the stacks of experts' weights, to which no biases belong"),
         "qwen2_moe": (experts_model("qwen2_moe"), r"shared_expert\.gate_proj\.weight has no bias, and no config attribute"),
