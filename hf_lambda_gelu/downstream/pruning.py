@@ -15,7 +15,8 @@ from ..measurement.difference import difference, float_outputs, tolerance
 from ..measurement.forward import measuring, run_batch, same_random_numbers
 from ..reports import progress, table, to_dict
 from ..structure.edits import own_config, reshape
-from ..structure.feed_forward import Blocks, FeedForward, feed_forwards
+from ..structure.feed_forward import Blocks, FeedForward
+from ..structure.feed_forward_search import feed_forwards
 from ..structure.linear_calls import Key, LinearCall
 from ..structure.linear_maps import watch_linears
 from ..structure.modules import has_adapters, joined, quantised_weight, transformers_parts
@@ -95,9 +96,9 @@ def prune_dead_units(model: nn.Module, batches: Iterable[Any]) -> PruningReport:
 
     Stock transformers can load what is saved. It has one width for all layers (or for all of an encoder, of a tower), so
     each keeps as many units as the layer that needs most, dead ones among them where it needs fewer; a block keeps one unit
-    at least. A block whose width is no number of the config (DINOv2's `mlp_ratio`), or that is not understood (experts, one
-    map for gate and up together), is left whole, and the report says why. Parameters stay the same objects with smaller
-    data and without gradients: make the optimizer afterwards.
+    at least. A block whose width is no number of the config (DINOv2's `mlp_ratio`), or that is not understood (experts), is
+    left whole, and the report says why. Parameters stay the same objects with smaller data and without gradients: make the
+    optimizer afterwards.
 
     Args:
         model: a ReLU network, transformers' or any other. In any dtype, on any device.
@@ -202,16 +203,14 @@ def _chosen(fires: Tensor, width: int) -> Tensor:
 
 def _cut(model: nn.Module, block: FeedForward, units: Tensor) -> None:
     """Keep these units alone, in the parameters and in what their modules say of their widths."""
-    for parameter, dim in block.parameters:
-        smaller = parameter.detach().index_select(dim, units.to(parameter.device)).contiguous()
-        reshape(parameter, smaller)
-    sides = [(block.after, ("in_features", "in_channels", "nx"))]
-    sides += [(made, ("out_features", "out_channels", "nf")) for made in block.before]
-    for made, attributes in sides:
-        module = model.get_submodule(made.name.rpartition(".")[0])
+    smaller = {side.parameter: block.of_units(side, units) for side in block.parameters}
+    for parameter, data in smaller.items():
+        reshape(parameter, data)
+    for name, attributes, times in block.attributes:
+        module = model.get_submodule(name)
         for attribute in attributes:
             if isinstance(getattr(module, attribute, None), int):
-                setattr(module, attribute, len(units))
+                setattr(module, attribute, times * len(units))
 
 
 def _check_outputs(model: nn.Module, compared: _Compared, report: PruningReport) -> None:
@@ -233,7 +232,7 @@ def _check_outputs(model: nn.Module, compared: _Compared, report: PruningReport)
 
 def _check_rebuilt(model: nn.Module, blocks: list[FeedForward]) -> None:
     """ValueError if stock transformers would build other shapes from the configs."""
-    cut = {parameter for block in blocks for parameter, _ in block.parameters}
+    cut = {side.parameter for block in blocks for side in block.parameters}
     reason = misfit(model, cut)
     if reason is not None:
         raise ValueError(reason)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..measurement.examples.choice import example_inputs
 from ..measurement.forward import measuring
 from ..reports import table, to_dict
-from ..structure.feed_forward import feed_forwards
+from ..structure.feed_forward_search import feed_forwards
 from ..structure.transaction import transaction
 from ..structure.usable import check_usable
 from ..surgery.folding import forward

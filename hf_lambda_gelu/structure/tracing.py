@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ class Trace:
         order: site names in the order in which they are called.
         batches: the batches that were run, by their place, until every site was reached or none was left.
         leading: site name → the leading shape (all but the features) of its output; of several calls, as `with_more` has it.
+        rows: site name → how many rows the maps after it got, on the first batch that reached it.
     """
 
     maps: dict[str, list[LinearMap]] = field(default_factory=dict)
@@ -37,6 +40,7 @@ class Trace:
     order: list[str] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
     leading: dict[str, Sequence[int]] = field(default_factory=dict)
+    rows: Counter[str] = field(default_factory=Counter)
 
 
 def trace(model: nn.Module, forward: Callable[[], Any], *others: Callable[[], Any]) -> Trace:
@@ -61,7 +65,7 @@ def trace(model: nn.Module, forward: Callable[[], Any], *others: Callable[[], An
         seen.add(one)
         if len(seen.reached) == len(sites):
             break
-    result.leading = seen.leading
+    result.leading, result.rows = seen.leading, seen.rows
     return _read(model, parameters, sites.values(), seen, result)
 
 
@@ -88,7 +92,7 @@ class _Seen:
     Attributes:
         reached: site → the linear maps that took its output up, by weight, in the order in which sites were called; None
             where it is no parameter's.
-        leading: as in `Trace`.
+        leading, rows: as in `Trace`.
         unread: site → an operation with a weight that takes its output up and is no map that can be refit.
         elsewhere: parameter → what else it is used for.
         ways: a weight → whether it is used as (d, k), as (k, d), or both.
@@ -96,6 +100,7 @@ class _Seen:
 
     reached: dict[str, dict[Key, LinearMap | None]] = field(default_factory=dict)
     leading: dict[str, Sequence[int]] = field(default_factory=dict)
+    rows: Counter[str] = field(default_factory=Counter)
     unread: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[nn.Parameter, str] = field(default_factory=dict)
     ways: dict[Key, set[bool]] = field(default_factory=dict)
@@ -106,7 +111,7 @@ class _Seen:
             self.reached.setdefault(site, {}).update(taken)
         for key, both in other.ways.items():
             self.ways.setdefault(key, set()).update(both)
-        self.leading = other.leading | self.leading
+        self.leading, self.rows = other.leading | self.leading, Counter({**other.rows, **self.rows})
         self.unread |= other.unread
         self.elsewhere |= other.elsewhere
 
@@ -140,6 +145,7 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
         seen.ways.setdefault(place, set()).add(call.lies_transposed)
         for site in sources(call.input):
             seen.reached[site][place] = parameters.find(call)
+            seen.rows[site] += math.prod(call.leading)
         return leaf(call.output, None)
 
     with Hooks() as hooks:

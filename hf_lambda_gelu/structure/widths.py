@@ -92,10 +92,8 @@ def _width(
     group, explained = [], set()
     for site, block in blocks.items():
         wider = {}
-        for parameter, dim in block.parameters:
-            shape = list(parameter.shape)
-            shape[dim] += block.units if ratio else 1
-            wider[names[parameter]] = tuple(shape)
+        for side in block.parameters:
+            wider[names[side.parameter]] = side.shape(2 * block.units if ratio else block.units + 1)
         if (ratio or block.units == value) and all(shapes.get(name) == shape for name, shape in wider.items()):
             group.append(site)
             explained |= set(wider)

@@ -149,9 +149,9 @@ def verdict(row: dict[str, Any]) -> str:
 
 _WHY = {
     "has no bias, and no config": "the gate's map has no bias, and the config no switch for one",
-    "an expert's": "experts, whose weights are slices of one parameter",
-    "is cut in parts": "one map makes gate and up together",
-    "stands between|unlike shapes|make its units": "something else stands between the maps",
+    "stacks of experts' weights": "experts, whose weights are stacks without biases",
+    "is cut in parts": "one map makes its units and others",
+    "stands between|unlike shapes|make its units|and another none": "something else stands between the maps",
     "no number in the config is its width": "its width is in no number of the config",
     "in no block that can be told": "the number in the config is the width of other maps too",
     "no input reached": "made-up inputs do not reach it",

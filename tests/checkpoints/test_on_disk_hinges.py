@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import tiny
 from support.folders import digests, load, read, same_tensors, stored
+from support.other_layers import OTHER_LAYERS, other_inputs, smooth_layers
 from support.processes import killed
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -25,7 +26,8 @@ from hf_lambda_gelu.surgery.refit.sources import RefitWeights
 from hf_lambda_gelu.surgery.refit.store import Store
 
 REFIT: dict[str, Any] = {"compensate": "least_squares"}
-# a gated FFN that gets biases, with and without data; a head that keeps one ReLU; images; Conv1D and λ; a shared block
+# a gated FFN that gets biases, with and without data; a head that keeps one ReLU; images; Conv1D and λ; a shared block;
+# gate and up in one map, which gets a bias, or has one; 1×1 convolutions
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**REFIT, "budget": 1.5}),
     "bert": ("bert", {**REFIT, "hinges": 2}),
@@ -34,10 +36,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "albert": ("albert", {**REFIT, "hinges": 2}),
     "llama without data": ("llama", {"hinges": 4}),
     "gpt2 without data": ("gpt2", {"hinges": 5}),
+    "modernbert": ("modernbert", {**REFIT, "budget": 1.5}),
+    "modernbert without data": ("modernbert", {"hinges": 4}),
+    "moonshine": ("moonshine", {**REFIT, "hinges": 2}),
+    "poolformer": ("poolformer", {**REFIT, "hinges": 2}),
+    "poolformer without data": ("poolformer", {"hinges": 4}),
 }
 
 
 def build(name: str, **config: Any) -> Any:
+    if name in OTHER_LAYERS:
+        return smooth_layers(name, **config)
     return tiny.build(name, **({"n_inner": 37} if name == "gpt2" else {}), **config)
 
 
@@ -45,7 +54,7 @@ def batches(name: str) -> list[dict[str, Tensor]]:
     made = []
     for seed in range(5):  # 110 tokens for 74 units
         torch.manual_seed(seed)
-        made.append(tiny.inputs(build(name)))
+        made.append(other_inputs(name, seed) if name in OTHER_LAYERS else tiny.inputs(build(name)))
     return made
 
 
@@ -91,6 +100,7 @@ MOMENTS: list[tuple[str, Any, str, int, int]] = [
     ("llama", work, "place", 2, 1),  # one block is wider and refit, the next is measured
     ("gpt2", engine, "decide", 2, 1),  # the second one is wider, and not refit
     ("gpt2", RefitWeights, "note", 3, 2),  # two are noted, the third is refit
+    ("modernbert", engine, "decide", 2, 1),
     ("llama", on_disk_files, "write_changed", 2, 3),
 ]
 
@@ -106,7 +116,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, hlg
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
-        for name, blocks in (("llama", "num_hidden_layers"), ("gpt2", "n_layer")):
+        for name, blocks in (("llama", "num_hidden_layers"), ("gpt2", "n_layer"), ("modernbert", "num_hidden_layers")):
             root = tmp_path_factory.mktemp("whole")
             build(name, **{blocks: 3}).save_pretrained(root / name, max_shard_size="20KB")
             found[name] = root, deep(root, name)

@@ -135,6 +135,48 @@ def test_a_layer_that_runs_three_times(tmp_path: Path) -> None:
     close(outputs(model, data[0]), outputs(type(model).from_pretrained(tmp_path).eval(), data[0]), 0.0)
 
 
+def test_gate_and_up_in_one_map(tmp_path: Path) -> None:
+    """Of ModernBERT's Wi a unit has two rows, which go together; what is left is of units that fire."""
+    model = relu_model("modernbert")
+    layers = [layer.mlp for layer in model.model.layers]
+    for mlp in layers:
+        kill(mlp, "Wi", [1, 2, 36])  # rows of the gate
+    data = batches(model)
+    expected = [outputs(model, batch) for batch in data]
+    dead = [len(site.dead) for site in hlg.activation_sparsity(model, data).sites[:2]]
+    gates, ups = layers[0].Wi.weight.detach().clone().chunk(2)
+    report = hlg.prune_dead_units(model, data)
+    now = 37 - min(dead)
+    assert report.widths == {"intermediate_size": (37, now)}
+    assert now <= 34
+    assert (layers[0].Wi.out_features, layers[0].Wo.in_features) == (2 * now, now)
+    left = zip(*layers[0].Wi.weight.detach().chunk(2), strict=True)
+    pairs = {(g.numpy().tobytes(), u.numpy().tobytes()) for g, u in zip(gates, ups, strict=True)}
+    assert {(g.numpy().tobytes(), u.numpy().tobytes()) for g, u in left} <= pairs
+    for batch, wanted in zip(data, expected, strict=True):
+        close(wanted, outputs(model, batch))
+    hlg.save_relu_pretrained(model, tmp_path / "pruned")
+    reloaded = type(model).from_pretrained(tmp_path / "pruned").eval()
+    close(outputs(model, data[0]), outputs(reloaded, data[0]), 0.0)
+
+
+def test_convolutions() -> None:
+    """Of 1×1 convolutions with as many channels as positions, channels go, and of both."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+    kill(model, "0", [2, 5])
+    data = [torch.randn(2, 3, 8, 8) for _ in range(2)]
+    expected = [model(x) for x in data]
+    weights = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
+    report = hlg.prune_dead_units(model, data)
+    left = [0, 1, 3, 4, 6, 7]
+    assert (report.sites[0].units, report.sites[0].kept) == (8, 6)
+    assert (model[0].out_channels, model[2].in_channels) == (6, 6)
+    assert torch.equal(model[0].weight, weights[0][left])
+    assert torch.equal(model[2].weight, weights[1][:, left])
+    close(expected, [model(x) for x in data])
+
+
 def test_tied_layers_are_left_whole() -> None:
     """One weight under two names; a third layer, which is not tied, has the same width in the config, and stays too."""
     model = converted("bert", 160.0, num_hidden_layers=3)

@@ -16,6 +16,8 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     PreTrainedModel,
     T5Config,
     T5ForSequenceClassification,
@@ -48,6 +50,16 @@ def llama(seed: int = 0) -> PreTrainedModel:
         pad_token_id=0,
     )
     model = LlamaForSequenceClassification(config)
+    hlg.convert(model)
+    return model
+
+
+def modernbert(seed: int = 0) -> PreTrainedModel:
+    """Gate and up are one map."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ModernBertConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=3, sep_token_id=4)
+    model = ModernBertForSequenceClassification(config)
     hlg.convert(model)
     return model
 
@@ -151,9 +163,9 @@ def test_the_optimizer_goes_on(tmp_path: Path) -> None:
         assert name not in wider or not torch.equal(p, kept[0][2][name]), name
 
 
-@pytest.mark.parametrize(("make", "steps"), [(converted, (3, SWITCH, 7)), (llama, (7,))])
+@pytest.mark.parametrize(("make", "steps"), [(converted, (3, SWITCH, 7)), (llama, (7,)), (modernbert, (7,))])
 def test_resuming(tmp_path: Path, make: Any, steps: tuple[int, ...]) -> None:
-    """From before, at and after the switch, by a new model as wide as at the start; Llama's maps get biases there."""
+    """From before, at and after the switch, by a new model as wide as at the start; two models' maps get biases there."""
     whole = trainer(make(), tmp_path / "whole")
     whole.train()
     for step in steps:

@@ -71,10 +71,8 @@ class Layers:
         now = site.block.units
         if units == now:
             return
-        for parameter, dim in site.block.parameters:
-            shape = list(parameter.shape)
-            shape[dim] = units
-            reshape(parameter, parameter.new_zeros(shape))
+        for side in site.block.parameters:
+            reshape(side.parameter, side.parameter.new_zeros(side.shape(units)))
         for module, attribute, narrow, wide in site.numbers:
             setattr(module, attribute, wide if units == self._units[name][1] else narrow)
 
@@ -110,12 +108,11 @@ def prepare_layers(model: nn.Module, wanted: Wanted, give_biases: bool = True) -
             plan = plan_hinges(model, networks.sites, run, wanted)
     path = None
     if any(site.block.gate.bias is None for site in plan.sites.values()):
-        maps = [linear for site in plan.sites.values() for linear in site.maps]
         if give_biases:
-            path = AddedBiases(model).add(maps)
+            path = AddedBiases(model).add(*plan.wanting)
         else:
             _check_there(model, plan)
-    check_biases(plan)
+    check_biases(model, plan)
     return Layers(model, plan, path)
 
 

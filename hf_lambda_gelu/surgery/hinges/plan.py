@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 
 from ...activation.module import LambdaGELU
 from ...structure.config_probe import hard_coded_sites
-from ...structure.feed_forward import FeedForward, feed_forwards
+from ...structure.feed_forward import FeedForward
+from ...structure.feed_forward_search import feed_forwards
 from ...structure.hooks import Hooks
 from ...structure.linear_calls import LinearCall
 from ...structure.linear_maps import LinearMap, Parameters, watch_linears
 from ...structure.modules import has_adapters, joined, transformers_parts
 from ...structure.widths import Width, following, rebuild, widths
+from .biases import unbiased
 from .wanted import Wanted
 
 # of what a map gets, relative to its largest element: products are rounded once each
@@ -62,6 +64,12 @@ class Plan:
     widths: list[tuple[str, PreTrainedModel, Width, int | float]] = field(default_factory=list)
     single: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def wanting(self) -> tuple[list[LinearMap], list[LinearMap]]:
+        """The maps around the sites, and the gates among them that lack biases; none where no gate does."""
+        gates = [site.block.gate for site in self.sites.values() if site.block.gate.bias is None]
+        return [m for site in self.sites.values() for m in site.maps] if gates else [], gates
+
 
 def plan_hinges(model: nn.Module, sites: Mapping[str, LambdaGELU], forward: Callable[[], Any], wanted: Wanted) -> Plan:
     """Which layers will be wider; `forward` runs the model, with its gates as ReLU, on what reaches all sites.
@@ -74,21 +82,16 @@ def plan_hinges(model: nn.Module, sites: Mapping[str, LambdaGELU], forward: Call
     blocks = feed_forwards(model, sites, forward)
     plan = Plan(single=dict(blocks.obstacles))
     found = dict(blocks.found)
-    for name in hard_coded_sites(model):
+    kept = dict.fromkeys(blocks.shown, "the model puts out what the map before it does")
+    kept |= dict.fromkeys(hard_coded_sites(model), "its activation is hard-coded and stays smooth")
+    for name, reason in kept.items():
         if found.pop(name, None) is not None:
-            plan.single[name] = "its activation is hard-coded and stays smooth"
+            plan.single[name] = reason
     _check_formula(model, {name: sites[name] for name in found}, found, forward)
-    inside: set[str] = set()
-    for prefix, part in transformers_parts(model).items():
-        here = {name: block for name, block in found.items() if not prefix or name.startswith(f"{prefix}.")}
-        inside |= set(here)
-        for width in widths(part, here, ratios=True):
-            _add(plan, prefix, part, width, here, wanted)
-    for name, block in found.items():
-        if name not in inside:
-            plan.sites[name] = PlannedSite(block, round(wanted.factor * block.units))
-        elif name not in plan.sites:
-            raise HingeError(f"{name} has {block.units} units, and no number in the config is its width")
+    try:
+        _add_all(plan, model, found, wanted)
+    except HingeError as error:  # a missing bias is what is said first: nothing can be done about it
+        raise HingeError(unbiased(model, {name: block.gate for name, block in found.items()}) or str(error)) from error
     if not plan.sites:
         name, reason = next(iter(plan.single.items()))
         raise HingeError(
@@ -100,16 +103,26 @@ def plan_hinges(model: nn.Module, sites: Mapping[str, LambdaGELU], forward: Call
     return plan
 
 
-def check_biases(plan: Plan) -> None:
-    """HingeError where a gate has no bias, once those that the config can give are there."""
-    for name, site in plan.sites.items():
-        gate = site.block.gate
-        if gate.bias is None:
-            raise HingeError(
-                f"{name}: {gate.name} has no bias, and no config attribute gives it one, so that its ReLUs cannot bend at "
-                "other places than 0. Llama and Granite have such a switch (mlp_bias); T5, Mistral, Qwen and Gemma have "
-                "none. Mistral's and Qwen2's weights can be a Llama's: hlg.as_llama(model), or --as-llama. Else use hinges=1"
-            )
+def check_biases(model: nn.Module, plan: Plan) -> None:
+    """HingeError where a gate has no bias, and the config cannot give it one."""
+    reason = unbiased(model, {name: site.block.gate for name, site in plan.sites.items()})
+    if reason is not None:
+        raise HingeError(reason)
+
+
+def _add_all(plan: Plan, model: nn.Module, found: Mapping[str, FeedForward], wanted: Wanted) -> None:
+    """The sites of these blocks, by the numbers in the configs that are their widths."""
+    inside: set[str] = set()
+    for prefix, part in transformers_parts(model).items():
+        here = {name: block for name, block in found.items() if not prefix or name.startswith(f"{prefix}.")}
+        inside |= set(here)
+        for width in widths(part, here, ratios=True):
+            _add(plan, prefix, part, width, here, wanted)
+    for name, block in found.items():
+        if name not in inside:
+            plan.sites[name] = PlannedSite(block, round(wanted.factor * block.units))
+        elif name not in plan.sites:
+            raise HingeError(f"{name} has {block.units} units, and no number in the config is its width")
 
 
 def _add(
@@ -130,24 +143,28 @@ def _add(
     shapes = {} if then is None else {name: p.shape for name, p in then.named_parameters()}
     names = {parameter: name for name, parameter in part.named_parameters()}
     for name in width.sites:
-        parameter, dim = blocks[name].parameters[0]
-        shape = shapes.get(names[parameter])
-        if shape is None or abs(shape[dim] - wanted.factor * blocks[name].units) > 1:
+        block, sides = blocks[name], blocks[name].parameters
+        shape = shapes.get(names[sides[0].parameter])
+        units = 0 if shape is None else shape[sides[0].dim]
+        if any(shapes.get(names[side.parameter]) != side.shape(units) for side in sides):
             raise HingeError(f"{type(part).__name__} cannot be built with config.{width.path} = {number}")
-        plan.sites[name] = PlannedSite(blocks[name], shape[dim])
+        if not wanted.allows(block.units, units):
+            raise HingeError(
+                f"{name}: with config.{width.path} = {number:g} {type(part).__name__} has {units} units in the place of "
+                f"{block.units}, as it rounds, and {wanted.factor:g} times as many were to be: pass another number of "
+                "hinges, or with data a budget"
+            )
+        plan.sites[name] = PlannedSite(block, units)
     plan.widths.append((prefix, part, width, number))
 
 
 def _add_numbers(model: nn.Module, plan: Plan) -> None:
     """What modules of one site hold of its width: it follows the weights, as GPT-2's Conv1D reads it in forward."""
     for site in plan.sites.values():
-        sides = [(site.block.after, ("in_features", "in_channels", "nx"))]
-        sides += [(made, ("out_features", "out_channels", "nf")) for made in site.block.before]
-        for made, attributes in sides:
-            module = model.get_submodule(made.name.rpartition(".")[0])
-            for attribute in attributes:
-                if getattr(module, attribute, None) == site.block.units:
-                    site.numbers.append((module, attribute, site.block.units, site.units))
+        for name, attributes, times in site.block.attributes:
+            module, now, then = model.get_submodule(name), times * site.block.units, times * site.units
+            numbers = ((module, attribute, now, then) for attribute in attributes)
+            site.numbers += [number for number in numbers if getattr(module, number[1], None) == now]
     for prefix, part, width, number in plan.widths:
         wider = rebuild(part, width.path, number)
         for name, attribute, now, then in () if wider is None else following(part, wider):
@@ -163,7 +180,7 @@ def _check_formula(
 ) -> None:
     """HingeError unless each map after a site gets relu(z) or relu(z) · u, z and u as the maps before it put them out."""
     outputs: dict[nn.Parameter, Tensor] = {}  # of a block, until its last map runs
-    entered: dict[str, Tensor] = {}
+    entered: set[str] = set()
     wrong: dict[str, str] = {}
     parameters = Parameters(model)
     makers = {made.parameter for block in blocks.values() for made in block.before}
@@ -174,19 +191,20 @@ def _check_formula(
         name = None if found is None else last.get(found.parameter)
         if name is not None and name in entered:
             block = blocks[name]
-            wanted = entered.pop(name).clamp(min=0.0)
-            made = [outputs.pop(one.parameter) for one in block.before]
-            if block.up is not None:
-                wanted = wanted * made[-1]
+            entered.discard(name)
+            z, u = block.made([outputs.pop(one.parameter) for one in block.before])
+            wanted = z.clamp(min=0.0) if u is None else z.clamp(min=0.0) * u
             if not _alike(wanted, call.input):
                 wrong[name] = "what the map after it gets is not its output, or that times another map's"
         if found is not None and found.parameter in makers:
             outputs[found.parameter] = call.output.detach()
 
     def on_site(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        entered[name] = args[0].detach()
-        made = outputs.get(blocks[name].gate.parameter)
-        if made is None or not _alike(made, args[0]):
+        entered.add(name)
+        block = blocks[name]
+        made = outputs.get(block.gate.parameter)
+        gate = None if made is None else made if block.halves is None else block.halves.parts(made)[0]
+        if gate is None or not _alike(gate, args[0]):
             wrong[name] = "it does not get what the map before it puts out"
 
     with torch.no_grad(), Hooks() as hooks, watch_linears(on_linear):
@@ -201,7 +219,9 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     """Whether they hold the same, as rows of features; a convolution has its channels in dimension 1, and last in a call."""
     if one.numel() != other.numel():
         return False
-    if one.shape[-1] != other.shape[-1] and one.dim() > 2:
-        one = one.movedim(1, -1)
-    one, other = one.reshape(other.shape).double(), other.double()
+    return _near(one, other.reshape(one.shape)) or (other.dim() > 2 and _near(one, other.movedim(1, -1).reshape(one.shape)))
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    one, other = one.double(), other.double()
     return not other.numel() or bool((one - other).abs().max() <= _SAME * float(other.abs().max()))

@@ -33,6 +33,12 @@ class Wanted:
         """How many hinges a neuron may have."""
         return self.hinges if self.budget is None else MOST
 
+    def allows(self, before: int, units: int) -> bool:
+        """Whether a layer of so many units can have so many: those of each neuron are given, those of a budget about."""
+        if self.budget is None:
+            return units == self.hinges * before
+        return abs(units - self.budget * before) <= 1 and before <= units <= MOST * before
+
 
 def check_hinges(hinges: object, budget: object, measured: bool) -> Wanted | None:
     """What is asked for; None for one ReLU per neuron, where the gate had its bend.

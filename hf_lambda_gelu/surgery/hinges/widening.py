@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ...structure.feed_forward import FeedForward
-from ...structure.linear_maps import LinearMap
 from .placement import Places
 
 
@@ -100,31 +99,24 @@ def widened(block: FeedForward, hinges: Hinges) -> Mapping[nn.Parameter, Tensor]
     """The new data of each parameter around the site, computed in fp64 and rounded once."""
     neuron = hinges.neuron
     made: dict[nn.Parameter, Tensor] = {}
-    for linear in block.before:
-        place = linear.parameter
-        made[place] = place.data.index_select(_units_dim(linear, after=False), neuron.to(place.device)).contiguous()
-        if linear.bias is not None:
-            bias = linear.bias.data[neuron.to(linear.bias.device)]
-            if linear is block.gate:
-                bias = (bias.double() - hinges.at.to(bias.device)).to(bias.dtype)
-            made[linear.bias] = bias
-    after, dim = block.after, _units_dim(block.after, after=True)
-    weight = after.parameter.data
+    columns, *rows = block.parameters
+    for side in rows:
+        made[side.parameter] = block.of_units(side, neuron)
+    gate = block.gate.bias
+    if gate is not None:
+        at = hinges.at if block.halves is None else block.halves.together(hinges.at, torch.zeros_like(hinges.at))
+        made[gate] = (made[gate].double() - at.to(gate.device)).to(gate.dtype)
+    after, dim, weight = block.after, columns.dim, block.after.parameter.data
     shape = [-1 if d == dim else 1 for d in range(weight.dim())]
-    columns = weight.index_select(dim, neuron.to(weight.device)).double()
-    made[after.parameter] = (columns * hinges.weight.to(weight.device).reshape(shape)).to(weight.dtype).contiguous()
+    wide = block.of_units(columns, neuron).double() * hinges.weight.to(weight.device).reshape(shape)
+    made[after.parameter] = wide.to(weight.dtype).contiguous()
     if hinges.shift is not None and after.bias is not None:
         flat = weight.movedim(dim, -1).reshape(-1, weight.shape[dim]).double()
         made[after.bias] = (after.bias.data.double() + flat @ hinges.shift.to(weight.device)).to(after.bias.dtype)
     return made
 
 
-def column_norms(linear: LinearMap) -> Tensor:
+def column_norms(block: FeedForward) -> Tensor:
     """(d,) Σ W₂², of each unit's column."""
-    weight = linear.parameter.detach().double()
-    return weight.movedim(_units_dim(linear, after=True), 0).reshape(linear.shape[0], -1).square().sum(1)
-
-
-def _units_dim(linear: LinearMap, after: bool) -> int:
-    """Which dimension of the weight the units are."""
-    return int(linear.transposed) if not after else 1 - int(linear.transposed)
+    weight, dim, _ = block.parameters[0]
+    return weight.detach().double().movedim(dim, 0).reshape(block.units, -1).square().sum(1)

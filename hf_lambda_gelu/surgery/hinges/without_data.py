@@ -46,7 +46,7 @@ def minimax_hinges(
                 run = networks.forward_of_all(0)
             if networks.weights is not None:
                 networks.weights.read_journal()
-            networks.biases.add(work.plan(run))
+            networks.biases.add(*work.plan(run))
             work.widen_all()
             networks.hard = set(networks.sites)
             yield work

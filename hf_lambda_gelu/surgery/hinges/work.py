@@ -55,8 +55,8 @@ class HingeWork:
 
     # ------------------------------------------------------------------------------------------------------ beforehand
 
-    def plan(self, forward: Callable[[], Any]) -> list[LinearMap]:
-        """Find what will be wider, on a run that reaches all sites; the maps around it, which want biases.
+    def plan(self, forward: Callable[[], Any]) -> tuple[list[LinearMap], list[LinearMap]]:
+        """Find what will be wider, on a run that reaches all sites; the maps around it, and the gates that lack biases.
 
         Raises:
             HingeError: nothing can be, or something cannot.
@@ -69,20 +69,19 @@ class HingeWork:
             count = networks.sites[name].hardness.numel()
             if count not in (1, site.block.units):
                 raise HingeError(f"{name} has {count} numbers λ for {site.block.units} units: expected one, or one each")
-        gates = [site.block.gate for site in self._plan.sites.values() if site.block.gate.bias is None]
-        return [m for site in self._plan.sites.values() for m in site.maps] if gates else []
+        return self._plan.wanting
 
     def check(self, traced: Trace, method: str) -> None:
         """Once maps have their biases: whether each layer can be wider, and there are rows enough to refit it."""
-        check_biases(self._plan)
         networks = self.networks
+        check_biases(networks.model, self._plan)
         for name, site in self._plan.sites.items():
             found = traced.maps.get(name, [])
             if [linear.parameter for linear in found] != [site.block.after.parameter]:
                 reason = traced.obstacles.get(name, "another map takes up its output")
                 raise HingeError(f"{name}: the map after it cannot be refit ({reason}). Use hinges=1")
             examples = networks.batches.deal.examples if self.examples is None else self.examples
-            rows = math.prod(traced.leading[name]) * examples / max(1, networks.batches.deal.size(0))
+            rows = traced.rows[name] * examples / max(1, networks.batches.deal.size(0))
             if method == "least_squares" and rows < site.units:
                 enough = math.ceil(site.units * examples / max(1, rows))
                 raise CalibrationError(
@@ -95,8 +94,7 @@ class HingeWork:
         """The shapes that the parameters around the sites will have."""
         found: dict[nn.Parameter, tuple[int, ...]] = {}
         for site in self._plan.sites.values():
-            for parameter, dim in site.block.parameters:
-                found[parameter] = tuple(site.units if d == dim else n for d, n in enumerate(parameter.shape))
+            found |= {side.parameter: side.shape(site.units) for side in site.block.parameters}
         return found
 
     def around(self, site: str) -> Sequence[LinearMap]:
@@ -119,13 +117,13 @@ class HingeWork:
         gate, block = self.networks.sites[name], site.block
         shifted = block.up is None and block.after.bias is not None
         found = place(histogram, BASES[gate.base].activation, self.wanted.most, shifted=shifted, activity=_ACTIVITY)
-        gain = histogram.weight.sum(1) * column_norms(block.after).to(histogram.device)
+        gain = histogram.weight.sum(1) * column_norms(block).to(histogram.device)
         gain = gain / torch.as_tensor(histogram.hardness, device=gain.device).double().square()
         return spent(found, gain, site.units)
 
     def widen_all(self) -> None:
         """Make all layers wider by minimax hinges, without data."""
-        check_biases(self._plan)
+        check_biases(self.networks.model, self._plan)
         self.networks.expect(self.shapes())
         for name, site in self._plan.sites.items():
             gate = self.networks.sites[name]
@@ -171,17 +169,18 @@ class HingeWork:
             for run in walk.runs(Network.SMOOTH if walk.pooled else Network.SUBSTITUTED, index):
                 with networks.substituted(name):
                     seen = observe(replace(run, sample=None), block.before)
-                gate = seen.calls.get(block.gate.label, [])
-                ups = [None] * len(gate) if block.up is None else seen.calls.get(block.up.label, [])
-                stream = None if seen.hidden is None else flat(seen.hidden)
-                for call, up, chunk in zip(gate, ups, chunks([c.note for c in gate]), strict=True):
+                calls = [seen.calls.get(linear.label, []) for linear in block.before]
+                # a convolution's stream has its channels elsewhere
+                stream = None if seen.hidden is None or block.gate.parameter.dim() > 2 else flat(seen.hidden)
+                for call, *others, chunk in zip(*calls, chunks([c.note for c in calls[0]]), strict=True):
+                    z, u = block.made([call.output, *(other.output for other in others)])
                     fit, held_out = split(places(call.note, chunk, positions_first), networks.batches.examples(index))
                     rows = (fit | held_out).to(call.input.device)
-                    weight = None if up is None else up.output[rows].float().square()
-                    if stream is not None and len(stream) == len(call.output):
+                    weight = None if u is None else u[rows].float().square()
+                    if stream is not None and len(stream) == len(z):
                         each = weigh.of(stream)[rows].unsqueeze(1)
                         weight = each if weight is None else weight * each
-                    histogram.add(call.output[rows], weight)
+                    histogram.add(z[rows], weight)
 
     def note(self, sites: Sequence[str]) -> dict[str, Any]:
         """The reports of these sites, as far as they are wider."""
@@ -191,7 +190,7 @@ class HingeWork:
         """Take over what another process noted, whose wider data the parameters have."""
         for name, entry in noted.items():
             site = self._plan.sites[name]
-            changed = [parameter for parameter, _ in site.block.parameters]
+            changed = [side.parameter for side in site.block.parameters]
             changed += [site.block.after.bias] if site.block.after.bias is not None else []
             self.networks.widen(name, {parameter: parameter.data for parameter in changed}, site.numbers)
             neurons = {int(number): count for number, count in entry["neurons"].items()}  # JSON has made texts of numbers
@@ -211,7 +210,7 @@ class HingeWork:
             own_config(part, model)
             set_width(part, width, number)
             self.report.widths[joined(prefix, width.path)] = width.value, number
-        around = {parameter for site in self._plan.sites.values() for parameter, _ in site.block.parameters}
+        around = {side.parameter for site in self._plan.sites.values() for side in site.block.parameters}
         reason = misfit(model, around)
         if reason is not None:
             raise HingeError(reason)

@@ -20,15 +20,21 @@ class AddedBiases:
         self._names: list[str] = []
         self._paths: tuple[str, ...] = ()
 
-    def add(self, maps: Iterable[LinearMap]) -> str | None:
-        """Give the maps a bias of zeros if config attributes can; their paths, or None with nothing changed."""
+    def add(self, maps: Iterable[LinearMap], needed: Iterable[LinearMap] = ()) -> str | None:
+        """Give the maps a bias of zeros if config attributes can; their paths, or None with nothing changed.
+
+        Args:
+            needed: those of them that get one also where all of them cannot.
+        """
         lacking: dict[str, list[LinearMap]] = {}
         for m in maps:
             if m.bias is None and m.index is None:
-                lacking.setdefault(m.name.removesuffix("weight") + "bias", []).append(m)
+                lacking.setdefault(_bias_of(m), []).append(m)
         if not lacking or not isinstance(self.model, PreTrainedModel):
             return None
         found = bias_attributes(self.model, set(lacking))
+        if found is None and (names := {_bias_of(m) for m in needed}):
+            found = bias_attributes(self.model, names)
         if found is None:
             return None
         paths, lengths = found
@@ -51,3 +57,7 @@ class AddedBiases:
             for path in self._paths:
                 set_bias(self.model, path, False)
         self._paths = ()
+
+
+def _bias_of(linear: LinearMap) -> str:
+    return linear.name.removesuffix("weight") + "bias"

@@ -110,11 +110,12 @@ class Refit:
 
         with networks.smooth():
             traced = trace(networks.model, run_first, *others)
-        wanting = [m for maps in traced.maps.values() for m in maps]
+        wanting, needed = [m for maps in traced.maps.values() for m in maps], list[LinearMap]()
         if self.wider is not None:
-            wanting += self.wider.plan(lambda: [networks.forward_of_all(number)() for number in traced.batches])
+            more, needed = self.wider.plan(lambda: [networks.forward_of_all(number)() for number in traced.batches])
+            wanting += more
         if biases:
-            report.bias_attribute = networks.biases.add(wanting)
+            report.bias_attribute = networks.biases.add(wanting, needed)
         if self.wider is not None:
             self.wider.check(traced, method)
         refit = [p for maps in traced.maps.values() for m in maps for p in (m.parameter, m.bias) if p is not None]

@@ -15,8 +15,8 @@ from .chain_walk import ChainWalk
 class Wider(Protocol):
     """Makes the layers around sites wider in the substituted network, each when its turn comes."""
 
-    def plan(self, forward: Callable[[], Any]) -> list[LinearMap]:
-        """Find what will be wider on a run that reaches all sites; the maps that want a bias for it."""
+    def plan(self, forward: Callable[[], Any]) -> tuple[list[LinearMap], list[LinearMap]]:
+        """Find what will be wider, on a run that reaches all sites; the maps that want biases, and those that need one."""
 
     def check(self, traced: Trace, method: str) -> None:
         """Raise, before anything is refit, where that cannot be."""
