@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,36 @@ def test_learns_as_without(mesh: object, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs whole weights, which FSDP or DeepSpeed has cut up here: set hardness"):
         check_calibratable(args, model, rows)
     check_calibratable(args, nn.Linear(2, 2), rows)
-    before = hlg.hardness_profile(model)
-    with pytest.raises(ValueError, match=r"needs whole weights.*set_hardness along a HardeningSchedule"):
+    report = hlg.harden(model, [batch])  # one process has all parts
+    assert {site.method for site in report.sites} <= {"least_squares", "bias"}
+    assert list(hlg.hardness_profile(model).values()) == pytest.approx([159.58] * 2, abs=0.01)
+    model(**batch).loss.backward()
+
+
+def test_parts_that_only_an_engine_can_bring_together() -> None:
+    """ZeRO-3 marks its parameters, FSDP1 wraps modules."""
+    model = converted()
+    batch = {"input_ids": Rows().tokens}
+    parameter = model.classifier.weight
+    parameter.ds_id = 0
+    for refit in (hlg.harden, partial(hlg.relu_ize, compensate="least_squares")):
+        with pytest.raises(ValueError, match=r"needs whole weights.*set_hardness along a HardeningSchedule"):
+            refit(model, calibration=[batch])
+    del parameter.ds_id
+    model.wrapped = type("FullyShardedDataParallel", (nn.Module,), {})()
+    with pytest.raises(ValueError, match="needs whole weights"):
         hlg.harden(model, [batch])
-    assert hlg.hardness_profile(model) == before
+
+
+def test_verbs_that_want_whole_weights(mesh: object, tmp_path: Path) -> None:
+    """They say so, and what to do instead."""
+    model = converted()
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    batch = {"input_ids": Rows().tokens}
+    with pytest.raises(hlg.FoldError, match="fold needs whole weights, which FSDP or DeepSpeed has cut up here: load what"):
+        hlg.fold(model, batch)
+    hlg.relu_ize(model, calibration=[batch], compensate="least_squares")
+    with pytest.raises(ValueError, match=r"saving needs whole weights.*get_model_state_dict"):
+        hlg.save_relu_pretrained(model, tmp_path / "relu")
+    assert not (tmp_path / "relu").exists()
