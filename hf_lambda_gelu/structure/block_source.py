@@ -51,6 +51,9 @@ class BlockSource(ABC):
     def prepare(self) -> None:
         """Fill `blocks`, and bring in what does not come and go."""
 
+    def came_in(self, parameters: Sequence[nn.Parameter]) -> None:  # noqa: B027
+        """Called when these were brought in together, and are in memory: others will be wanted next."""
+
     def streams(self, parameter: nn.Parameter) -> bool:
         """Whether it comes and goes with a block; what lies outside of blocks stays."""
         return parameter in self._streamed
@@ -85,6 +88,7 @@ class BlockSource(ABC):
                 parameter.data = data
             self._entered.setdefault(block, []).append(brought)
             self.generation += bool(brought)
+            self.came_in([parameter for parameter, _ in brought])
 
     def _leave(self, block: nn.Module, *given: Any) -> None:
         with torch.no_grad(), without_torch_function():
@@ -101,6 +105,7 @@ class BlockSource(ABC):
         try:
             for parameter, data in zip(held, self.load_all(list(held.values())), strict=True):
                 parameter.data = data
+            self.came_in(list(held))
             self.generation += 1
             yield held
         finally:
