@@ -19,6 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.measurement.team import team_of
+from hf_lambda_gelu.measurement.whole_blocks import whole_blocks
 from hf_lambda_gelu.structure.shard_source import ShardSource
 from hf_lambda_gelu.structure.sharding import is_sharded
 from hf_lambda_gelu.surgery import substitution
@@ -216,6 +218,14 @@ def calibrated(rank: int, size: int) -> Any:
     return hlg.calibrate(model, texts()[rank::size], processes="all").to_dict()
 
 
+def one_runs(rank: int, size: int) -> Any:
+    """One process runs the model twice, on its own; what it puts out."""
+    model = sharded(lively("bert-classifier"), size).eval()
+    team = team_of("all", model)
+    with team.whole(), whole_blocks(model, team):
+        return [logits(model, batch) for batch in texts()[: 2 * (rank == size - 1)]]
+
+
 def bad_batch(rank: int, size: int) -> Any:
     """The second process's last batch holds a token that there is not."""
     batches = texts()[rank::size]
@@ -276,8 +286,8 @@ def two_dimensions(rank: int, size: int) -> Any:
 CASES: dict[str, Callable[[int, int], Any]] = {
     case.__name__: case
     for case in (
-        bert, in_fp32, vit, llama, replicated, experts, hardened, cannot_be_replayed, measured, calibrated, bad_batch,
-        stopped, at_the_end, alone, hinges, root_alone, two_dimensions,
+        bert, in_fp32, vit, llama, replicated, experts, hardened, cannot_be_replayed, measured, calibrated, one_runs,
+        bad_batch, stopped, at_the_end, alone, hinges, root_alone, two_dimensions,
     )
 }  # fmt: skip
 

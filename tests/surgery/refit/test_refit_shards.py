@@ -107,6 +107,14 @@ def test_statistics(outcomes: Outcomes) -> None:
     assert [site["std"] for site in first["sites"]] == pytest.approx([site["std"] for site in alone])
 
 
+def test_processes_run_the_model_as_often_as_they_like(outcomes: Outcomes) -> None:
+    """The other one answers, until nobody asks any more; what comes out is the whole model's, to the last bit."""
+    nothing, found = outcomes["one_runs"]
+    assert nothing == []
+    assert len(found) == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, sharded_work.one_runs(0, 1), strict=True))
+
+
 def test_a_block_at_a_time(outcomes: Outcomes) -> None:
     """Of weights that have blocks, no process holds more at a time than those of one, brought together again and again."""
     for found in outcomes["bert"]:
