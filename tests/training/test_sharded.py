@@ -59,6 +59,11 @@ def test_learns_as_without(mesh: object, tmp_path: Path) -> None:
     assert {site.method for site in report.sites} <= {"least_squares", "bias"}
     assert list(hlg.hardness_profile(model).values()) == pytest.approx([159.58] * 2, abs=0.01)
     model(**batch).loss.backward()
+    with pytest.raises(hlg.FoldError, match="fold needs whole weights, which FSDP or DeepSpeed has cut up here: load what"):
+        hlg.fold(model, batch)
+    with pytest.raises(ValueError, match=r"saving needs whole weights.*get_model_state_dict"):
+        hlg.save_relu_pretrained(model, tmp_path / "relu")
+    assert not (tmp_path / "relu").exists()
 
 
 def test_parts_that_only_an_engine_can_bring_together() -> None:
@@ -74,17 +79,3 @@ def test_parts_that_only_an_engine_can_bring_together() -> None:
     model.wrapped = type("FullyShardedDataParallel", (nn.Module,), {})()
     with pytest.raises(ValueError, match="needs whole weights"):
         hlg.harden(model, [batch])
-
-
-def test_verbs_that_want_whole_weights(mesh: object, tmp_path: Path) -> None:
-    """They say so, and what to do instead."""
-    model = converted()
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer, mesh=mesh)
-    batch = {"input_ids": Rows().tokens}
-    with pytest.raises(hlg.FoldError, match="fold needs whole weights, which FSDP or DeepSpeed has cut up here: load what"):
-        hlg.fold(model, batch)
-    hlg.relu_ize(model, calibration=[batch], compensate="least_squares")
-    with pytest.raises(ValueError, match=r"saving needs whole weights.*get_model_state_dict"):
-        hlg.save_relu_pretrained(model, tmp_path / "relu")
-    assert not (tmp_path / "relu").exists()
