@@ -21,7 +21,7 @@ from transformers import EvalPrediction
 from transformers.utils import CONFIG_NAME
 
 from .._compat import pytree
-from ..structure.block_source import BlockSource, FileChanged
+from ..structure.file_source import FileChanged, FileSource
 from ..structure.loading import CheckpointError
 from ..surgery.refit.report import Compensate
 from ..surgery.report import SubstitutionReport
@@ -110,7 +110,7 @@ def _identity(streamed: Streamed, asked: Asked) -> dict[str, str]:
 class _Hashed:
     """A calibration set that adds what it holds to the identity of the work, once it has been read, and asks for room."""
 
-    def __init__(self, batches: Iterable[Any], source: BlockSource, room: Room) -> None:
+    def __init__(self, batches: Iterable[Any], source: FileSource, room: Room) -> None:
         self._batches, self._source, self._room = batches, source, room
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ from ..structure.config_probe import governed_modules, other_activations
 from ..structure.modules import has_adapters
 from ..structure.offloading import check_not_offloaded
 from ..structure.other_runtimes import runtime_warnings
+from ..structure.sharding import check_whole
 from ..structure.smooth_activations import smooth_activations, smooth_modules
 from ..structure.transaction import transaction
 from ..surgery.report import SubstitutionReport
@@ -26,6 +27,10 @@ from .carried_code import check_code_may_go, loading_lines, settle_code
 from .compression import compression, pruned_maps
 from .folders import check_new, whole_folder
 
+_FROM_PARTS = (
+    "bring them together by torch's get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), or your "
+    "engine's own way, on every process; load them on one into a model that type(…)(model.config) makes, and save that"
+)
 _RELUS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU)
 
 
@@ -173,6 +178,7 @@ def check_relu(model: PreTrainedModel) -> None:
             f"expected a transformers model, which a config can rebuild, got {type(model).__name__}: save its weights by "
             "safetensors.torch.save_model"
         )
+    check_whole(model, "saving", _FROM_PARTS)
     check_not_offloaded(model)
     left = hardness_sites(model)
     if left:

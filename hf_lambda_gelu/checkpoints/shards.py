@@ -22,7 +22,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from ..structure.block_source import mapped
+from ..structure.file_source import mapped
 from ..structure.loading import CheckpointError, checkpoint_errors
 from .folders import of_the_cache
 

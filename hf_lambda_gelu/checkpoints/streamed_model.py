@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..activation.module import hardness_sites
 from ..activation.older_checkpoints import NAME, OLDER
-from ..structure.block_source import BlockSource, Place, check_same, file_state
 from ..structure.config_probe import hard_coded_sites
+from ..structure.file_source import FileSource, Place, check_same, file_state
 from ..structure.loading import CheckpointError, load_without_reading
 from ..surgery.conversion import convert
 from .on_disk_files import Source
@@ -41,7 +41,7 @@ class Streamed:
                 f"{str(files.folder)!r} is quantised and cannot be refit: substitute first, then quantise the ReLU model"
             )
         self.model = load_without_reading(files.folder, files.config, files.cls, tensors)
-        self.source = BlockSource(self.model, device)
+        self.source = FileSource(self.model, device)
         called = {view.data_ptr(): name for name, view in tensors.items() if view.numel()}
         self.names = {p: called[p.data_ptr()] for p in self.model.parameters() if _is_view(p, called, tensors)}
         for name, p in self.model.named_parameters():  # a tied bias is padded, to the length that it has

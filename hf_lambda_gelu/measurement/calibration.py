@@ -7,6 +7,7 @@ E[D²] relative to E[ReLU²]: it depends on λ · std(x), which differs from lay
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from ..activation.module import LambdaGELU, hardness_profile, hardness_sites
 from ..reports import finite_or_none, progress, table, to_dict
 from ..structure.forwards import foreign_forwards
 from ..structure.offloading import check_not_offloaded
+from ..structure.sharding import check_by_blocks
 from ..structure.transaction import transaction
 from .batches import CalibrationError, check_dealt, model_batches
 from .forward import measuring, run_batch
@@ -28,6 +30,7 @@ from .in_effect import check_in_effect, counting_calls
 from .places import Places
 from .site_rows import Count, SiteRows
 from .team import Processes, Team, team_of
+from .whole_blocks import whole_blocks
 
 # A histogram of log2|x|. Its lowest bin is for 0 and what fp32 has as subnormal, taken as 0; in its highest, |x| ≥ 2¹⁰,
 # every gate is 0 or 1 at any λ ≥ 1. A bin's width displaces |x| by a factor of at most 2^(1/128).
@@ -192,7 +195,10 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any], *, processes: Process
 def calibrate_by(model: nn.Module, dataloader: Iterable[Any], team: Team) -> CalibrationReport:
     """`calibrate` by a team, of which each process has its own share of the batches."""
     with team.whole():
-        return _measured(model, dataloader, team)
+        if team.size > 1:
+            check_by_blocks(model, "processes='all'", "pass the same batches to each, and processes='one'")
+        with whole_blocks(model, team) if team.size > 1 else contextlib.nullcontext():
+            return _measured(model, dataloader, team)
 
 
 def _measured(model: nn.Module, dataloader: Iterable[Any], team: Team) -> CalibrationReport:

@@ -3,6 +3,10 @@
 A process works alone, or in the team of all processes of torch.distributed's default group. Every meeting of a team says
 what it is for, and whether somebody has failed. A process that raises between two meetings holds the next one to tell so
 (`Team.whole`); the others, whatever they meet for, learn it there, and raise the same kind of error.
+
+Between two meetings each process goes its own way, and may `ask` for what only all of them can bring, weights of which each
+has a part: the others come to answer when they ask themselves, or at their next meeting, which waits until nobody asks any
+more.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -18,18 +22,32 @@ from typing import Any, Literal, TypeVar, cast, get_args
 import torch
 from torch import Tensor, distributed, nn
 
-from ..structure.block_source import device_of
+from ..structure.block_source import device_of, source_of
 
 T = TypeVar("T")
 
 Processes = Literal["one", "all"]
 
+# what a process that asks meets for
+_ASKED = "an answer"
 # (class of an error, its message)
 Failure = tuple[type[Exception], str]
 
 
 class DivergedError(RuntimeError):
     """The processes of a team do not do the same, or have not the same model. Each of them raises it."""
+
+
+class OtherFailedError(Exception):
+    """Another process has failed while this one asked, within a forward for one. It is no error of that; see `Team.whole`.
+
+    Attributes:
+        error: what to raise.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 @dataclass
@@ -44,6 +62,7 @@ class Team:
         device: where tensors go that another process has sent; None for where they were.
         dealt: whether the package has dealt out the batches itself, so that equal ones are no mistake.
         over: whether somebody has failed, and all know it.
+        answer: called on every process with what some of them ask for.
     """
 
     rank: int = 0
@@ -51,6 +70,7 @@ class Team:
     device: torch.device | None = None
     dealt: bool = False
     over: bool = False
+    answer: Callable[[Collection[Any]], None] | None = None
 
     @property
     def leads(self) -> bool:
@@ -107,6 +127,15 @@ class Team:
         # of the other processes of this program, not of a file
         return cast("T", torch.load(io.BytesIO(sent[0]), map_location=self.device, weights_only=False))
 
+    def all_did(self, what: str) -> None:
+        """Wait until every process has come here."""
+        if self.size > 1:
+            self._meet(what)
+
+    def ask(self, wanted: Collection[Any]) -> None:
+        """Let `answer` be called on every process, with what all who ask at the time want; the others need not ask."""
+        self._meet(_ASKED, wanted)
+
     def led(self, make: Callable[[], T], what: str) -> T:
         """What the first process makes, on every process: decisions that rounding could turn."""
         return self.given(0, make() if self.leads else None, what)
@@ -143,6 +172,8 @@ class Team:
         try:
             yield
             self._meet("the end")
+        except OtherFailedError as error:
+            raise error.error from None
         except BaseException as error:
             if not self.over:
                 with suppress(Exception):  # they have ended
@@ -150,26 +181,44 @@ class Team:
             raise
 
     def _meet(self, what: str, value: Any = None, failure: Failure | None = None) -> list[Any]:
-        """What each process has; the error of the first that has failed; DivergedError if they meet for different things."""
-        found: list[Any] = [None] * self.size
-        try:
+        """What each process has; the error of the first that has failed; DivergedError if they meet for different things.
+
+        Those who ask are answered first.
+        """
+        while True:
+            found = self._exchanged(what, value, failure)
+            failures = [(rank, failed) for rank, (_, _, failed) in enumerate(found) if failed is not None]
+            if failures:
+                self.over = True
+                if failure is None:
+                    error = _error(*failures[0])
+                    raise OtherFailedError(error) if what == _ASKED else error
+                return []
+            asked = {one for name, wanted, _ in found if name == _ASKED for one in wanted}
+            if not asked:
+                break
+            assert self.answer is not None
             with self._inside():
-                distributed.all_gather_object(found, (what, value, failure))
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"another of the {self.size} processes that work together has ended, or cannot be reached ({error})"
-            ) from error
-        failures = [(rank, failed) for rank, (_, _, failed) in enumerate(found) if failed is not None]
-        if failures:
-            self.over = True
-            if failure is None:
-                raise _error(*failures[0])
-            return []
+                self.answer(asked)
+            if what == _ASKED:
+                return []
         if len({name for name, _, _ in found}) > 1:
             self.over = True
             said = ", ".join(f"process {rank} {name!r}" for rank, (name, _, _) in enumerate(found))
             raise DivergedError(f"the processes do not do the same, though the batches of one decide for all: {said}")
         return [had for _, had, _ in found]
+
+    def _exchanged(self, what: str, value: Any, failure: Failure | None) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        try:
+            with self._inside():
+                distributed.all_gather_object(found, (what, value, failure))
+        except RuntimeError as error:
+            ended = RuntimeError(
+                f"another of the {self.size} processes that work together has ended, or cannot be reached ({error})"
+            )
+            raise (OtherFailedError(ended) if what == _ASKED else ended) from error
+        return found
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
@@ -217,10 +266,15 @@ def team_of(processes: Processes | None, model: object, alone: str = "", dealt: 
 
 
 def check_same_weights(team: Team, model: nn.Module) -> None:
-    """DivergedError unless the model has the same weights on every process, by the sums of their bits."""
+    """DivergedError unless the model has the same weights on every process, by the sums of their bits.
+
+    Of weights that are cut up there is one copy, which all have together.
+    """
     if team.size == 1:
         return
-    own = {name: _bits(p.detach()) for name, p in model.named_parameters() if not p.is_meta and p.numel()}
+    source = source_of(model)
+    here = {n: p.detach() for n, p in model.named_parameters() if source is None or not source.rests(p.data)}
+    own = {name: _bits(data) for name, data in here.items() if not data.is_meta and data.numel()}
     every = team.gathered(own, "the weights")
     for rank, other in enumerate(every):
         for name in {**every[0], **other}:

@@ -15,6 +15,7 @@ from .block_source import source_of
 from .config import LAMBDA_KEYS, activation_attributes, get_attribute, owner_of, set_attribute
 from .config_probe import config_places, copied_configs
 from .second_records import keep_records_true
+from .shard_source import ShardSource
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -94,14 +95,15 @@ def set_bias(model: PreTrainedModel, path: str, value: bool) -> None:
 def add_bias(model: nn.Module, name: str, length: int) -> nn.Parameter:
     """Put a bias of zeros (length,) under this name, where the module has room for one that is None.
 
-    Its dtype, device and `requires_grad` are those of the module's weight.
+    Its dtype, device and `requires_grad` are those of the module's weight. Where FSDP2 has cut that up, every process has
+    all of the bias, and it is not trained: FSDP2 does not know it, and would leave each process its own gradient.
     """
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     like = next(owner.parameters())
     source = source_of(model)
     zeros = torch.zeros(length, dtype=like.dtype, device=like.device if source is None else source.device)
-    bias = nn.Parameter(zeros, requires_grad=like.requires_grad)
+    bias = nn.Parameter(zeros, requires_grad=like.requires_grad and not isinstance(source, ShardSource))
     owner.register_parameter(leaf, bias)
     return bias
 

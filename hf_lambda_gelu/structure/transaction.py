@@ -76,7 +76,8 @@ def keep(tensor: Tensor, values: Tensor | None = None) -> None:
     Args:
         values: a copy of them, where the caller has one.
     """
-    data = tensor.detach()
+    data: Any = tensor.detach()
+    data = data.to_local() if hasattr(data, "to_local") else data  # of one that FSDP2 has cut up, this process's part
     for snapshot in _OPEN.__dict__.get("snapshots", [])[-1:]:
         key = (data.data_ptr(), data.shape, data.stride())
         if key not in snapshot.kept:

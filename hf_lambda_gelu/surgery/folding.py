@@ -27,6 +27,7 @@ from ..structure.hooks import Hooks
 from ..structure.linear_maps import eager_experts
 from ..structure.modules import joined, quantised_weight, transformers_parts
 from ..structure.offloading import check_not_offloaded
+from ..structure.sharding import check_whole
 from ..structure.transaction import keep, transaction
 from ..structure.usable import check_usable
 from .fold_plan import plan_fold
@@ -109,6 +110,10 @@ def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None =
 def _foldable_sites(model: nn.Module, only: Collection[str] | None) -> dict[str, LambdaGELU]:
     """The sites that are to be folded; an error if there are none, or the weights cannot be scaled."""
     check_usable(model, FoldError)
+    try:
+        check_whole(model, "fold", "load what was saved into a model in one process and fold that")
+    except ValueError as error:
+        raise FoldError(str(error)) from None
     sites = hardness_sites(model)
     if only is not None:
         unknown = sorted(set(only) - set(sites))

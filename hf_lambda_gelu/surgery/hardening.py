@@ -15,13 +15,14 @@ from ..activation.hardness import DEFAULT_TOLERANCE, target_hardness
 from ..activation.module import hardness_sites
 from ..measurement.forward import measuring
 from ..measurement.team import ALONE, Processes, Team, team_of
+from ..measurement.whole_blocks import whole_blocks
 from ..structure.transaction import keep, transaction
 from .hinges.report import HingeReport
 from .hinges.wanted import Wanted
 from .hinges.work import HingeWork
 from .refit.engine import compensation
 from .refit.report import Compensate, CompensationReport
-from .substitutable import check_substitutable
+from .substitutable import check_cut_up, check_substitutable
 
 
 @transaction
@@ -46,13 +47,14 @@ def harden(
         compensate: "least_squares" or "bias", as for `relu_ize`.
         tolerance: ε, which gives λ's target, 159.58 by default; see `target_hardness`.
         targets: {module name: λ} instead, of `calibrate` for one. A λ that is larger stays.
-        processes: as for `relu_ize`. Without it each process refits by itself, and all must pass the same batches.
+        processes: as for `relu_ize`. Without it each process refits by itself, and all must pass the same batches; weights
+            that `fully_shard` has cut up want "all".
 
     Returns:
         What was refit.
 
     Raises:
-        ValueError: as for `relu_ize`; `targets` lacks a site; weights are sharded by FSDP2 or ZeRO-3.
+        ValueError: as for `relu_ize`; `targets` lacks a site; weights are sharded by ZeRO-3 or FSDP1.
         CalibrationError: as for `relu_ize`.
 
     Where it raises, the model is as it was.
@@ -68,17 +70,26 @@ def harden(
     """
     team = team_of(processes, model)
     with team.whole():
-        return _hardened(model, calibration, compensate, tolerance, targets, team)
+        check_cut_up(model, compensate, team)
+        with whole_blocks(model, team):
+            report, hardness = _refit(model, calibration, compensate, tolerance, targets, team)
+        for name, site in hardness_sites(model).items():
+            for held in (site.unclipped_hardness, stepped_copy(site.unclipped_hardness)):
+                if held is not None:
+                    keep(held)
+            site.set_hardness(hardness[name])
+        return report
 
 
-def _hardened(
+def _refit(
     model: nn.Module,
     calibration: Iterable[Any],
     compensate: Compensate,
     tolerance: float,
     targets: Mapping[str, float] | None,
     team: Team,
-) -> CompensationReport:
+) -> tuple[CompensationReport, dict[str, float]]:
+    """The maps are refit; the report, and {module name: λ} that the sites get."""
     check_substitutable(model, calibration, compensate)
     sites = hardness_sites(model)
     wanted = {name: target_hardness(tolerance, site.base) for name, site in sites.items()} if targets is None else targets
@@ -86,12 +97,7 @@ def _hardened(
     if missing:
         raise ValueError(f"targets names no λ for {len(missing)} of {len(sites)} sites, {missing[0]} the first of them")
     report = refit_for_hard_gates(model, calibration, compensate, team=team).report
-    for name, site in sites.items():
-        for held in (site.unclipped_hardness, stepped_copy(site.unclipped_hardness)):
-            if held is not None:
-                keep(held)
-        site.set_hardness(max(wanted[name], site.hardness.item()))
-    return report
+    return report, {name: max(wanted[name], site.hardness.item()) for name, site in sites.items()}
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,16 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
-from torch import nn
+from torch import distributed, nn
 
 from ..activation.hardness import sup_error, target_hardness
 from ..activation.module import hardness_profile, hardness_sites
+from ..measurement.team import Team
+from ..structure.config_probe import hard_coded_sites
 from ..structure.forwards import bypassed_by_code, refusal
 from ..structure.modules import quantised_weight
 from ..structure.offloading import check_not_offloaded
-from ..structure.sharding import check_whole
+from ..structure.sharding import check_by_blocks, check_whole, is_sharded
 from ..structure.smooth_activations import smooth_activations
 from ..structure.usable import check_usable
 from .gates import SoftGateError
@@ -35,15 +37,35 @@ def check_options(calibration: Iterable[Any] | None, compensate: Compensate | No
         )
 
 
-def check_refit_of_whole(model: nn.Module, compensate: Compensate | None) -> None:
-    """ValueError if a refit is asked for of weights that are cut up."""
-    if compensate is not None:
+def check_cut_up(model: nn.Module, compensate: Compensate | None, team: Team, wider: bool = False) -> None:
+    """ValueError if weights are cut up in a way in which this cannot be done.
+
+    Args:
+        team: the processes that do it.
+        wider: whether layers shall be wider.
+    """
+    if not isinstance(model, nn.Module) or not is_sharded(model):
+        return
+    if wider:
+        check_whole(model, "hinges=… or budget=…", _LOAD_WHOLE)
+    alone = team.size == 1 and distributed.is_initialized() and distributed.get_world_size() > 1
+    if compensate is not None or team.size > 1:
+        check_by_blocks(model, "processes='all'" if compensate is None else f"compensate={compensate!r}", _LOAD_WHOLE)
+    if compensate is not None and alone:
         check_whole(
-            model,
-            f"compensate={compensate!r}",
-            "while training let λ climb instead, by set_hardness along a HardeningSchedule; afterwards load what was saved "
-            "into a model in one process and refit that",
+            model, f"compensate={compensate!r} of one process", "pass processes='all', and to each process its own batches"
         )
+    stay = hard_coded_sites(model)
+    if compensate is not None and stay:
+        check_whole(
+            model, f"λ of {stay[0]}, which has to go into the weights as no config attribute governs it,", _LOAD_WHOLE
+        )
+
+
+_LOAD_WHOLE = (
+    "while training let λ climb instead, by set_hardness along a HardeningSchedule; afterwards load what was saved into a "
+    "model in one process and do it there"
+)
 
 
 def check_substitutable(
@@ -56,7 +78,6 @@ def check_substitutable(
     if compensate is not None and quantised is not None:
         raise ValueError(f"{quantised} is quantised and cannot be refit: substitute first, then quantise the ReLU model")
     check_not_offloaded(model)
-    check_refit_of_whole(model, compensate)
     if any(site.unclipped_hardness.is_meta for site in hardness_sites(model).values()):
         raise ValueError("the model is on the meta device, where λ has no value: load its weights first")
     profile = hardness_profile(model)

@@ -18,6 +18,7 @@ from ..measurement.batches import check_dealt, model_batches
 from ..measurement.change import MeasuredChange, measure_change
 from ..measurement.forward import measuring
 from ..measurement.team import Processes, Team, check_same_weights, team_of
+from ..measurement.whole_blocks import whole_blocks
 from ..reports import length
 from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import hard_coded_sites
@@ -35,7 +36,7 @@ from .refit.report import Compensate
 from .refit.two_networks import TwoNetworks
 from .relu_runs import Runs, check_relu_runs, run_as_relu, runs_by_part
 from .report import FOLDED_HARDNESS, SubstitutionReport
-from .substitutable import check_refit_of_whole, check_substitutable, soft_sites
+from .substitutable import check_cut_up, check_substitutable, soft_sites
 
 
 @transaction
@@ -72,15 +73,16 @@ def relu_ize(
             says. With `compensate` k ≤ 4, tᵢ by the data; without, k = 4 to 6 by minimax, the report bounds |f − Σ|.
         budget: the width over the width before, 1 to 4, in place of `hinges`; spent where it saves most. Needs `compensate`.
         processes: "all" joins the processes of torch.distributed: each calls with the same model and its own share of the
-            batches, all end with the same bits, as one process with all batches but for rounding. "one" works alone.
+            batches, all end with the same bits, as one process with all batches but for rounding. "one" works alone. A
+            model cut up by FSDP2's `fully_shard` wants "all": a block of its weights is whole at a time.
 
     Returns:
         Per site λ and the bound on what changes; what was refit; the measured changes; the smooth activations that remain.
 
     Raises:
         ValueError: called in torch.inference_mode, no λ-GELU in the model, offloaded weights, a `compensate` that is unknown
-            or lacks a calibration set, or, where several processes run, `processes`; or a fused kernel in the place of sites
-            or ReLUs: it says what to switch off. What one of the processes raises that work together, all raise.
+            or lacks a calibration set, or, where several processes run, `processes`; weights cut up by other engines; a
+            fused kernel in the place of sites or ReLUs, to be switched off. What one raises of processes that join, all do.
         RuntimeError: processes that work together and have not the same model, or of which one has ended.
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`, nor `hinges` in their layers.
@@ -93,11 +95,11 @@ def relu_ize(
         >>> _ = hlg.convert(model, init_hardness=200.0)
         >>> _ = hlg.relu_ize(model)
     """
-    check_refit_of_whole(model, compensate)  # before it is asked who refits
     team = team_of(processes, model, "" if compensate is None else "refit the model")
     with team.whole():
         asked = _Asked(calibration, compensate, compute_metrics, check_hinges(hinges, budget, compensate is not None), team)
-        return _relu_ized(model, force, tolerance, targets, asked)
+        with _by_blocks(model, asked):
+            return _relu_ized(model, force, tolerance, targets, asked)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,13 @@ class _Asked:
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None
     wanted: Wanted | None
     team: Team
+
+
+def _by_blocks(model: nn.Module, asked: _Asked) -> contextlib.AbstractContextManager[None]:
+    """Within the block, weights that are cut up are brought together as the work wants them; ValueError if it cannot be."""
+    check_cut_up(model, asked.compensate, asked.team, wider=asked.wanted is not None)
+    shared = asked.calibration is not None and asked.team.size > 1  # each process runs the model on batches of its own
+    return whole_blocks(model, asked.team) if asked.compensate is not None or shared else contextlib.nullcontext()
 
 
 def _relu_ized(

@@ -29,8 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints import on_disk_files
 from hf_lambda_gelu.measurement import change
-from hf_lambda_gelu.structure import block_source
-from hf_lambda_gelu.surgery.refit import engine, ridge, runs, sources, two_networks
+from hf_lambda_gelu.structure import file_source
+from hf_lambda_gelu.surgery.refit import engine, refit_files, ridge, runs, two_networks
 from scripts.tools.processes import run_module
 
 RESULTS = Path(__file__).parent / "results"
@@ -210,13 +210,13 @@ class Clock:
     def watch(self) -> None:
         """Lets the package's own functions be timed, in this process."""
         for owner, name, part in (
-            (block_source.BlockSource, "load_all", "read"),
+            (file_source.FileSource, "load_all", "read"),
             (runs.Run, "__call__", "forward"),
             (two_networks, "call", "forward"),
             (change, "run_batch", "forward"),
             (ridge.Moments, "add", "gram"),
             (engine, "decide", "solve"),
-            (sources.RefitWeights, "_write", "write"),
+            (refit_files.RefitFiles, "_write", "write"),
             (on_disk_files.Source, "finish", "write"),
         ):
             setattr(owner, name, self._timed(getattr(owner, name), part))

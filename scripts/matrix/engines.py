@@ -2,7 +2,7 @@
 
 Losses are means and the ranks' batches are of one size, so that the mean of their gradients is the gradient of one process.
 λ starts at 1.1, is clipped to 1 on its way, and is learned for half of the steps. Then it goes to its target: at once, with
-a refit of the weights, where each process has all of these, and else along the ramp. Compared are λ of every site and the
+a refit of the weights, and where ZeRO-3 has cut these up along the ramp. Compared are λ of every site and the
 loss of a batch, after every step: a refit that the next step undoes is seen in the loss.
 
 With the Trainer, the run is also continued from a checkpoint of before the switch and from one of after it.
@@ -57,9 +57,15 @@ class Engine:
     stage: int = 0
 
     @property
-    def whole(self) -> bool:
-        """Whether each process has all weights."""
-        return self.kind != "fsdp2" and self.stage < 3
+    def refits(self) -> bool:
+        """Whether weights can be refit at the switch: each process has all of them, or can bring them together by blocks."""
+        return self.stage < 3
+
+    def share(self, batches: list[Any], rank: int) -> dict[str, Any]:
+        """What `harden` is given on a process: all batches, or its own of them where processes have parts of the weights."""
+        if self.kind != "fsdp2":
+            return {"calibration": batches}
+        return {"calibration": batches[rank :: self.processes], "processes": "all"}
 
 
 ONE = Engine()
@@ -169,8 +175,8 @@ def own_loop(engine: Engine, optimizer: str, precision: str, rank: int, refit: b
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16" and engine.kind != "zero"):
             loss = forward(**rows.batch(chosen)).loss
         step(loss)
-        if number == SWITCH and (engine.whole if refit is None else refit):
-            hlg.harden(model, [rows.batch(slice(i, i + 8)) for i in range(0, 32, 8)])
+        if number == SWITCH and (engine.refits if refit is None else refit):
+            hlg.harden(model, **engine.share([rows.batch(slice(i, i + 8)) for i in range(0, 32, 8)], rank))
         learned = learned or (hlg.hardness_profile(model) if number == SWITCH else {})
         if learned:
             for name, site in hlg.hardness_sites(model).items():
@@ -266,7 +272,7 @@ def with_trainer(
         "learning_rate": rate,
         "hardness_learning_rate": own,
         "hardness_switch_point": SWITCH / STEPS,
-        "hardness_compensate": "least_squares" if engine.whole else "none",
+        "hardness_compensate": "least_squares" if engine.refits else "none",
         "max_grad_norm": 0.0,
         "lr_scheduler_type": "constant",
         "optim": {"SGD": "sgd", "AdamW": "adamw_torch"}[optimizer],
@@ -315,11 +321,11 @@ def measure(cell: Cell) -> Outcome:
     prepare()
     engine = ENGINES[cell.engine]
     run = partial(own_loop if cell.trainer == "own loop" else with_trainer, engine, cell.optimizer, cell.precision)
-    same = {} if engine.whole else {"hardness_compensate": "none"}
+    same = {} if engine.refits else {"hardness_compensate": "none"}
     folder = Path(tempfile.mkdtemp(prefix="engines"))
     try:
         if cell.trainer == "own loop":
-            twin = on_ranks(1, partial(own_loop, ONE, cell.optimizer, cell.precision, refit=engine.whole))[0]
+            twin = on_ranks(1, partial(own_loop, ONE, cell.optimizer, cell.precision, refit=engine.refits))[0]
             found = [apart(on_ranks(engine.processes, run)[0], twin)]
         else:
             twin = on_ranks(1, partial(with_trainer, ONE, cell.optimizer, cell.precision, **same))[0]
@@ -343,7 +349,7 @@ def _outcome(cell: Cell, engine: Engine, twin: Record, found: list[tuple[float, 
     learned = twin["hardness"][: SWITCH - 1]
     moved = min(max(abs(profile[site] - START) for profile in learned) for site in learned[0])
     text = f"one process: λ of {STEPS} steps, learned by {moved:.2f} and more; loss within {loss:.0e}"
-    text += ", refit at the switch" if engine.whole else ", ramp"
+    text += ", refit at the switch" if engine.refits else ", ramp"
     text += "" if cell.trainer == "own loop" else ", continued from checkpoints of before and after it"
     within = all(value <= bound for value, bound in zip((hardness, loss), BOUNDS[cell.precision], strict=True))
     equal = within and moved > 0.05

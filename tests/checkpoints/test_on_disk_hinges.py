@@ -19,10 +19,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints import disk_room, on_disk_files
-from hf_lambda_gelu.structure.block_source import BlockSource, blocks_of
+from hf_lambda_gelu.structure.block_source import blocks_of
+from hf_lambda_gelu.structure.file_source import FileSource
 from hf_lambda_gelu.surgery.hinges import work
 from hf_lambda_gelu.surgery.refit import engine
-from hf_lambda_gelu.surgery.refit.sources import RefitWeights
+from hf_lambda_gelu.surgery.refit.refit_files import RefitFiles
 from hf_lambda_gelu.surgery.refit.store import Store
 
 REFIT: dict[str, Any] = {"compensate": "least_squares"}
@@ -99,7 +100,7 @@ def test_is_what_memory_makes(case: str, tmp_path: Path) -> None:
 MOMENTS: list[tuple[str, Any, str, int, int]] = [
     ("llama", work, "place", 2, 1),  # one block is wider and refit, the next is measured
     ("gpt2", engine, "decide", 2, 1),  # the second one is wider, and not refit
-    ("gpt2", RefitWeights, "note", 3, 2),  # two are noted, the third is refit
+    ("gpt2", RefitFiles, "note", 3, 2),  # two are noted, the third is refit
     ("modernbert", engine, "decide", 2, 1),
     ("llama", on_disk_files, "write_changed", 2, 3),
 ]
@@ -155,7 +156,7 @@ def test_a_kill(
 def test_another_width_is_refused(whole: dict[str, tuple[Path, hlg.CheckpointReport]], tmp_path: Path) -> None:
     """What a killed process has done at another width is neither used nor lost."""
     shutil.copytree(whole["llama"][0] / "llama", tmp_path / "llama")
-    killed(RefitWeights, "note", 3, lambda: deep(tmp_path, "llama"))
+    killed(RefitFiles, "note", 3, lambda: deep(tmp_path, "llama"))
     left = digests(tmp_path)
     with pytest.raises(hlg.CheckpointError, match=r"holds 2 blocks .*, begun with other hinges, budget: pass what it was"):
         deep(tmp_path, "llama", budget=1.5)
@@ -170,7 +171,7 @@ def test_a_kill_without_data(tmp_path: Path) -> None:
         hlg.relu_ize_checkpoint(tmp_path / "src", tmp_path / name, hinges=4)
 
     widen("whole")
-    killed(RefitWeights, "_write", 5, lambda: widen("dst"))
+    killed(RefitFiles, "_write", 5, lambda: widen("dst"))
     assert len(list((tmp_path / ".dst.hf_lambda_gelu-unfinished").glob("*.bin"))) == 4
     widen("dst")
     same_tensors(stored(tmp_path / "dst"), stored(tmp_path / "whole"))
@@ -186,9 +187,9 @@ def test_one_block_at_a_time(options: dict[str, Any], tmp_path: Path, monkeypatc
     build("llama", num_hidden_layers=4).save_pretrained(tmp_path / "src", max_shard_size="20KB")
     memory: list[StorageWeakRef] = []
     alive, within = list[int](), list[int]()
-    load_all = BlockSource.load_all
+    load_all = FileSource.load_all
 
-    def watched(source: BlockSource, resting: Any) -> Any:
+    def watched(source: FileSource, resting: Any) -> Any:
         if resting:
             alive.append(sum(not storage.expired() for storage in memory))
         loaded = load_all(source, resting)
@@ -198,7 +199,7 @@ def test_one_block_at_a_time(options: dict[str, Any], tmp_path: Path, monkeypatc
             memory.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in loaded)
         return loaded
 
-    monkeypatch.setattr(BlockSource, "load_all", watched)
+    monkeypatch.setattr(FileSource, "load_all", watched)
     if "compensate" in options:
         options = {**options, "calibration": batches("llama")}
     hlg.relu_ize_checkpoint(tmp_path / "src", tmp_path / "dst", **options)
@@ -236,7 +237,7 @@ def test_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(owner, name, looking)
 
-    for owner, name in ((Store, "put"), (RefitWeights, "_write"), (RefitWeights, "_copied"), (on_disk_files, "save_file")):
+    for owner, name in ((Store, "put"), (RefitFiles, "_write"), (RefitFiles, "_copied"), (on_disk_files, "save_file")):
         looked_at(owner, name)
     monkeypatch.setattr(disk_room.shutil, "disk_usage", lambda _: type("usage", (), {"free": free[0]}))
     place = work.place
@@ -284,7 +285,7 @@ def test_refused(
 ) -> None:
     """As in memory, before a weight was written; numbers before the calibration set is read."""
     build(name).save_pretrained(tmp_path / "src")
-    monkeypatch.setattr(RefitWeights, "_write", lambda *_: pytest.fail("a weight was written"))
+    monkeypatch.setattr(RefitFiles, "_write", lambda *_: pytest.fail("a weight was written"))
     numbers = error in (ValueError, TypeError)
     if "compensate" in options:
         options = {**options, "calibration": unread() if numbers else batches(name)}

@@ -22,9 +22,10 @@ import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints import disk_room
 from hf_lambda_gelu.checkpoints.on_disk_files import Source
 from hf_lambda_gelu.checkpoints.streamed_model import Streamed
-from hf_lambda_gelu.structure import block_source
-from hf_lambda_gelu.structure.block_source import BlockSource, blocks_of, source_of
-from hf_lambda_gelu.surgery.refit import chain_walk, sources, store
+from hf_lambda_gelu.structure import file_source
+from hf_lambda_gelu.structure.block_source import blocks_of, source_of
+from hf_lambda_gelu.structure.file_source import FileSource
+from hf_lambda_gelu.surgery.refit import chain_walk, refit_files, store
 
 # a gated FFN without biases, a head outside of the blocks, images, Conv1D, two towers, one block that runs several times
 NAMES = ["llama", "bert", "vit", "gpt2", "t5", "albert"]
@@ -132,9 +133,9 @@ def test_one_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     model = tiny.build("llama", num_hidden_layers=4)
     model.save_pretrained(tmp_path / "src", max_shard_size="20KB")
     seen: list[int] = []
-    load_all = BlockSource.load_all
+    load_all = FileSource.load_all
 
-    def counted(source: BlockSource, resting: Any) -> Any:
+    def counted(source: FileSource, resting: Any) -> Any:
         loaded = load_all(source, resting)
         within = [
             sum(not source.rests(p.data) for p in b.parameters() if source.streams(p)) for b in blocks_of(source.model)
@@ -142,7 +143,7 @@ def test_one_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         seen.append(sum(count > 0 for count in within))
         return loaded
 
-    monkeypatch.setattr(BlockSource, "load_all", counted)
+    monkeypatch.setattr(FileSource, "load_all", counted)
     hlg.relu_ize_checkpoint(tmp_path / "src", tmp_path / "dst", calibration=batches("llama"), compensate="least_squares")
     assert len(seen) > 4 * len(batches("llama"))
     assert max(seen[1:]) <= 1  # beside the one that is being read
@@ -153,9 +154,9 @@ def test_nothing_keeps_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     tiny.build("llama", num_hidden_layers=4).save_pretrained(tmp_path / "src", max_shard_size="20KB")
     memory: list[StorageWeakRef] = []
     alive: list[int] = []
-    load_all = BlockSource.load_all
+    load_all = FileSource.load_all
 
-    def watched(source: BlockSource, resting: Any) -> Any:
+    def watched(source: FileSource, resting: Any) -> Any:
         if resting:  # else the block is held, as it is worked on
             alive.append(sum(not storage.expired() for storage in memory))
         loaded = load_all(source, resting)
@@ -163,7 +164,7 @@ def test_nothing_keeps_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             memory.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in loaded)
         return loaded
 
-    monkeypatch.setattr(BlockSource, "load_all", watched)
+    monkeypatch.setattr(FileSource, "load_all", watched)
     hlg.relu_ize_checkpoint(tmp_path / "src", tmp_path / "dst", calibration=batches("llama"), compensate="least_squares")
     assert len(memory) > 4 * 9 * len(batches("llama"))
     assert max(alive) == 0
@@ -174,9 +175,9 @@ def test_skipped_blocks_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     tiny.build("llama", num_hidden_layers=4).save_pretrained(tmp_path / "src", max_shard_size="20KB")
     read_in: dict[str, list[int]] = {"skipping": [], "running": []}
     reads: list[None] = []
-    load_all = BlockSource.load_all
+    load_all = FileSource.load_all
 
-    def watched(source: BlockSource, resting: Any) -> Any:
+    def watched(source: FileSource, resting: Any) -> Any:
         reads.extend([None] * bool(resting))
         return load_all(source, resting)
 
@@ -189,7 +190,7 @@ def test_skipped_blocks_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
         return run
 
-    monkeypatch.setattr(BlockSource, "load_all", watched)
+    monkeypatch.setattr(FileSource, "load_all", watched)
     monkeypatch.setattr(chain_walk, "capture_skipping", counted(chain_walk.capture_skipping, "skipping"))
     monkeypatch.setattr(chain_walk, "capture", counted(chain_walk.capture, "running"))
     hlg.relu_ize_checkpoint(tmp_path / "src", tmp_path / "dst", calibration=batches("llama"), compensate="least_squares")
@@ -199,7 +200,7 @@ def test_skipped_blocks_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_weights_come_and_go(tmp_path: Path) -> None:
     """A block's weights rest in their file but while it runs, also after an error in it; a large head comes and goes too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_source, "_LARGE", 1000)
+        patch.setattr(file_source, "_LARGE", 1000)
         tiny.build("llama").save_pretrained(tmp_path / "src")
         streamed = Streamed(Source(tmp_path / "src", tmp_path / "dst"), torch.device("cpu"))
         model, source = streamed.model, streamed.source
@@ -304,7 +305,7 @@ def test_a_full_disk(where: str, src: Path, tmp_path: Path, monkeypatch: pytest.
     def full_too(*_: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(*((sources.os, "fsync", full) if where == "weights" else (store, "save_file", full_too)))
+    monkeypatch.setattr(*((refit_files.os, "fsync", full) if where == "weights" else (store, "save_file", full_too)))
     with pytest.raises(hlg.CheckpointError, match="no room is left for hidden states in"):
         hlg.relu_ize_checkpoint(src, tmp_path / "dst", calibration=batches("llama"), compensate="least_squares")
     assert [path.name for path in tmp_path.iterdir()] == ["src"]

@@ -18,17 +18,17 @@ import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints import folders, on_disk_files
 from hf_lambda_gelu.surgery import substitution
 from hf_lambda_gelu.surgery.refit import engine
-from hf_lambda_gelu.surgery.refit.sources import RefitWeights
+from hf_lambda_gelu.surgery.refit.refit_files import RefitFiles
 from hf_lambda_gelu.surgery.refit.store import Store
 
 # (what the process is killed in, at which call, blocks that are done by then)
 MOMENTS: list[tuple[Any, str, int, int]] = [
     (Store, "put", 3, 0),
-    (RefitWeights, "_write", 1, 0),
-    (RefitWeights, "note", 1, 0),
+    (RefitFiles, "_write", 1, 0),
+    (RefitFiles, "note", 1, 0),
     (engine, "decide", 2, 1),
-    (RefitWeights, "_write", 4, 1),
-    (RefitWeights, "note", 3, 2),
+    (RefitFiles, "_write", 4, 1),
+    (RefitFiles, "note", 3, 2),
     (substitution, "measure_change", 1, 4),
     (on_disk_files, "write_changed", 2, 4),
     (folders, "flush", 1, 4),
@@ -100,7 +100,7 @@ def test_other_work_is_refused(
     was given goes on with it; once its folder is deleted the other work begins."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     shutil.copytree(whole / "src", tmp_path / "src")
-    killed(RefitWeights, "note", 3, lambda: refit(tmp_path))
+    killed(RefitFiles, "note", 3, lambda: refit(tmp_path))
     left = digests(tmp_path)
     unfinished = tmp_path / ".dst.hf_lambda_gelu-unfinished"
     message = f"'{unfinished}' holds 2 blocks that a killed process has refit, begun with other {what}: pass what it was"
@@ -125,7 +125,7 @@ def test_an_error_keeps_earlier_work(whole: Path, tmp_path: Path, monkeypatch: p
     """What a killed process has done stays, and what was added is gone on with, where the next process fails by an error."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     shutil.copytree(whole / "src", tmp_path / "src")
-    killed(RefitWeights, "note", 2, lambda: refit(tmp_path))
+    killed(RefitFiles, "note", 2, lambda: refit(tmp_path))
     decide, solved = engine.decide, list[None]()
 
     def failing(*args: Any, **kwargs: Any) -> Any:

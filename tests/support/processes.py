@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,23 @@ def module_in_fork(
     """As `python -m module arguments…`."""
     code = f"import runpy\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     return in_fork(code, *arguments, cwd=cwd, env=env)
+
+
+def in_child(run: Callable[[], object]) -> None:
+    """Run in a process of its own that is forked from this one: for what leaves threads, which no later fork survives."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            run()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "see what it has printed"
 
 
 def killed(owner: Any, name: str, call: int, run: Callable[[], object]) -> None:

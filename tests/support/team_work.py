@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ SIZE = 2
 # options of relu-ize that several processes cannot share
 REFUSED: list[list[object]] = [["--force"], ["--stream", "--calibration", "texts.txt"], ["--hinges", "4", "--force"]]
 Batches = list[dict[str, Tensor]]
+Work = Callable[[int, list[int], Path], None]
 
 
 def outcome(model: PreTrainedModel, work: Callable[[], Any]) -> dict[str, Any]:
@@ -264,31 +266,39 @@ CASES: dict[str, Callable[[int, int], Any]] = {
 }  # fmt: skip
 
 
-def _process(rank: int, ports: list[int], folder: Path) -> None:
+def _work(rank: int, ports: list[int], folder: Path) -> None:
+    early = refit(lively("bert-classifier"), texts())  # no group yet
+    torch.save(early, folder / f"early-{rank}.pt")
+    torch.save(command(rank, SIZE), folder / f"command-{rank}.pt")  # it makes and ends a group of its own
+    os.environ["MASTER_PORT"] = str(ports[1])
+    distributed.init_process_group("gloo")
+    for name, case in CASES.items():
+        torch.save(case(rank, SIZE), folder / f"{name}-{rank}.pt")
+
+
+def _process(work: Work, rank: int, ports: list[int], folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     os.environ |= {"WORLD_SIZE": str(SIZE), "LOCAL_WORLD_SIZE": str(SIZE)}
     os.environ |= {"TEAM_WORK_FOLDER": str(folder)}
     try:
-        early = refit(lively("bert-classifier"), texts())  # no group yet
-        torch.save(early, folder / f"early-{rank}.pt")
-        torch.save(command(rank, SIZE), folder / f"command-{rank}.pt")  # it makes and ends a group of its own
-        os.environ["MASTER_PORT"] = str(ports[1])
-        distributed.init_process_group("gloo")
-        for name, case in CASES.items():
-            torch.save(case(rank, SIZE), folder / f"{name}-{rank}.pt")
+        work(rank, ports, folder)
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
+        sys.stderr.flush()
         os._exit(0)  # of a group that has lost one nothing can be taken down
 
 
-def main(folder: Path) -> None:
+def start(work: Work, folder: Path) -> None:
+    """Let two processes do it, as torchrun would start them; `work` gets the rank, two free ports and the folder."""
     with socket.socket() as free, socket.socket() as other:
         for one in (free, other):
             one.bind(("127.0.0.1", 0))
         ports = [one.getsockname()[1] for one in (free, other)]
-    checkpoint(folder)
     context = multiprocessing.get_context("fork")
-    started = [context.Process(target=_process, args=(rank, ports, folder)) for rank in range(SIZE)]
+    started = [context.Process(target=_process, args=(work, rank, ports, folder)) for rank in range(SIZE)]
     for process in started:
         process.start()
     for process in started:
@@ -299,4 +309,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    checkpoint(Path(sys.argv[1]))
+    start(_work, Path(sys.argv[1]))

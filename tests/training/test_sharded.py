@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from support.processes import in_child
 from support.training import Rows, arguments, converted
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,16 +17,14 @@ import hf_lambda_gelu as hlg
 from hf_lambda_gelu.training.switch import check_calibratable
 
 
-@pytest.fixture
-def mesh() -> Iterator[object]:
-    """A group of this process alone: weights are DTensors all the same."""
+def test_learns_as_without(tmp_path: Path) -> None:
+    in_child(partial(learns_as_without, tmp_path))
+
+
+def learns_as_without(tmp_path: Path) -> None:
+    """In a group of one process: weights are DTensors all the same."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
-
-
-def test_learns_as_without(mesh: object, tmp_path: Path) -> None:
-    rows = Rows()
+    mesh, rows = init_device_mesh("cpu", (1,)), Rows()
     batch = {"input_ids": rows.tokens, "labels": rows.labels}
     profiles = []
     for sharded in (False, True):
@@ -54,7 +53,27 @@ def test_learns_as_without(mesh: object, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs whole weights, which FSDP or DeepSpeed has cut up here: set hardness"):
         check_calibratable(args, model, rows)
     check_calibratable(args, nn.Linear(2, 2), rows)
-    before = hlg.hardness_profile(model)
-    with pytest.raises(ValueError, match=r"needs whole weights.*set_hardness along a HardeningSchedule"):
+    report = hlg.harden(model, [batch])  # one process has all parts
+    assert {site.method for site in report.sites} <= {"least_squares", "bias"}
+    assert list(hlg.hardness_profile(model).values()) == pytest.approx([159.58] * 2, abs=0.01)
+    model(**batch).loss.backward()
+    with pytest.raises(hlg.FoldError, match="fold needs whole weights, which FSDP or DeepSpeed has cut up here: load what"):
+        hlg.fold(model, batch)
+    with pytest.raises(ValueError, match=r"saving needs whole weights.*get_model_state_dict"):
+        hlg.save_relu_pretrained(model, tmp_path / "relu")
+    assert not (tmp_path / "relu").exists()
+
+
+def test_parts_that_only_an_engine_can_bring_together() -> None:
+    """ZeRO-3 marks its parameters, FSDP1 wraps modules."""
+    model = converted()
+    batch = {"input_ids": Rows().tokens}
+    parameter = model.classifier.weight
+    parameter.ds_id = 0
+    for refit in (hlg.harden, partial(hlg.relu_ize, compensate="least_squares")):
+        with pytest.raises(ValueError, match=r"needs whole weights.*set_hardness along a HardeningSchedule"):
+            refit(model, calibration=[batch])
+    del parameter.ds_id
+    model.wrapped = type("FullyShardedDataParallel", (nn.Module,), {})()
+    with pytest.raises(ValueError, match="needs whole weights"):
         hlg.harden(model, [batch])
-    assert hlg.hardness_profile(model) == before

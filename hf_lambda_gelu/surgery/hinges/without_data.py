@@ -12,10 +12,9 @@ from ...measurement.batches import FORWARD_ERRORS, check_dealt, model_batches
 from ...measurement.examples.choice import example_inputs
 from ...measurement.forward import run_batch
 from ...measurement.team import ALONE, Team
-from ...structure.block_source import source_of
 from ...structure.modules import transformers_parts
 from ...structure.scratch import scratch_folder
-from ..refit.sources import RefitWeights
+from ..refit.refit_shards import refit_weights
 from ..refit.two_networks import TwoNetworks
 from .plan import HingeError
 from .wanted import Wanted
@@ -33,9 +32,7 @@ def minimax_hinges(
         team: whose processes each have their own share of the batches.
     """
     with scratch_folder() as folder:
-        source = source_of(model)
-        weights = None if source is None else RefitWeights(source, source.folder or folder)
-        networks = TwoNetworks(model, folder, weights, team=team)
+        networks = TwoNetworks(model, folder, refit_weights(model, folder, team.all_did), team)
         work = HingeWork(networks, wanted)
         try:
             if calibration is None:

@@ -26,7 +26,6 @@ from ...measurement.forward import main_output
 from ...measurement.site_rows import positions_first
 from ...measurement.team import ALONE, Team
 from ...reports import length, progress
-from ...structure.block_source import source_of
 from ...structure.linear_maps import LinearMap, eager_experts
 from ...structure.scratch import scratch_folder
 from ...structure.tracing import Trace, trace
@@ -38,11 +37,11 @@ from .held_out import Verdict, decide
 from .meeting_point import Meeting, observe
 from .norm_biases import borrow_biases
 from .pruned import support
+from .refit_shards import refit_weights
 from .report import FEW_ROWS, Compensate, CompensatedSite, CompensationReport, describe
 from .ridge import Correction
 from .row_weights import RowWeights
 from .runs import ReplayError
-from .sources import RefitWeights
 from .two_networks import Network, TwoNetworks
 from .wider import Wider
 
@@ -306,9 +305,7 @@ def compensation(
         team: the processes that refit together, within `whole`; the loader has this one's share.
     """
     with scratch_folder() as folder:
-        source = source_of(model)
-        weights = None if source is None else RefitWeights(source, source.folder or folder)
-        networks = TwoNetworks(model, folder, weights, team)
+        networks = TwoNetworks(model, folder, refit_weights(model, folder, team.all_did), team)
         try:
             check_dealt(loader, team)
             batches = model_batches(model, loader, team)

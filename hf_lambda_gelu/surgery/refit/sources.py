@@ -1,81 +1,42 @@
-"""Where the weights of a block come from and go to while a refit runs over a model that is larger than memory.
+"""Where the weights of a block go to while a refit runs over a model of which one block at a time is whole in memory.
 
-What is refit is written into a folder when the walk leaves a block, and rests there from then on. A journal beside it says
-which blocks are done, so that a process that was killed is gone on with by the next one; where the states after the last
-one were not found by running it, they lie there too.
+What is refit rests from the time on when the walk leaves its block: in files (`refit_files`), or as this process's part of
+it (`refit_shards`).
 """
 
 from __future__ import annotations
 
-import json
-import os
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ...structure.block_source import BlockSource, Place, file_state, mapped
-from ...structure.loading import CheckpointError
+from ...structure.block_source import BlockSource
 from .report import CompensatedSite
 from .runs import ReplayError
 from .store import Store
 
-_JOURNAL = "journal.json"
-_STATES = "*.state"
-
 
 class RefitWeights:
-    """The refit weights of a streamed model, in a folder, with the journal of what is done.
+    """The refit weights of a model whose weights come and go with its blocks.
 
     Attributes:
-        done: the names of the sites of a block, joined → what an earlier process did there, and the files of its weights.
+        source: brings the weights.
     """
 
-    def __init__(self, source: BlockSource, folder: Path) -> None:
-        self.source, self.folder = source, folder
-        self._written: dict[str, tuple[str, list[int]]] = {}  # parameter → its file and its shape, since the last note
-        self.done: dict[str, dict[str, object]] = {}
-        self._names = {parameter: name for name, parameter in source.model.named_parameters()}
-
-    def read_journal(self) -> None:
-        """Take over what an earlier process has done; files of one that finished no block go.
-
-        Raises:
-            CheckpointError: it did other work.
-        """
-        try:
-            found = json.loads((self.folder / _JOURNAL).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = None
-        if isinstance(found, dict):
-            then, now = found["identity"], self.source.identity
-            other = [name for name in {**now, **then} if then.get(name) != now.get(name)]
-            if other:
-                raise CheckpointError(
-                    f"{str(self.folder)!r} holds {len(found['done'])} blocks that a killed process has refit, begun with "
-                    f"other {', '.join(other)}: pass what it was given, to go on where it was, or delete that folder, to "
-                    "start anew"
-                )
-            self.done = found["done"]
-            return
-        for path in (self.folder / _JOURNAL, *self.folder.glob("*.bin"), *self.folder.glob(_STATES)):
-            path.unlink(missing_ok=True)
-
-    # --------------------------------------------------------------------------------------------------- one block
+    def __init__(self, source: BlockSource) -> None:
+        self.source: BlockSource = source
 
     @contextmanager
     def holding(self, parameters: Iterable[nn.Parameter], originals: dict[nn.Parameter, Tensor]) -> Iterator[None]:
-        """Within the block, both networks' weights are on the device; afterwards all rest, what was refit in a new file."""
+        """Within the block, both networks' weights are on the device; afterwards all rest, what was refit too."""
         parameters = list(dict.fromkeys(parameters))
         before = {p: originals[p] for p in parameters if p in originals}
         with self.source.holding(parameters) as held:
-            for parameter, resting in before.items():
-                if self.source.rests(resting):
-                    originals[parameter] = self.source.load(resting)
+            away = {p: data for p, data in before.items() if self.source.rests(data)}
+            originals.update(zip(away, self.source.load_all(list(away.values())), strict=True))
             try:
                 yield
                 self._let_rest(parameters, held | before, originals)
@@ -95,35 +56,33 @@ class RefitWeights:
     ) -> None:
         for parameter in parameters:
             if parameter in originals and not self.source.rests(parameter.data):
-                view = self._write(parameter)
+                self._put_away(parameter)
                 if self.source.streams(parameter):  # what lies outside of blocks, and a new bias, stays on the device
-                    parameter.data = view
                     originals[parameter] = smooth.get(parameter, originals[parameter])
 
-    def _write(self, parameter: nn.Parameter) -> Tensor:
-        name = self._name(parameter)
-        count = sum(1 for _ in self.folder.glob("*.bin"))
-        path = self.folder / f"{count:06d}.bin"
-        data = parameter.detach().to("cpu").contiguous()
-        with path.open("wb") as file:
-            file.write(data.reshape(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        self._written[name] = path.name, list(parameter.shape)
-        return self._resting(path, parameter, parameter.shape)
+    @abstractmethod
+    def _put_away(self, parameter: nn.Parameter) -> None:
+        """Let a refit weight rest if it comes and goes with a block; keep what others must not lose."""
 
-    def _resting(self, path: Path, like: nn.Parameter, shape: Sequence[int]) -> Tensor:
-        view = mapped(path).view(like.dtype).view(tuple(shape))
-        self.source.add(view, Place(path, 0, file_state(path)))
-        self.source.changed[like] = path
-        return view
+    # ------------------------------------------------------------------------- what a killed process leaves the next
 
-    def _name(self, parameter: nn.Parameter) -> str:
-        if parameter not in self._names:  # a bias that the model was given
-            self._names = {p: name for name, p in self.source.model.named_parameters()}
-        return self._names[parameter]
+    def read_journal(self) -> None:
+        """Take over what an earlier process has done."""
 
-    # ------------------------------------------------------------------------------------------------- the journal
+    def expect(self, shapes: Mapping[nn.Parameter, tuple[int, ...]]) -> None:
+        """To be called before the first block: the weights that will be changed, and the shapes that they will have."""
+
+    def earlier(
+        self, sites: Sequence[str], originals: dict[nn.Parameter, Tensor]
+    ) -> tuple[list[CompensatedSite], Mapping[str, Any]] | None:
+        """What an earlier process did in the block with these sites, whose weights are then refit; None if nothing.
+
+        Its reports, and what was noted of layers that are wider.
+        """
+        return None
+
+    def take_states(self, sites: Sequence[str], store: Store) -> None:
+        """Let the store have what an earlier process kept of the states after the block with these sites."""
 
     def note(
         self,
@@ -133,67 +92,10 @@ class RefitWeights:
         states: Sequence[str],
         wider: Mapping[str, Any],
     ) -> None:
-        """Let the journal say that a block is done: its reports, the files of its weights, and of states after it.
+        """Take note that a block is done: its reports, and the names of its states in the store that no run finds again."""
 
-        States of an earlier block are not needed any more where there are such of a later one.
-        """
-        kept = self._copied(store, states)
-        if kept:
-            self.done = {name: {**entry, "states": {}} for name, entry in self.done.items()}
-        reports = [asdict(site) for site in made]
-        self.done["\n".join(sites)] = {"sites": reports, "files": self._written, "states": kept, "wider": wider}
-        self._written = {}
-        self._write_journal()
-        if kept:
-            for path in self.folder.glob(_STATES):
-                if path.name not in {file for file, _ in kept.values()}:
-                    path.unlink()
+    # ----------------------------------------------------------------------------------------------------- at the end
 
-    def _copied(self, store: Store, states: Sequence[str]) -> dict[str, tuple[str, list[int]]]:
-        """{name of a state in the store: the file that it is copied to, the order of its dimensions there}."""
-        kept: dict[str, tuple[str, list[int]]] = {}
-        for name in states:
-            path = self.folder / f"{len(self.done):06d}-{name}.state"
-            kept[name] = path.name, store.copy_to(name, path)
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        return kept
-
-    def _write_journal(self) -> None:
-        path = self.folder / _JOURNAL
-        partial = path.with_suffix(".part")
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump({"identity": self.source.identity, "done": self.done}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-
-    def take_states(self, sites: Sequence[str], store: Store) -> None:
-        """Let the store have what an earlier process kept of the states after the block with these sites."""
-        states = self.done["\n".join(sites)].get("states", {})
-        assert isinstance(states, Mapping)
-        for name, (file, order) in states.items():
-            store.take(name, self.folder / file, order)
-
-    def earlier(
-        self, sites: Sequence[str], originals: dict[nn.Parameter, Tensor]
-    ) -> tuple[list[CompensatedSite], Mapping[str, Any]] | None:
-        """What an earlier process did in the block with these sites, whose weights are then refit; None if nothing.
-
-        Its reports, and what was noted of layers that are wider.
-        """
-        entry = self.done.get("\n".join(sites))
-        if entry is None:
-            return None
-        files = entry["files"]
-        assert isinstance(files, Mapping)
-        parameters = dict(self.source.model.named_parameters())
-        for name, (file, shape) in files.items():
-            parameter = parameters[name]
-            originals.setdefault(parameter, parameter.data)
-            view = self._resting(self.folder / file, parameter, shape)
-            parameter.data = view if self.source.streams(parameter) else self.source.load(view)
-        reports, wider = entry["sites"], entry["wider"]
-        assert isinstance(reports, list)
-        assert isinstance(wider, Mapping)
-        return [CompensatedSite(**report) for report in reports], wider
+    def commit(self, originals: Mapping[nn.Parameter, Tensor]) -> set[nn.Parameter]:
+        """Put refit weights where they are to stay; those that are in memory, and still to be put there, are returned."""
+        return set()

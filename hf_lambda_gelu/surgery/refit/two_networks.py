@@ -183,7 +183,7 @@ class TwoNetworks:
     def expect(self, shapes: Mapping[nn.Parameter, tuple[int, ...]]) -> None:
         """Let whoever keeps the weights know which will be changed, and the shapes that they will have."""
         if self.weights is not None:
-            self.weights.source.expect(shapes)
+            self.weights.expect(shapes)
 
     def done_earlier(self, sites: Sequence[str]) -> tuple[list[CompensatedSite], Mapping[str, Any]] | None:
         """What a killed process did in the block with these sites, whose weights are refit then; None if nothing."""
@@ -214,11 +214,10 @@ class TwoNetworks:
     def commit(self) -> None:
         """Put the refit weights into the memory of the original ones, kept for `undo`; wider ones stay in theirs.
 
-        Those of a streamed model rest, and stay where they are.
+        Where weights come and go with blocks, what keeps them puts most of them where they are to stay.
         """
-        if self.weights is not None:
-            return
-        for parameter, memory in list(self.originals.items()):
+        left = set(self.originals) if self.weights is None else self.weights.commit(self.originals)
+        for parameter, memory in [(p, memory) for p, memory in self.originals.items() if p in left]:
             if parameter.shape != memory.shape:
                 reshape(parameter, parameter.data)
                 continue
