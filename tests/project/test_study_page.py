@@ -10,7 +10,7 @@ import pytest
 from scripts.studies import claims, report, run, sparsity, updates
 from scripts.studies.scratch import SCRATCH
 from scripts.studies.tasks import PRETRAINED
-from scripts.studies.training_free import first_steps, goals, hinges, kept
+from scripts.studies.training_free import distilled, first_steps, goals, hinges, kept
 from scripts.studies.training_free import run as training_free
 from scripts.tools.tables import read
 
@@ -42,6 +42,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "hinges": ("docs/study.md", hinges.table),
     "goals": ("docs/study.md", goals.table),
     "goals in README": ("README.md", goals.table),
+    "a few steps": ("docs/study.md", distilled.table),
     "latency": ("docs/study.md", kept.table),
     "sparsity": ("docs/how-to/sparsity.md", lambda: sparsity.table(read(sparsity.RESULTS))),
 }

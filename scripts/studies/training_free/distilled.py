@@ -6,9 +6,9 @@
 
 A row of results/distilled.csv is one run: the refit of hinges.py on 20,480 tokens, drawn by the seed, then 60 steps of 8
 windows of 256 tokens of the same train splits, in an order drawn by the seed. Perplexity is on the 10,240 test tokens of
-hinges.py. With one ReLU per gate all weights learn. With two the maps that the refit made, up and down, stay as they are:
-their features are large, so that the steps of an Adam, which are as long for all weights, lead away. A refit model is made
-once and kept in the cache, as `smollm2-<variant>-seed<seed>`; an interrupted run goes on from its last checkpoint there.
+hinges.py. With one ReLU per gate all weights learn. With two the maps that the refit made, up and down, are frozen, as the
+first steps of all weights lead away (first_steps.py). A refit model is made once and kept in the cache, as
+`smollm2-<variant>-seed<seed>`; an interrupted run goes on from its last checkpoint there.
 """
 
 from __future__ import annotations
