@@ -94,7 +94,7 @@ def _widen(row: dict[str, Any], model_type: str, auto: str, folder: Path) -> Non
     hlg.convert(model)
     bases = {name: site.base for name, site in hlg.hardness_sites(model).items()}
     smooth = outputs(model, batch)
-    twin = copy.deepcopy(model)
+    twin, again = copy.deepcopy(model), copy.deepcopy(model)
     try:
         report = hlg.relu_ize(model, True, hinges=HINGES).hinges  # heads keep one ReLU
     except hlg.HingeError as error:
@@ -106,13 +106,12 @@ def _widen(row: dict[str, Any], model_type: str, auto: str, folder: Path) -> Non
     row |= {"wider": len(report.sites), "single": len(report.single), "reason": next(iter(report.single.values()), "")}
     row["widths"] = " ".join(f"{path}={before:g}→{now:g}" for path, (before, now) in report.widths.items())
     row["biases"] = " ".join(path for path in _switches(twin.config) if get_attribute(model.config, path) is True)
-    hlg.relu_ize(twin, force=True)
     _put_sums(twin, {site.name: bases[site.name] for site in report.sites})
     expected, got = outputs(twin, batch), outputs(model, batch)
     row["effect"], row["sum"] = f"{difference(smooth, expected):.1e}", f"{difference(expected, got):.1e}"
     if float(row["sum"]) > ROUNDING:  # random networks may blow rounding up
         with contextlib.suppress(RuntimeError):  # a class that is not for fp64
-            row["sum"] = f"{difference(*(_in_double(each, batch) for each in (twin, model))):.1e}"
+            row["sum"] = f"{_in_double(again, batch, bases):.1e}"
     hlg.save_relu_pretrained(model, folder)
     row["reload"] = f"{hlg.verify_relu_pretrained(model, folder):.1e}"
     row["verdict"] = verdict(row)
@@ -127,13 +126,19 @@ def _switches(config: PreTrainedConfig, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _in_double(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
-    doubled = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
-    return outputs(copy.deepcopy(model).double(), doubled)
+def _in_double(model: nn.Module, batch: dict[str, Tensor], bases: dict[str, str]) -> float:
+    """How far the wider layers are from the sums, of a model in fp64 from the start."""
+    batch = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    wide, twin = model.double(), copy.deepcopy(model).double()
+    report = hlg.relu_ize(wide, True, hinges=HINGES).hinges
+    assert report is not None
+    _put_sums(twin, {site.name: bases[site.name] for site in report.sites})
+    return difference(outputs(twin, batch), outputs(wide, batch))
 
 
 def _put_sums(model: nn.Module, bases: dict[str, str]) -> None:
-    """Sums in the place of these sites, under each of their names."""
+    """ReLU in the model, and sums in the place of these sites, under each of their names."""
+    hlg.relu_ize(model, force=True)
     for name, base in bases.items():
         old, new = model.get_submodule(name), Sum(base, 1.0)
         for place, module in list(model.named_modules(remove_duplicate=False)):

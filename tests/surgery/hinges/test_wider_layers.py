@@ -64,13 +64,16 @@ def weights(model: nn.Module, name: str) -> tuple[np.ndarray, np.ndarray]:
     return weight, np.zeros(len(weight)) if bias is None else bias.detach().double().numpy()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("name", FEED_FORWARDS)
-def test_wider_layer_computes_the_sum(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wider_layer_computes_the_sum(
+    name: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neuron by neuron, Σᵢ aᵢ relu(z − tᵢ) through the old maps is what the wider layer puts out; λ = 3 scales places."""
     after, before, up = FEED_FORWARDS[name]
     found = Minimax((-2.0, -0.5, 0.1, 0.7, 3.0), (0.1, 0.4, 0.3, 0.4, -0.2), 0.5)  # those of minimax are symmetric
     monkeypatch.setattr(work, "minimax", lambda base, hinges: found)
-    model = lively(name, 3.0)
+    model = lively(name, 3.0).to(dtype)
     w1, b1 = weights(model, before)
     w2, b2 = weights(model, after)
     w3, b3 = (None, None) if up is None else weights(model, up)
@@ -79,7 +82,7 @@ def test_wider_layer_computes_the_sum(name: str, monkeypatch: pytest.MonkeyPatch
     assert report.hinges.sites[0].bound == pytest.approx(found.bound / 3.0)
 
     torch.manual_seed(0)
-    x = torch.randn(6, w1.shape[1])
+    x = torch.randn(6, w1.shape[1], dtype=dtype)
     with torch.no_grad():
         h = torch.relu(model.get_submodule(before)(x))
         h = h if up is None else h * model.get_submodule(up)(x)
@@ -93,7 +96,7 @@ def test_wider_layer_computes_the_sum(name: str, monkeypatch: pytest.MonkeyPatch
             if w3 is not None and b3 is not None:
                 value *= w3[unit] @ entry + b3[unit]
             wanted += w2[:, unit] * value
-        assert np.abs(got[row] - wanted).max() < 1e-5 * max(1.0, np.abs(wanted).max())
+        assert np.abs(got[row] - wanted).max() < tolerance * max(1.0, np.abs(wanted).max())
 
 
 def test_bound_of_a_site_holds() -> None:
