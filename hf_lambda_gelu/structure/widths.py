@@ -100,6 +100,10 @@ def _width(
     if not group:
         return None
     others = [n for p, n in names.items() if n not in explained and shapes.get(n) != tuple(p.shape)]
+    if not others and not ratio:  # what is made of the number by a division may stay at one more (VideoPrism's head)
+        doubled = rebuild(part, path, 2 * value)
+        shapes = {} if doubled is None else {name: tuple(parameter.shape) for name, parameter in doubled.named_parameters()}
+        others = [n for p, n in names.items() if n not in explained and shapes.get(n, tuple(p.shape)) != tuple(p.shape)]
     obstacle = f"config.{path} is the width of {others[0]} too, in no block that can be told" if others else ""
     return Width(path, value, tuple(group), obstacle, ratio)
 

@@ -156,9 +156,11 @@ _WHY = {
     "has no bias, and no config": "the gate's map has no bias, and the config no switch for one",
     "stacks of experts' weights": "experts, whose weights are stacks without biases",
     "is cut in parts": "one map makes its units and others",
-    "stands between|unlike shapes|make its units|and another none": "something else stands between the maps",
+    "stands between|unlike shapes|make its units|and another none|feeds a conv": "something else stands between the maps",
     "no number in the config is its width": "its width is in no number of the config",
     "in no block that can be told": "the number in the config is the width of other maps too",
+    "is tied to": "its weights are another layer's too",
+    "as it rounds": "its ratio cannot say so many units",
     "no input reached": "made-up inputs do not reach it",
 }
 

@@ -18,6 +18,8 @@ from transformers import AutoModel, AutoTokenizer, EncoderDecoderConfig, Encoder
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.measurement.difference import float_outputs
+from hf_lambda_gelu.measurement.examples.choice import example_inputs
+from scripts.architectures.tiny_models import tiny_model
 
 # name → its FFNs that have one width, their maps before the ReLU and after it, and the config path of the width
 FFNS: dict[str, tuple[list[str], list[str], str, str]] = {
@@ -346,6 +348,22 @@ def test_report_as_json() -> None:
     assert record["sites"][0]["units"] == 8
     assert record["parameters"][0] - record["parameters"][1] == 7 * (8 - record["sites"][0]["kept"])
     assert str(report).splitlines()[2].split() == ["1", "8", str(report.sites[0].dead), str(report.sites[0].kept)]
+
+
+def test_number_that_is_divided_elsewhere() -> None:
+    """VideoPrism's pooling head has (number // heads) · heads features, so its layers stay whole."""
+    model = tiny_model("videoprism", "AutoModel").eval()
+    hlg.convert(model)
+    hlg.relu_ize(model, force=True)
+    gates = [name for name in model.state_dict() if name.endswith("mlp.fc1.bias") and "text" not in name]
+    assert len(gates) == 6
+    with torch.no_grad():
+        for name in gates:
+            model.get_parameter(name)[:4] = -1000.0
+    before = {name: tensor.shape for name, tensor in model.state_dict().items() if "text" not in name}
+    report = hlg.prune_dead_units(model, [example_inputs(model)])
+    assert sum("is the width of video_model.head." in reason for reason in report.whole.values()) == len(gates)
+    assert {name: tensor.shape for name, tensor in model.state_dict().items() if name in before} == before
 
 
 def test_a_real_model(asset: Callable[[str], Path], tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ import hf_lambda_gelu as hlg
 from hf_lambda_gelu.surgery.hinges import work
 from hf_lambda_gelu.surgery.hinges.minimax import Minimax
 from hf_lambda_gelu.surgery.refit import engine, two_networks
+from scripts.architectures.tiny_models import tiny_model
 
 # model → (its first FFN's map after the site, before it, and the one that is multiplied in)
 FEED_FORWARDS: dict[str, tuple[str, str, str | None]] = {
@@ -293,6 +294,16 @@ def test_refused_before_anything_changes() -> None:
     before = full_snapshot(model)
     with pytest.raises(hlg.CalibrationError, match="will have 111 units, and the calibration set has about 34 rows"):
         hlg.relu_ize(model, calibration=rows(model, 1), compensate="least_squares", hinges=3)
+    assert full_snapshot(model) == before
+
+
+def test_number_that_is_divided_elsewhere() -> None:
+    """VideoPrism's pooling head has (number // heads) · heads features: as many at one more, and twice as many at twice."""
+    model = tiny_model("videoprism", "AutoModel")
+    hlg.convert(model)
+    before = full_snapshot(model)
+    with pytest.raises(hlg.HingeError, match=r"intermediate_size is the width of video_model\.head\.\S+ too"):
+        hlg.relu_ize(model, hinges=4)
     assert full_snapshot(model) == before
 
 
