@@ -15,7 +15,7 @@ from ..structure.config_probe import hard_coded_sites
 from ..structure.forwards import bypassed_by_code, refusal
 from ..structure.modules import quantised_weight
 from ..structure.offloading import check_not_offloaded
-from ..structure.sharding import check_by_blocks, check_whole, is_sharded
+from ..structure.sharding import check_by_blocks, check_whole, is_cut_by_fsdp2, is_sharded
 from ..structure.smooth_activations import smooth_activations
 from ..structure.usable import check_usable
 from .gates import SoftGateError
@@ -35,6 +35,12 @@ def check_options(calibration: Iterable[Any] | None, compensate: Compensate | No
             f"compensate={compensate!r} learns from data: pass calibration=…, batches like those that the model will meet. "
             "A few hundred unlabelled examples do"
         )
+
+
+def check_refit(model: nn.Module, compensate: Compensate | None) -> None:
+    """ValueError if a refit is asked for of weights that no processes can bring together: before it is asked who refits."""
+    if compensate is not None and isinstance(model, nn.Module) and not is_cut_by_fsdp2(model):
+        check_whole(model, f"compensate={compensate!r}", _LOAD_WHOLE)
 
 
 def check_cut_up(model: nn.Module, compensate: Compensate | None, team: Team, wider: bool = False) -> None:

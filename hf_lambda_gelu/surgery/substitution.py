@@ -36,7 +36,7 @@ from .refit.report import Compensate
 from .refit.two_networks import TwoNetworks
 from .relu_runs import Runs, check_relu_runs, run_as_relu, runs_by_part
 from .report import FOLDED_HARDNESS, SubstitutionReport
-from .substitutable import check_cut_up, check_substitutable, soft_sites
+from .substitutable import check_cut_up, check_refit, check_substitutable, soft_sites
 
 
 @transaction
@@ -95,6 +95,7 @@ def relu_ize(
         >>> _ = hlg.convert(model, init_hardness=200.0)
         >>> _ = hlg.relu_ize(model)
     """
+    check_refit(model, compensate)
     team = team_of(processes, model, "" if compensate is None else "refit the model")
     with team.whole():
         asked = _Asked(calibration, compensate, compute_metrics, check_hinges(hinges, budget, compensate is not None), team)
