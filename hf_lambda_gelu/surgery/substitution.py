@@ -73,8 +73,7 @@ def relu_ize(
             says. With `compensate` k ≤ 4, tᵢ by the data; without, k = 4 to 6 by minimax, the report bounds |f − Σ|.
         budget: the width over the width before, 1 to 4, in place of `hinges`; spent where it saves most. Needs `compensate`.
         processes: "all" joins the processes of torch.distributed: each calls with the same model and its own share of the
-            batches, all end with the same bits, as one process with all batches but for rounding. "one" works alone. A
-            model cut up by FSDP2's `fully_shard` wants "all": a block of its weights is whole at a time.
+            batches, and all end with the same bits. "one" works alone. Weights that `fully_shard` has cut up want "all".
 
     Returns:
         Per site λ and the bound on what changes; what was refit; the measured changes; the smooth activations that remain.
