@@ -11,8 +11,14 @@ from .transaction import if_it_fails
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a parameter is a DTensor (FSDP2) or partitioned (ZeRO-3), or a module is FSDP's of either kind."""
-    return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters()) or any(
-        type(module).__name__ == "FullyShardedDataParallel" or is_fsdp2(module) for module in model.modules()
+    cut = any(hasattr(p, "full_tensor") for p in model.parameters()) or any(map(is_fsdp2, model.modules()))
+    return cut or _is_cut_otherwise(model)
+
+
+def _is_cut_otherwise(model: nn.Module) -> bool:
+    """Whether ZeRO-3 or FSDP1 has cut something up."""
+    return any(hasattr(p, "ds_id") for p in model.parameters()) or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
     )
 
 
@@ -36,10 +42,7 @@ def fsdp2_blocks(model: nn.Module) -> list[nn.Module]:
 
 def is_cut_by_fsdp2(model: nn.Module) -> bool:
     """Whether all that is cut up was so by `fully_shard`."""
-    return any(map(is_fsdp2, model.modules())) and not (
-        any(hasattr(p, "ds_id") for p in model.parameters())
-        or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-    )
+    return any(map(is_fsdp2, model.modules())) and not _is_cut_otherwise(model)
 
 
 def check_whole(model: nn.Module, what: str, instead: str) -> None:

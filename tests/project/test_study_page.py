@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from scripts.benchmarks import refit_parts
 from scripts.studies import claims, report, run, sparsity, updates
 from scripts.studies.scratch import SCRATCH
 from scripts.studies.tasks import PRETRAINED
-from scripts.studies.training_free import distilled, first_steps, goals, hinges, kept
+from scripts.studies.training_free import choices, distilled, first_steps, goals, hinges, kept
 from scripts.studies.training_free import run as training_free
 from scripts.tools.tables import read
 
@@ -42,6 +43,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "hinges": ("docs/study.md", hinges.table),
     "goals": ("docs/study.md", goals.table),
     "goals in README": ("README.md", goals.table),
+    "choices": ("docs/study.md", choices.table),
     "a few steps": ("docs/study.md", distilled.table),
     "latency": ("docs/study.md", kept.table),
     "sparsity": ("docs/how-to/sparsity.md", lambda: sparsity.table(read(sparsity.RESULTS))),
@@ -63,3 +65,17 @@ def test_page_says_where_the_first_steps_lead(page: str) -> None:
     for row in read(first_steps.RESULTS):
         assert f"{float(row['before']):.2f} nats" in text
         assert f"{float(row['after']):.3f}" in text
+
+
+def test_page_says_what_the_steps_bring() -> None:
+    text = (ROOT / "docs/how-to/language-model.md").read_text(encoding="utf-8")
+    for row in read(distilled.RESULTS):
+        assert f"from {float(row['refit']):.1f} to {float(row['distilled']):.1f}" in text
+
+
+def test_page_says_what_a_refit_costs() -> None:
+    """Of the whole model: seconds of the refit, of its floor and of SparseGPT, in the page's order."""
+    text = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+    rows = {row["what"]: float(row["seconds"]) for row in read(refit_parts.RESULTS) if row["layers"] == "30"}
+    assert f"takes {rows['refit']:.0f} CPU seconds" in text
+    assert f"take {rows['floor']:.0f}; llm-compressor's\nSparseGPT on all linear maps takes {rows['sparsegpt']:.0f}," in text
