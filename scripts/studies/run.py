@@ -72,7 +72,7 @@ def run(results: Path, task: Task, recipe: str, seed: int, rate: float, split: s
         return
     start = time.time()
     train, judged = task.splits(seed, split)
-    given = Run(task, seed, rate, task.encode(train), task.encode(judged))
+    given = Run(task, seed, rate, task.encode(train), task.encode(judged), trial=split == "validation")
     found = RECIPES[recipe](given)
     seconds = time.time() - start
     rows = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import datasets
@@ -38,6 +38,7 @@ class Task(ABC):
         train, evaluate: examples to train on, and to judge by.
         epochs: passes over the training examples, in batches of 32.
         rates: learning rates that each recipe may choose from, on the validation split.
+        bf16: whether training computes in bf16 where autocast does; everything else, judging too, is fp32.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Task(ABC):
     evaluate: int
     epochs: int
     rates: tuple[float, ...]
+    bf16: bool = field(default=False, kw_only=True)
 
     pretrained: ClassVar[bool]
     by_length: ClassVar[bool] = False  # whether batches hold examples of like length
@@ -70,18 +72,19 @@ class Task(ABC):
         return classification_metrics(None)
 
     def splits(self, seed: int, split: str) -> tuple[datasets.Dataset, datasets.Dataset]:
-        """Training examples drawn by `seed`, and the first ones of "validation" or "test"."""
+        """Training examples drawn by `seed`, and the first ones of "validation" (2,000 at most) or "test"."""
         raw = self.raw()
+        count = min(self.evaluate, 2000) if split == "validation" else self.evaluate
         train = raw["train"].shuffle(seed=seed)
         if split in raw:
             judged = raw[split]
         else:  # no validation split: the end of the training split, which the draw then leaves out
             whole = raw["train"]
-            judged = whole.select(range(len(whole) - self.evaluate, len(whole)))
-            train = whole.select(range(len(whole) - self.evaluate)).shuffle(seed=seed)
+            judged = whole.select(range(len(whole) - count, len(whole)))
+            train = whole.select(range(len(whole) - count)).shuffle(seed=seed)
         return (
             train.select(range(min(self.train, len(train)))),
-            judged.select(range(min(self.evaluate, len(judged)))),
+            judged.select(range(min(count, len(judged)))),
         )
 
     def batches(self, rows: datasets.Dataset, count: int = 300, size: int = 20) -> list[Batch]:
@@ -174,8 +177,12 @@ _FULL = {  # training and test examples, all there are but of the pictures, and 
     "r8": (4980, 2189, (5e-5, 1e-4, 2e-4)),
     "fashion": (6000, 5000, (2e-5, 5e-5, 1e-4)),
 }
-FULL = tuple(
-    replace(task, train=train, evaluate=evaluate, epochs=3, rates=rates)
-    for task in PRETRAINED
-    for train, evaluate, rates in [_FULL[task.name]]
+_NEWSGROUPS = ("minilm", "newsgroups")
+FULL = (
+    *(
+        replace(task, train=train, evaluate=evaluate, epochs=3, rates=rates, bf16=True)
+        for task in PRETRAINED
+        for train, evaluate, rates in [_FULL[task.name]]
+    ),
+    TextTask("newsgroups", "MiniLM-L6, 20 Newsgroups", 5000, 4000, 3, (5e-5, 1e-4, 2e-4), _NEWSGROUPS, 64, bf16=True),
 )

@@ -16,6 +16,8 @@ def gelu(run: Run) -> dict[str, Result]:
     model = run.model()
     run.trainer(model).train()
     smooth = run.judge(model)
+    if run.trial:
+        return {"gelu": Result(smooth)}
     hlg.convert(model)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     results = {"gelu": Result(smooth)}

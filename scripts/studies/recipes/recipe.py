@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -28,6 +29,7 @@ class Run:
     rate: float
     train: datasets.Dataset
     judged: datasets.Dataset
+    trial: bool = False  # whether only the learning rate is tried: what follows a training is left out then
 
     def model(self) -> PreTrainedModel:
         set_seed(self.seed)
@@ -38,9 +40,10 @@ class Run:
         model: PreTrainedModel,
         callbacks: tuple[TrainerCallback, ...] = (),
         cls: type[Trainer] | None = None,
+        bf16: bool | None = None,
         **hardness: Any,
     ) -> Trainer:
-        """A Trainer; a LambdaGELUTrainer if it is given arguments of the hardness."""
+        """A Trainer; a LambdaGELUTrainer if it is given arguments of the hardness; in the task's precision unless told."""
         cls = cls or (hlg.LambdaGELUTrainer if hardness else Trainer)
         arguments = hlg.LambdaGELUTrainingArguments if hardness else TrainingArguments
         args = arguments(
@@ -55,6 +58,8 @@ class Run:
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            bf16=self.task.bf16 if bf16 is None else bf16,
+            use_cpu=not torch.cuda.is_available(),  # or bf16 is refused
             seed=self.seed,
             **({"eval_relu": False} if hardness else {}),
             **hardness,
@@ -73,7 +78,7 @@ class Run:
         return self.task.batches(self.train)
 
     def judge(self, model: PreTrainedModel) -> dict[str, float]:
-        found = self.trainer(model).evaluate()
+        found = self.trainer(model, bf16=False).evaluate()
         return {"accuracy": found["eval_accuracy"], "loss": found["eval_loss"]}
 
 

