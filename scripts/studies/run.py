@@ -45,7 +45,7 @@ def main() -> None:
         prog="python -m scripts.studies.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=("small", "full"), default="small")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help="all by default")
+    parser.add_argument("--tasks", nargs="+", choices={**TASKS, **FULL_TASKS}, metavar="TASK", help="all by default")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, metavar="RECIPE", help="all of the size by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--tune", action="store_true", help="run the trials on the validation split instead")
