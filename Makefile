@@ -24,7 +24,7 @@ help:
 	@echo "make fuzz          the refit of every architecture against a slow reference, what is not done yet; 5,000 damaged folders"
 	@echo "make matrix        optimizer × precision × engine × trainer: λ against its twin, or the refusal; what is not done yet"
 	@echo "make bench         what λ-GELU costs, as ratios to F.gelu: activation, torch.compile, training steps, conversion"
-	@echo "make bench-gpu     on a machine with a CUDA device: the tests that need one, the kernels' bandwidth, and make bench"
+	@echo "make bench-gpu     on a machine with a CUDA device: what needs one of tests and benchmarks, with a refit of 1.3 B parameters"
 	@echo "make lint          ruff, the direction of imports, types"
 	@echo "make docs          the documentation into site/, strictly: names, links and anchors must hold"
 
@@ -102,6 +102,7 @@ bench-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m cuda --numprocesses 0
 	$(BIN)/python -m scripts.benchmarks.cuda_kernels
 	$(BIN)/python -m scripts.benchmarks.run --devices cuda
+	$(BIN)/python -m scripts.benchmarks.streaming --device cuda --parameters 1.3e9
 
 $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'

@@ -1,6 +1,7 @@
-"""Tables and a plot from results/study.csv alone; what concerns the paper's claims is in claims.py.
+"""Tables and a plot from the study's results alone; what concerns the paper's claims is in claims.py.
 
-python -m scripts.studies.report            # Markdown to standard output
+python -m scripts.studies.report              # Markdown to standard output
+python -m scripts.studies.report --size full
 python -m scripts.studies.report --plot runs/study.png
 """
 
@@ -12,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from scripts.studies.run import RESULTS
+from scripts.studies.run import FULL_RESULTS, RESULTS
 from scripts.studies.scratch import SCRATCH
-from scripts.studies.tasks import PRETRAINED, Task
+from scripts.studies.tasks import FULL, PRETRAINED, Task
 from scripts.tools.tables import read
 
 LABELS = {
@@ -49,17 +50,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.studies.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--size", choices=("small", "full"), default="small")
+    parser.add_argument("--results", type=Path, help="the size's own by default")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    scores, before = accuracies(options.results), accuracies(options.results, "before")
-    for title, group in (("From pretrained weights", PRETRAINED), ("From random weights", SCRATCH)):
+    full = options.size == "full"
+    results = options.results or (FULL_RESULTS if full else RESULTS)
+    scores, before = accuracies(results), accuracies(results, "before")
+    groups = (
+        {"All examples, three epochs": FULL}
+        if full
+        else {"From pretrained weights": PRETRAINED, "From random weights": SCRATCH}
+    )
+    for title, group in groups.items():
         tasks = [task.name for task in group if any(task.name in found for found in scores.values())]
         if not tasks:
             continue
         print(f"## {title}\n")
         print(headline(scores, group), end="\n\n")
         print(table(scores, tasks), differences(scores, tasks), gaps(scores, before, tasks), sep="\n\n", end="\n\n")
+        if full:
+            print(rates(results, group), end="\n\n")
     if options.plot:
         plot(scores, options.plot)
 
@@ -109,7 +120,9 @@ HEADLINE = {
     "gelu": "GELU",
     "swap": "ReLU swapped in",
     "least_squares_after": "ReLU, compensated, **no training**",
+    "hinges_after": "… with two ReLUs per gate",
     "relu_first": "ReLU swapped in first, trained as long",
+    "paper": "the paper's scheme",
     "refit_late": "λ-GELU, refit after 75 %",
 }
 
@@ -117,7 +130,7 @@ HEADLINE = {
 def headline(scores: Scores, group: tuple[Task, ...]) -> str:
     """Mean accuracy by task for the recipes that matter most; in brackets the difference to GELU, paired by seed."""
     lines = ["| model and task | " + " | ".join(HEADLINE.values()) + " |", "|" + "---|" * (len(HEADLINE) + 1)]
-    for task in group:
+    for task in [task for task in group if task.name in scores["gelu"]]:
         cells = []
         for recipe in HEADLINE:
             values = list(scores.get(recipe, {}).get(task.name, {}).values())
@@ -165,6 +178,23 @@ def gaps(scores: Scores, before: Scores, tasks: list[str]) -> str:
             seeds = before[recipe].get(task, {})
             moved = [scores[recipe][task][seed] - value for seed, value in seeds.items()]
             cells.append(f"{max(moved, key=abs):+.1f}".replace("-", "−") if moved else "–")
+        lines.append("| " + " | ".join([LABELS[recipe], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def rates(results: Path, group: tuple[Task, ...]) -> str:
+    """The rate that each recipe chose on the validation split, and the minutes of a run at it, on one core."""
+    rows, recipes = read(results), [recipe for recipe in HEADLINE if not recipe.endswith(("swap", "_after"))]
+    found = {(row["task"], row["recipe"]): row["rate"] for row in rows if row["split"] == "test"}
+    tasks = [task for task in group if task.name in {task for task, _ in found}]
+    lines = ["Learning rate, the best of those tried, and minutes of a run, mean:", ""]
+    lines += ["| recipe | " + " | ".join(task.name for task in tasks) + " |", "|" + "---|" * (len(tasks) + 1)]
+    for recipe in recipes:
+        cells = []
+        for task in tasks:
+            key = (task.name, recipe, "test")
+            times = [float(row["seconds"]) for row in rows if (row["task"], row["recipe"], row["split"]) == key]
+            cells.append(f"{float(found[key[:2]]):g}, {np.mean(times) / 60:.1f}" if times else "–")
         lines.append("| " + " | ".join([LABELS[recipe], *cells]) + " |")
     return "\n".join(lines)
 

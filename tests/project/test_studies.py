@@ -22,6 +22,7 @@ from scripts.studies import run as study
 from scripts.studies.recipes import stages
 from scripts.studies.recipes.recipe import RECIPES, Run
 from scripts.studies.scratch import MLPConfig, MLPForClassification, ScratchTask
+from scripts.studies.tasks import FULL
 from scripts.studies.training_free import distilled
 from scripts.tools.tables import append, read
 
@@ -176,6 +177,30 @@ def test_tables(tmp_path: Path) -> None:
     assert lines[2].split("|")[2].strip() == "60.0"
     assert lines[3].split("|")[3].strip().startswith("+2.0 ± 12.7")
     assert "+0.5" in report.gaps(found, before, ["movies"]).splitlines()[-1]
+
+
+def test_the_tables_of_the_full_size(tmp_path: Path) -> None:
+    """Tasks without rows are left out; a rate is that of the test rows, whatever else was tried; minutes are a mean."""
+    results = tmp_path / "study_full.csv"
+    row = {"task": "newsgroups", "recipe": "gelu", "split": "test", "rate": "0.0001", "accuracy": 0.7}
+    append(results, study.FIELDS, [{**row, "seed": seed, "seconds": 60 * (seed + 1)} for seed in (0, 1)])
+    append(results, study.FIELDS, [{**row, "recipe": "hinges_after", "seed": seed, "accuracy": 0.69} for seed in (0, 1)])
+    append(results, study.FIELDS, [{**row, "seed": 100, "split": "validation", "rate": "0.0002", "seconds": 6000}])
+    head, _, *lines = report.headline(report.accuracies(results), FULL).splitlines()
+    cells = [cell.strip() for cell in lines[0].split("|")[1:-1]]
+    assert len(lines) == 1
+    assert dict(zip(["", *report.HEADLINE], cells, strict=True)) == {
+        **dict.fromkeys(report.HEADLINE, "–"),
+        "": "MiniLM-L6, 20 Newsgroups",
+        "gelu": "70.0",
+        "hinges_after": "69.0 (−1.0 ± 0.0)",
+    }
+    assert len(head.split("|")) == len(cells) + 2
+    assert report.rates(results, FULL).splitlines()[2:5] == [
+        "| recipe | newsgroups |",
+        "|---|---|",
+        "| GELU | 0.0001, 1.5 |",
+    ]
 
 
 def test_the_table_of_steps_after_the_refit(tmp_path: Path) -> None:
