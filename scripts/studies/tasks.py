@@ -184,5 +184,5 @@ FULL = (
         for task in PRETRAINED
         for train, evaluate, rates in [_FULL[task.name]]
     ),
-    TextTask("newsgroups", "MiniLM-L6, 20 Newsgroups", 5000, 4000, 3, (5e-5, 1e-4, 2e-4), _NEWSGROUPS, 64, bf16=True),
+    TextTask("newsgroups", "MiniLM-L6, 20 Newsgroups", 3000, 2000, 3, (5e-5, 1e-4, 2e-4), _NEWSGROUPS, 48, bf16=True),
 )
