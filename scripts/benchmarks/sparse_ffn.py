@@ -1,7 +1,8 @@
 """What skipping zeros saves when one token at a time is decoded on a CPU: dense time ÷ sparse time, interleaved in one run.
 
-    python -m scripts.benchmarks.sparse_ffn                        # about five minutes
-    python -m scripts.benchmarks.sparse_ffn --threads 2 --zeros 0.9
+    python -m scripts.benchmarks.sparse_ffn            # what results/sparse-ffn.csv lacks, a few minutes; prints the table
+    python -m scripts.benchmarks.sparse_ffn --table    # the table alone
+    python -m scripts.benchmarks.sparse_ffn --threads 2 --zeros 0.9 --results runs/sparse-ffn.csv
 
 Blocks and models have random weights; a bias before the ReLU sets how many zeros there are, and those reported were counted.
 Blocks: as many, one after the other, as make 200 MB, so that weights come from memory as they do in a model; a token is
@@ -13,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -32,21 +35,24 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import hf_lambda_gelu as hlg
 from scripts.benchmarks.cases import interleave
+from scripts.tools.tables import append, read
 
+RESULTS = Path(__file__).parent / "results" / "sparse-ffn.csv"
 SHAPES = [(768, 3072), (2048, 8192)]  # d, units
 MEGABYTES = 200
 WIDTH, UNITS, LAYERS, HEADS = 768, 3072, 12, 12  # of the models
 VOCABULARY = {"llama": 32_000, "whisper": 51_865}
 TOKENS = 8
-HEAD = "| what | dtype | zeros | dense, ms | sparse, ms | dense ÷ sparse |\n|" + "---|" * 6
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: milliseconds of both, and the ratio with its spread."""
+    """One comparison: zeros that were asked for and counted, milliseconds of both, and the ratio with its spread."""
 
     what: str
     dtype: str
+    wanted: float
     zeros: float
     dense: float
     sparse: float
@@ -54,11 +60,8 @@ class Row:
     least: float
     most: float
 
-    def __str__(self) -> str:
-        return (
-            f"| {self.what} | {self.dtype} | {self.zeros:.0%} | {self.dense:.2f} | {self.sparse:.2f} | "
-            f"{self.ratio:.2f} [{self.least:.2f}–{self.most:.2f}] |"
-        )
+
+FIELDS = ("threads", *(field.name for field in fields(Row)), "torch")
 
 
 class Block(nn.Module):
@@ -96,23 +99,32 @@ def set_zeros(before: nn.Linear, zeros: float) -> None:
     before.bias.fill_(-statistics.NormalDist().inv_cdf(zeros))
 
 
-@torch.no_grad()
-def blocks(dtype: torch.dtype, zeros: list[float]) -> Iterator[Row]:
+def block_names() -> dict[str, tuple[int, int, bool]]:
+    """Width, units and whether it is gated, by what a row calls it."""
+    return {
+        f"{'gated ' if gated else ''}FFN {width}–{units}": (width, units, gated)
+        for width, units in SHAPES
+        for gated in (False, True)
+    }
+
+
+def measure_block(what: str, dtype: torch.dtype, zeros: float) -> Row:
     """Feed-forward blocks alone."""
-    for width, units in SHAPES:
-        for gated in (False, True):
-            size = (3 if gated else 2) * width * units * dtype.itemsize
-            count = max(2, round(MEGABYTES * 1e6 / size))
-            for share in zeros:
-                torch.manual_seed(0)
-                dense = Stack([Block(width, units, gated, share) for _ in range(count)]).to(dtype).eval()
-                tokens = torch.randn(16, count, width).to(dtype)
-                what = f"{'gated ' if gated else ''}FFN {width}–{units}"
-                yield compare(what, dense, lambda model: model, list(tokens), count)
+    width, units, gated = block_names()[what]
+    size = (3 if gated else 2) * width * units * dtype.itemsize
+    count = max(2, round(MEGABYTES * 1e6 / size))
+    dense = Stack([Block(width, units, gated, zeros) for _ in range(count)]).to(dtype).eval()
+    tokens = torch.randn(16, count, width).to(dtype)
+    return compare(what, zeros, dense, lambda model: model, list(tokens), count)
 
 
 def compare(
-    what: str, dense: nn.Module, start: Callable[[nn.Module], Callable[[Tensor], object]], inputs: list[Tensor], per_run: int
+    what: str,
+    wanted: float,
+    dense: nn.Module,
+    start: Callable[[nn.Module], Callable[[Tensor], object]],
+    inputs: list[Tensor],
+    per_run: int,
 ) -> Row:
     """Both on the same inputs, which take turns. `start` gives what runs a model on one; times are divided by `per_run`."""
     ready_made = isinstance(dense, PreTrainedModel)
@@ -130,7 +142,7 @@ def compare(
     ratios = [first / second for first, second in repeats]
     first, second = (statistics.median(times) * 1e3 / per_run for times in zip(*repeats, strict=True))
     dtype = str(next(dense.parameters()).dtype).removeprefix("torch.")
-    return Row(what, dtype, counted.zeros, first, second, statistics.median(ratios), min(ratios), max(ratios))
+    return Row(what, dtype, wanted, counted.zeros, first, second, statistics.median(ratios), min(ratios), max(ratios))
 
 
 def llama(zeros: float) -> LlamaForCausalLM:
@@ -184,14 +196,17 @@ def decoder(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return run
 
 
+MODELS: dict[str, Callable[[float], PreTrainedModel]] = {"Llama, a token": llama, "Whisper decoder, a token": whisper}
+
+
 @torch.no_grad()
-def models(dtype: torch.dtype, zeros: list[float]) -> Iterator[Row]:
-    """Whole tokens."""
-    for name, build in (("Llama, a token", llama), ("Whisper decoder, a token", whisper)):
-        for share in zeros:
-            torch.manual_seed(0)
-            first = [torch.tensor([[token]]) for token in range(100, 116)]
-            yield compare(name, build(share).to(dtype), decoder, first, TOKENS)
+def measure(what: str, dtype: torch.dtype, zeros: float) -> Row:
+    """A block, or whole tokens of a model."""
+    torch.manual_seed(0)
+    if what not in MODELS:
+        return measure_block(what, dtype, zeros)
+    first = [torch.tensor([[token]]) for token in range(100, 116)]
+    return compare(what, zeros, MODELS[what](zeros).to(dtype), decoder, first, TOKENS)
 
 
 def main() -> None:
@@ -201,15 +216,43 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--zeros", type=float, nargs="+", default=[0.5, 0.7, 0.9, 0.95])
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--zeros", type=float, nargs="+", default=[0.7, 0.9])
+    parser.add_argument("--dtypes", nargs="+", choices=SHORT, default=list(SHORT))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print what is there as Markdown, and measure nothing")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} threads\n\n{HEAD}")
-    for name in options.dtypes:
-        for section in (blocks, models):
-            for row in section(getattr(torch, name), options.zeros):
-                print(row, flush=True)
+    wanted = itertools.product(options.dtypes, (*block_names(), *MODELS), options.zeros)
+    for dtype, what, zeros in [] if options.table else wanted:
+        run(options.results, options.threads, what, dtype, zeros)
+    print(table(read(options.results)))
+
+
+def run(results: Path, threads: int, what: str, dtype: str, zeros: float) -> None:
+    """Measure and append, unless the row is there."""
+    key = {"threads": str(threads), "what": what, "dtype": dtype, "wanted": f"{zeros:g}"}
+    if any(key.items() <= row.items() for row in read(results)):
+        return
+    found = asdict(measure(what, getattr(torch, dtype), zeros))
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in found.items()}
+    append(results, FIELDS, [{**shown, **key, "torch": torch.__version__}])
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Dense ÷ sparse time, its median, least and most: a line for each block and model."""
+    columns = sorted({(row["dtype"], row["wanted"]) for row in rows}, key=lambda kind: (list(SHORT).index(kind[0]), kind[1]))
+    heads = [f"{SHORT[dtype]}, {float(zeros):.0%} zeros".replace("%", " %") for dtype, zeros in columns]
+    lines = [f"| dense time ÷ sparse time | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
+    own = {(row["what"], row["dtype"], row["wanted"]): row for row in rows}
+    for what in dict.fromkeys(row["what"] for row in rows):
+        cells = [_ratio(own[(what, *kind)]) if (what, *kind) in own else "–" for kind in columns]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ratio(row: dict[str, str]) -> str:
+    ratio, least, most = (float(row[name]) for name in ("ratio", "least", "most"))
+    return f"{ratio:.2f} ({least:.2f}–{most:.2f})"
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def sparse() -> Iterator[Row]:
         answer(lambda model=model: str(hlg.sparsify_ffn(copy.deepcopy(model), batches[0])), (ValueError,), "smooth")  # type: ignore[misc]
         for model in networks[:2]
     ]
-    for row in sparse_ffn.models(torch.float32, [ZEROS]):
+    for what in sparse_ffn.MODELS:
+        row = sparse_ffn.measure(what, torch.float32, ZEROS)
         cell = f"{row.ratio:.2f} [{row.least:.2f}–{row.most:.2f}]"
         yield Row("sparsify_ffn", f"{row.what}, {row.zeros:.0%} zeros: dense ÷ sparse time", *refused, cell)

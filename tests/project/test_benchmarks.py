@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import hf_lambda_gelu as hlg
-from scripts.benchmarks import cases, refit_parts, run, sparse_ffn, streaming
+from scripts.benchmarks import cases, refit, refit_parts, report, run, sparse_ffn, streaming
+from scripts.tools.tables import append
 
 
 @pytest.fixture
@@ -97,20 +98,85 @@ def test_unknown_section(monkeypatch: pytest.MonkeyPatch) -> None:
         run.main()
 
 
-def test_sparse_blocks_and_tokens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A row for every block and model; the zeros that were counted are about those that were asked for."""
+def test_sparse_blocks_and_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row for every block and model; the zeros that were counted are about those that were asked for; none twice."""
     interleave = cases.interleave
     monkeypatch.setattr(sparse_ffn, "interleave", lambda *args, seconds: interleave(*args, seconds=0.0))
     monkeypatch.setattr(cases, "REPEATS", 2)
     for name, value in {"SHAPES": [(64, 256)], "MEGABYTES": 0.3, "WIDTH": 64, "UNITS": 256, "LAYERS": 2, "HEADS": 2}.items():
         monkeypatch.setattr(sparse_ffn, name, value)
     monkeypatch.setattr(sparse_ffn, "VOCABULARY", {"llama": 2000, "whisper": 2000})
-    monkeypatch.setattr("sys.argv", ["sparse_ffn.py", "--zeros", "0.9", "--dtypes", "float32", "--threads", "1"])
+    results = tmp_path / "sparse-ffn.csv"
+    arguments = ["--zeros", "0.9", "--dtypes", "float32", "--threads", "1", "--results", str(results)]
+    monkeypatch.setattr("sys.argv", ["sparse_ffn.py", *arguments])
     sparse_ffn.main()
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[4:]]
-    assert [row[0] for row in rows] == ["FFN 64–256", "gated FFN 64–256", "Llama, a token", "Whisper decoder, a token"]
-    assert {row[1] for row in rows} == {"float32"}
-    assert all(80 <= int(row[2].rstrip("%")) <= 97 for row in rows)
+    rows = list(csv.DictReader(results.open()))
+    assert [row["what"] for row in rows] == ["FFN 64–256", "gated FFN 64–256", "Llama, a token", "Whisper decoder, a token"]
+    assert {row["dtype"] for row in rows} == {"float32"}
+    assert all(0.8 <= float(row["zeros"]) <= 0.97 for row in rows)
+    head, _, first, *_ = capsys.readouterr().out.splitlines()
+    assert head == "| dense time ÷ sparse time | fp32, 90 % zeros |"
+    ratio, least, most = (float(rows[0][name]) for name in ("ratio", "least", "most"))
+    assert first == f"| FFN 64–256 | {ratio:.2f} ({least:.2f}–{most:.2f}) |"
+    monkeypatch.setattr(sparse_ffn, "measure", lambda *_: pytest.fail("measured again"))
+    sparse_ffn.main()
+
+
+def test_refit_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table by size, however rows came; a size that is there is not measured again."""
+    results = tmp_path / "refit.csv"
+    for size, parameters in (("small", 2_000_000), ("tiny", 1_000_000)):
+        row = {
+            "size": size,
+            "threads": 1,
+            "parameters": parameters,
+            "seconds": 6.0,
+            "forward": 0.5,
+            "memory": 12,
+            "torch": "",
+        }
+        append(results, refit.FIELDS, [row])
+    monkeypatch.setattr(refit, "run_module", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr("sys.argv", ["refit.py", "--sizes", "tiny", "small", "--results", str(results)])
+    refit.main()
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| tiny | 1.0 | 4 | 6.0 | 12.0 | 12 | 3.0 × |",
+        "| small | 2.0 | 8 | 6.0 | 12.0 | 12 | 1.5 × |",
+    ]
+
+
+def test_tables_of_costs() -> None:
+    """Each number is in the cell of its dtype, shape and rival; other rows are left out."""
+    names = ["section", "dtype", "shape", "what", "time", "least", "most", "memory"]
+    measured = [
+        dict(
+            zip(
+                names,
+                map(str, ("activation", dtype, shape, what, place + k, place, place + 2 * k, 1 + k / 100)),
+                strict=True,
+            )
+        )
+        for k, (dtype, shape) in enumerate([*report.SHOWN, ("float32", "9×9")])
+        for place, what in enumerate([*report.RIVALS, "λ-GELU, autograd"])
+    ]
+    lines = report.activations(measured[::-1]).splitlines()
+    assert lines[0] == "| | fp32, 1024 × 3072 | bf16, 1024 × 3072 | fp32, 64 × 3072 | kept for backward |"
+    assert lines[3] == "| λ-GELU, λ per neuron | 1.00 (1.00–1.00) | 2.00 (1.00–3.00) | 3.00 (1.00–5.00) | 1.00–1.02 |"
+    names = ["dtype", "elements", "pass", "what", "of_gelu", "share_of_copy"]
+    kinds = [("forward", "λ-GELU", 1.004, 0.876), ("backward", "λ-GELU", 1.5, 1.0), ("forward", "copy", 0.9, 1.0)]
+    kinds += [("forward", "λ-GELU, λ per neuron", 2.0, 0.5), ("backward", "λ-GELU, λ per neuron", 3.0, 0.25)]
+    of_kernels = [dict(zip(names, map(str, ("bfloat16", 16777216, *kind)), strict=True)) for kind in kinds]
+    assert report.kernels(of_kernels).splitlines()[::2] == [
+        "| elements | bf16, 17M |",
+        "| forward | 1.00, 88 % |",
+        "| forward, λ per neuron | 2.00, 50 % |",
+    ]
+    names = ["blocks", "parameters", "way", "peak_mb", "seconds"]
+    ways = [("8", "5000000", "in memory", "300", "7.6"), ("8", "5000000", "streamed", "200", "5.4")]
+    runs = [dict(zip(names, way, strict=True)) for way in ways]
+    assert report.streaming(runs).splitlines()[2:] == ["| 8 | 20 | 200 | 300 | 5 | 8 |"]
 
 
 def test_parts_of_a_streamed_refit(monkeypatch: pytest.MonkeyPatch) -> None:
