@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from scripts.studies import protocol
 from scripts.studies.run import FULL_RESULTS, RESULTS
 from scripts.studies.scratch import SCRATCH
 from scripts.studies.tasks import FULL, PRETRAINED, Task
@@ -66,11 +67,11 @@ def main() -> None:
         tasks = [task.name for task in group if any(task.name in found for found in scores.values())]
         if not tasks:
             continue
-        print(f"## {title}\n")
+        print(f"## {title}\n\n{protocol.tasks(group)}\n")
         print(headline(scores, group), end="\n\n")
         print(table(scores, tasks), differences(scores, tasks), gaps(scores, before, tasks), sep="\n\n", end="\n\n")
         if full:
-            print(rates(results, group), end="\n\n")
+            print(protocol.chosen(read(results), group, TRAINED), end="\n\n")
     if options.plot:
         plot(scores, options.plot)
 
@@ -127,6 +128,9 @@ HEADLINE = {
 }
 
 
+TRAINED = {recipe: LABELS[recipe] for recipe in HEADLINE if not recipe.endswith(("swap", "_after"))}
+
+
 def headline(scores: Scores, group: tuple[Task, ...]) -> str:
     """Mean accuracy by task for the recipes that matter most; in brackets the difference to GELU, paired by seed."""
     lines = ["| model and task | " + " | ".join(HEADLINE.values()) + " |", "|" + "---|" * (len(HEADLINE) + 1)]
@@ -178,23 +182,6 @@ def gaps(scores: Scores, before: Scores, tasks: list[str]) -> str:
             seeds = before[recipe].get(task, {})
             moved = [scores[recipe][task][seed] - value for seed, value in seeds.items()]
             cells.append(f"{max(moved, key=abs):+.1f}".replace("-", "−") if moved else "–")
-        lines.append("| " + " | ".join([LABELS[recipe], *cells]) + " |")
-    return "\n".join(lines)
-
-
-def rates(results: Path, group: tuple[Task, ...]) -> str:
-    """The rate that each recipe chose on the validation split, and the minutes of a run at it, on one core."""
-    rows, recipes = read(results), [recipe for recipe in HEADLINE if not recipe.endswith(("swap", "_after"))]
-    found = {(row["task"], row["recipe"]): row["rate"] for row in rows if row["split"] == "test"}
-    tasks = [task for task in group if task.name in {task for task, _ in found}]
-    lines = ["Learning rate, the best of those tried, and minutes of a run, mean:", ""]
-    lines += ["| recipe | " + " | ".join(task.name for task in tasks) + " |", "|" + "---|" * (len(tasks) + 1)]
-    for recipe in recipes:
-        cells = []
-        for task in tasks:
-            key = (task.name, recipe, "test")
-            times = [float(row["seconds"]) for row in rows if (row["task"], row["recipe"], row["split"]) == key]
-            cells.append(f"{float(found[key[:2]]):g}, {np.mean(times) / 60:.1f}" if times else "–")
         lines.append("| " + " | ".join([LABELS[recipe], *cells]) + " |")
     return "\n".join(lines)
 

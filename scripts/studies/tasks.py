@@ -52,6 +52,11 @@ class Task(ABC):
     pretrained: ClassVar[bool]
     by_length: ClassVar[bool] = False  # whether batches hold examples of like length
 
+    @property
+    def size(self) -> str:
+        """How large an example is; empty for that of the data."""
+        return ""
+
     @abstractmethod
     def raw(self) -> datasets.DatasetDict:
         """All rows, by split."""
@@ -108,6 +113,10 @@ class TextTask(Task):
 
     pretrained, by_length = True, True
 
+    @property
+    def size(self) -> str:
+        return f"{self.length} tokens"
+
     def raw(self) -> datasets.DatasetDict:
         return _load(self.assets[1])
 
@@ -135,6 +144,10 @@ class ImageTask(Task):
     length: int
 
     pretrained = True
+
+    @property
+    def size(self) -> str:
+        return f"{self.length} pixels"
 
     def raw(self) -> datasets.DatasetDict:
         return _load(self.assets[1])

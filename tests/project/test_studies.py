@@ -17,7 +17,7 @@ from support import tiny
 from transformers import LlamaForCausalLM
 
 import hf_lambda_gelu as hlg
-from scripts.studies import claims, report, sparsity, updates
+from scripts.studies import claims, protocol, report, sparsity, updates
 from scripts.studies import run as study
 from scripts.studies.recipes import stages
 from scripts.studies.recipes.recipe import RECIPES, Run
@@ -196,10 +196,14 @@ def test_the_tables_of_the_full_size(tmp_path: Path) -> None:
         "hinges_after": "69.0 (−1.0 ± 0.0)",
     }
     assert len(head.split("|")) == len(cells) + 2
-    assert report.rates(results, FULL).splitlines()[2:5] == [
+    assert protocol.chosen(read(results), FULL, {"gelu": "GELU", "paper": "the paper's"}).splitlines() == [
         "| recipe | newsgroups |",
         "|---|---|",
         "| GELU | 0.0001, 1.5 |",
+        "| the paper's | – |",
+    ]
+    assert protocol.tasks(FULL[-1:]).splitlines()[2:] == [
+        "| `newsgroups` | MiniLM-L6, 20 Newsgroups | 3,000 × 3 | 48 tokens | 2,000 | 5e-05, 0.0001, 0.0002 |"
     ]
 
 
