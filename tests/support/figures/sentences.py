@@ -136,11 +136,6 @@ def first_steps_lead() -> list[str]:
     return [f"from {before} nats a token: to {high[1]:.3f} with a peak of {high[0]}, and {low[1]:.3f} with {low[0]}"]
 
 
-def first_steps_in_study() -> list[str]:
-    rows = read(first_steps.RESULTS)
-    return [f"{float(rows[0]['before']):.2f} nats", *(f"{float(row['after']):.3f}" for row in rows)]
-
-
 def images() -> list[str]:
     """Of DINOv2-small on Fashion-MNIST."""
     scores = {
@@ -215,7 +210,7 @@ MEASURED: Sentences = {
     "hinges.csv": ("docs/how-to/language-model.md", several_relus),
     "distilled.csv": ("docs/how-to/language-model.md", steps_bring),
     "first_steps.csv": ("docs/how-to/language-model.md", first_steps_lead),
-    "first_steps.csv in the study": ("docs/study.md", first_steps_in_study),
+    "first_steps.csv in the study": ("docs/study.md", first_steps_lead),
     "study.csv, images": ("docs/how-to/vision.md", images),
     "downstream.csv, a block": ("docs/how-to/verification.md", block_of_minilm),
     "coverage.csv": ("docs/index.md", base_models),

@@ -13,9 +13,9 @@ from scripts.downstream.__main__ import RESULTS as DOWNSTREAM
 from scripts.downstream.rows import FIELDS, Row, markdown
 from scripts.matrix import run as matrix
 from scripts.matrix import table as matrix_table
-from scripts.studies import claims, kills, report, run, sparsity, updates
+from scripts.studies import claims, kills, protocol, report, run, sparsity, updates
 from scripts.studies.scratch import SCRATCH
-from scripts.studies.tasks import PRETRAINED
+from scripts.studies.tasks import FULL, PRETRAINED
 from scripts.studies.training_free import choices, distilled, goals, hinges, kept
 from scripts.studies.training_free import run as training_free
 from scripts.tools.tables import read
@@ -32,6 +32,20 @@ def recipes() -> str:
     )
 
 
+def all_examples() -> str:
+    """All tables of `scripts.studies.report --size full`."""
+    scores = report.accuracies(run.FULL_RESULTS)
+    measured = [task for task in FULL if task.name in scores["gelu"]]
+    return "\n".join(
+        [
+            protocol.tasks(measured),
+            report.headline(scores, FULL),
+            report.differences(scores, [task.name for task in measured]),
+            protocol.chosen(read(run.FULL_RESULTS), FULL, report.TRAINED),
+        ]
+    )
+
+
 def judged_rows() -> list[dict[str, str]]:
     return [row for row in read(run.RESULTS) if row["split"] == "test"]
 
@@ -44,7 +58,10 @@ def downstream(*parts: str) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "recipes": ("docs/study.md", recipes),
-    "README": ("README.md", lambda: report.headline(report.accuracies(run.RESULTS), PRETRAINED)),
+    "all examples": ("docs/study.md", all_examples),
+    "README": ("README.md", lambda: report.headline(report.accuracies(run.FULL_RESULTS), FULL)),
+    "README, short runs": ("README.md", lambda: report.headline(report.accuracies(run.RESULTS), PRETRAINED)),
+    "tasks": ("docs/study.md", lambda: protocol.tasks([*PRETRAINED, *SCRATCH])),
     "profiles": ("docs/study.md", lambda: claims.profiles(judged_rows())),
     "drops": ("docs/study.md", lambda: claims.drops(judged_rows())),
     "updates": ("docs/study.md", lambda: updates.table(updates.read(updates.RESULTS))),
