@@ -152,7 +152,7 @@ def recipes(results: Path = RESULTS) -> Figure:
     }
     figure = _figure(0.17 * len(found) + 0.6)
     axes = figure.subplots()
-    for place, (recipe, differences) in enumerate(reversed(found.items())):
+    for place, differences in enumerate(reversed(found.values())):
         mean, half = report.interval(differences)
         axes.errorbar(mean, place, xerr=np.nan_to_num(half), fmt="o", color=BLUE, capsize=2)
     axes.axvline(0.0, color=GREY, linewidth=0.6)

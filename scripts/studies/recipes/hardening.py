@@ -44,9 +44,7 @@ def unhardened(run: Run) -> dict[str, Result]:
 
 
 def _softer(run: Run, tolerance: float) -> dict[str, Result]:
-    return {
-        f"tolerance_{tolerance:g}": hardened(run, PAPER_START, hardness_switch_point=0.25, hardness_tolerance=tolerance)
-    }
+    return {f"tolerance_{tolerance:g}": hardened(run, PAPER_START, hardness_switch_point=0.25, hardness_tolerance=tolerance)}
 
 
 # the paper's scheme with other ε: the ramp ends at λ = 0.798 / ε; 0.005 is `paper`
