@@ -116,12 +116,11 @@ SETTINGS: dict[str, Recipe] = {name: RECIPES[name] for name in (LEARNED, RAMPED,
     name: _recipe(name, make) for name, (_, make) in (PROFILES | RAMPS | REFITS).items()
 }
 # what is run of each task, and over how many seeds
-VARIED = (LEARNED, "start_1", "start_2.5", "rate_0.0033", "rate_0.03", "t_0.1", "t_1", "sgd")
-HARDENED = (RAMPED, "hold_0", "hold_0.5", "tau_0.01", "tau_0.1", REFIT, "refit_rate_0", "refit_rate_0.03")
+VARIED = (LEARNED, "start_1", "t_0.1", "sgd")
 PLAN = {
     "segment": (tuple(SETTINGS), 10),
-    "resnet": (VARIED, 5),
-    "digits": ((*VARIED, *HARDENED), 5),
+    "resnet": ((*VARIED, "rate_0.03"), 3),
+    "digits": ((*VARIED, RAMPED, "hold_0", "tau_0.01", "tau_0.1"), 3),
 }
 
 
