@@ -52,8 +52,7 @@ def profiles(rows: list[dict[str, Any]]) -> str:
         learned = np.array([[float(value) for value in profile.split()] for profile in found])
         mean, low, high = agreement(learned)
         values = " ".join(f"{value:.2f}" for value in learned.mean(0))
-        shared = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})".replace("-", "−")
-        lines.append(f"| {task.title} | {len(learned)} | {values} | {shared} |")
+        lines.append(f"| {task.title} | {len(learned)} | {values} | {correlation(mean, low, high)} |")
     return "\n".join(lines)
 
 
@@ -70,6 +69,10 @@ def agreement(learned: np.ndarray, draws: int = 2000) -> tuple[float, float, flo
     means = [mean(generator.integers(0, len(learned), len(learned))) for _ in range(draws)]
     low, high = np.nanpercentile(means, [2.5, 97.5])
     return mean(np.arange(len(learned))), float(low), float(high)
+
+
+def correlation(mean: float, low: float, high: float) -> str:
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})".replace("-", "−")
 
 
 def drops(rows: list[dict[str, Any]]) -> str:

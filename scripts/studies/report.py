@@ -1,8 +1,7 @@
-"""Tables and a plot from the study's results alone; what concerns the paper's claims is in claims.py.
+"""Tables from the study's results alone, as Markdown; what concerns the paper's claims is in claims.py.
 
-python -m scripts.studies.report              # Markdown to standard output
+python -m scripts.studies.report
 python -m scripts.studies.report --size full
-python -m scripts.studies.report --plot runs/study.png
 """
 
 from __future__ import annotations
@@ -53,7 +52,6 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--results", type=Path, help="the size's own by default")
-    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     full = options.size == "full"
     results = options.results or (FULL_RESULTS if full else RESULTS)
@@ -72,8 +70,6 @@ def main() -> None:
         print(table(scores, tasks), differences(scores, tasks), gaps(scores, before, tasks), sep="\n\n", end="\n\n")
         if full:
             print(protocol.chosen(read(results), group, TRAINED), end="\n\n")
-    if options.plot:
-        plot(scores, options.plot)
 
 
 Scores = dict[str, dict[str, dict[int, float]]]  # recipe → task → seed → accuracy in points
@@ -148,7 +144,7 @@ def table(scores: Scores, tasks: list[str]) -> str:
     """Per recipe: mean accuracy by task, and the paired differences to GELU and to the swap, pooled."""
     head = ["recipe", *tasks, "− GELU, pooled", "− swapped first, pooled", "seeds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for recipe in _found(scores, tasks):
+    for recipe in found_recipes(scores, tasks):
         cells = [LABELS[recipe]]
         for task in tasks:
             values = list(scores[recipe].get(task, {}).values())
@@ -166,7 +162,7 @@ def table(scores: Scores, tasks: list[str]) -> str:
 def differences(scores: Scores, tasks: list[str]) -> str:
     lines = ["ReLU − GELU by task, paired by seed, mean ± 95 % interval in points:", ""]
     lines += ["| recipe | " + " | ".join(tasks) + " |", "|" + "---|" * (len(tasks) + 1)]
-    for recipe in _found(scores, tasks)[1:]:
+    for recipe in found_recipes(scores, tasks)[1:]:
         cells = [shown(paired(scores, recipe, "gelu", [task])) for task in tasks]
         lines.append("| " + " | ".join([LABELS[recipe], *cells]) + " |")
     return "\n".join(lines)
@@ -176,7 +172,7 @@ def gaps(scores: Scores, before: Scores, tasks: list[str]) -> str:
     """How far accuracy moved at the substitution, the largest of the seeds, for recipes that train towards it."""
     lines = ["Substitution gap of what is trained towards it, after − before, the largest in absolute value, in points:", ""]
     lines += ["| recipe | " + " | ".join(tasks) + " |", "|" + "---|" * (len(tasks) + 1)]
-    for recipe in [r for r in _found(before, tasks) if not r.endswith(("after", "swap", "unhardened"))]:
+    for recipe in [r for r in found_recipes(before, tasks) if not r.endswith(("after", "swap", "unhardened"))]:
         cells = []
         for task in tasks:
             seeds = before[recipe].get(task, {})
@@ -186,28 +182,8 @@ def gaps(scores: Scores, before: Scores, tasks: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _found(scores: Scores, tasks: list[str]) -> list[str]:
+def found_recipes(scores: Scores, tasks: list[str]) -> list[str]:
     return [recipe for recipe in LABELS if recipe in scores and set(tasks) & scores[recipe].keys()]
-
-
-def plot(scores: Scores, path: Path) -> None:
-    """Differences to GELU, pooled over pretrained tasks and seeds, one line a recipe."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    tasks = [task.name for task in PRETRAINED]
-    found = {r: paired(scores, r, "gelu", tasks) for r in _found(scores, tasks) if r not in ("gelu", "swap")}
-    figure = Figure(figsize=(8, 0.4 * len(found) + 1.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for place, (recipe, differences) in enumerate(reversed(found.items())):
-        mean, half = interval(differences)
-        axes.errorbar(mean, place, xerr=0.0 if np.isnan(half) else half, fmt="o", color="tab:blue", capsize=3)
-        axes.text(-0.01, place, LABELS[recipe], ha="right", va="center", transform=axes.get_yaxis_transform(), fontsize=8)
-    axes.axvline(0.0, color="black", linewidth=0.8)
-    axes.set(yticks=[], xlabel="accuracy − GELU's, points, paired by seed, 95 % interval")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

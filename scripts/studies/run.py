@@ -26,7 +26,7 @@ import datasets
 
 from hf_lambda_gelu.checkpoints.card import package_versions
 from scripts.studies.recipes import baselines, hardening, rivals, stages  # noqa: F401 (registers their recipes)
-from scripts.studies.recipes.recipe import RECIPES, Run
+from scripts.studies.recipes.recipe import RECIPES, Recipe, Run
 from scripts.studies.scratch import SCRATCH
 from scripts.studies.tasks import FULL, PRETRAINED, Task
 from scripts.tools.tables import append, read
@@ -65,7 +65,9 @@ def main() -> None:
                     run(results, task, recipe, seed, rate, "validation" if options.tune else "test")
 
 
-def run(results: Path, task: Task, recipe: str, seed: int, rate: float, split: str) -> None:
+def run(
+    results: Path, task: Task, recipe: str, seed: int, rate: float, split: str, recipes: dict[str, Recipe] = RECIPES
+) -> None:
     """Run and append, unless the results are there."""
     key = {"task": task.name, "seed": str(seed), "split": split, "rate": f"{rate:g}"}
     if any(row["recipe"] == recipe and key.items() <= row.items() for row in read(results)):
@@ -73,7 +75,7 @@ def run(results: Path, task: Task, recipe: str, seed: int, rate: float, split: s
     start = time.time()
     train, judged = task.splits(seed, split)
     given = Run(task, seed, rate, task.encode(train), task.encode(judged), trial=split == "validation")
-    found = RECIPES[recipe](given)
+    found = recipes[recipe](given)
     seconds = time.time() - start
     rows = [
         {

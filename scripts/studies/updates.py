@@ -1,7 +1,6 @@
 """λ against the step: the optimizer-aware update beside the naive one, which steps s itself.
 
     python -m scripts.studies.updates                  # adds what is not in results/updates.csv yet, prints a table
-    python -m scripts.studies.updates --plot runs/updates.png
 
 The MLP on image segments, trained from random weights by SGD with momentum and by AdamW. λ starts at 1 + ln 2, as is
 reported of the paper, or just above 1. Both updates have the same learning rate, the same batches and the same start; the
@@ -45,27 +44,27 @@ def main() -> None:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     done = set(read(options.results))
     for seed, optimizer, update, start in itertools.product(options.seeds, RATES, ("naive", "aware"), STARTS):
         if (optimizer, update, f"{start:.3f}", seed) not in done:
             append(options.results, optimizer, update, start, seed)
-    traces = read(options.results)
-    print(table(traces))
-    if options.plot:
-        plot(traces, options.plot)
+    print(table(read(options.results)))
 
 
 class Softplus(nn.Module):
-    """λ = 1 + softplus(s / t), t = 0.1: the paper's parameter s."""
+    """λ = 1 + softplus(s / t): the paper's parameter s, with its temperature t = 0.1 as reported."""
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.temperature = temperature
 
     def forward(self, raw: Tensor) -> Tensor:
-        return 1.0 + nn.functional.softplus(raw / 0.1)
+        return 1.0 + nn.functional.softplus(raw / self.temperature)
 
     def right_inverse(self, hardness: Tensor) -> Tensor:
         excess = hardness - 1.0
-        return 0.1 * (excess + torch.log(-torch.expm1(-excess)))
+        return self.temperature * (excess + torch.log(-torch.expm1(-excess)))
 
 
 def trace(task: Task, optimizer: str, update: str, start: float, seed: int) -> Iterator[list[float]]:
@@ -136,26 +135,6 @@ def table(traces: Traces) -> str:
         moved = np.array([(t[-1] - t[0])[1:].mean() for t in runs])
         lines.append(f"| {optimizer} | {start} | {update} | {shown(jumps, 3)} | {shown(moved, 3)} |")
     return "\n".join(lines)
-
-
-def plot(traces: Traces, path: Path) -> None:
-    """λ of every layer over the steps, seed 0, an axis for each optimizer and start."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = sorted({(o, s) for o, _, s, _ in traces})
-    for axes, (optimizer, start) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for update, colour in (("naive", "tab:red"), ("aware", "tab:blue")):
-            values = traces[optimizer, update, start, 0][:, 1:]
-            lines = axes.plot(np.arange(len(values)) * EVERY, values, color=colour, linewidth=1.0)
-            lines[0].set_label(update)
-        axes.set(title=f"{optimizer}, λ from {start}", xlabel="optimizer step", ylabel="λ, a line a layer")
-        axes.legend()
-        axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 import torch
 from scipy import stats
 from support import tiny
+from support.toy_study import TASK, network, splits
 from transformers import LlamaForCausalLM
 
 import hf_lambda_gelu as hlg
@@ -21,30 +22,10 @@ from scripts.studies import claims, protocol, report, sparsity, updates
 from scripts.studies import run as study
 from scripts.studies.recipes import stages
 from scripts.studies.recipes.recipe import RECIPES, Run
-from scripts.studies.scratch import MLPConfig, MLPForClassification, ScratchTask
+from scripts.studies.scratch import ScratchTask
 from scripts.studies.tasks import FULL
 from scripts.studies.training_free import distilled
 from scripts.tools.tables import append, read
-
-FEATURES = 5
-
-
-def rows(count: int, seed: int) -> datasets.Dataset:
-    """Two classes, on either side of a sphere."""
-    features = np.random.default_rng(seed).standard_normal((count, FEATURES)).astype(np.float32)
-    labels = (np.square(features).sum(1) > FEATURES - 0.7).astype(np.int64)
-    return datasets.Dataset.from_dict({"features": features, "labels": labels}).with_format("torch")
-
-
-def splits() -> datasets.DatasetDict:
-    return datasets.DatasetDict(train=rows(320, 0), validation=rows(50, 1), test=rows(200, 2))
-
-
-def network() -> MLPForClassification:
-    return MLPForClassification(MLPConfig(features=FEATURES, hidden_size=16, num_hidden_layers=3, num_labels=2))
-
-
-TASK = ScratchTask("toy", "toy", 256, 200, 4, (1e-2, 1e-3), splits, network)
 
 
 def test_rows_and_resuming(tmp_path: Path) -> None:

@@ -16,9 +16,12 @@ import hf_lambda_gelu as hlg
 from scripts.studies.recipes.recipe import RECIPES, Result, Run, recipe
 
 PAPER_START = 1.0 + math.log(2.0)
+# λ is learned to the end, and stays what it is at the end too: this ε has its target below any λ
+TO_THE_END = {"hardness_switch_point": 1.0, "hardness_hold": 0.0, "hardness_tolerance": 100.0}
 
 
-def _hardened(run: Run, start: float, **hardness: Any) -> Result:
+def hardened(run: Run, start: float, **hardness: Any) -> Result:
+    """λ-GELU from λ = `start`, trained with these arguments of the Trainer, ReLU in its place at the end."""
     model = run.model()
     hlg.convert(model, start)
     trainer = run.trainer(model, **{"hardness_compensate": "none", **hardness})
@@ -31,21 +34,17 @@ def _hardened(run: Run, start: float, **hardness: Any) -> Result:
 @recipe
 def paper(run: Run) -> dict[str, Result]:
     """The paper's scheme as reported: λ₀ = 1 + ln 2, learned for a quarter, ramped to 160."""
-    return {"paper": _hardened(run, PAPER_START, hardness_switch_point=0.25)}
+    return {"paper": hardened(run, PAPER_START, hardness_switch_point=0.25)}
 
 
 @recipe
 def unhardened(run: Run) -> dict[str, Result]:
     """The same without hardening: λ learned to the end, and ReLU in its place."""
-    never = 100.0  # an ε whose target is below any λ, so that λ stays what it is at the end too
-    learned = _hardened(run, PAPER_START, hardness_switch_point=1.0, hardness_hold=0.0, hardness_tolerance=never)
-    return {"unhardened": learned}
+    return {"unhardened": hardened(run, PAPER_START, **TO_THE_END)}
 
 
 def _softer(run: Run, tolerance: float) -> dict[str, Result]:
-    return {
-        f"tolerance_{tolerance:g}": _hardened(run, PAPER_START, hardness_switch_point=0.25, hardness_tolerance=tolerance)
-    }
+    return {f"tolerance_{tolerance:g}": hardened(run, PAPER_START, hardness_switch_point=0.25, hardness_tolerance=tolerance)}
 
 
 # the paper's scheme with other ε: the ramp ends at λ = 0.798 / ε; 0.005 is `paper`
@@ -56,23 +55,23 @@ for _tolerance in (0.4, 0.1, 0.025):
 @recipe
 def lambda_one(run: Run) -> dict[str, Result]:
     """The same from λ₀ = 1, the model's own function."""
-    return {"lambda_one": _hardened(run, 1.0, hardness_switch_point=0.25)}
+    return {"lambda_one": hardened(run, 1.0, hardness_switch_point=0.25)}
 
 
 @recipe
 def ramp_only(run: Run) -> dict[str, Result]:
     """A fixed ramp from λ = 1 at the first step on, nothing learned."""
-    return {"ramp_only": _hardened(run, 1.0, hardness_switch_point=0.0)}
+    return {"ramp_only": hardened(run, 1.0, hardness_switch_point=0.0)}
 
 
 @recipe
 def ramp_reciprocal(run: Run) -> dict[str, Result]:
     """λ learned for a quarter, then a ramp that is linear in 1/λ."""
-    return {"ramp_reciprocal": _hardened(run, 1.0, hardness_switch_point=0.25, hardness_ramp="reciprocal")}
+    return {"ramp_reciprocal": hardened(run, 1.0, hardness_switch_point=0.25, hardness_ramp="reciprocal")}
 
 
 def _refit(run: Run, switch: float) -> Result:
-    return _hardened(run, 1.0, hardness_switch_point=switch, hardness_compensate="least_squares")
+    return hardened(run, 1.0, hardness_switch_point=switch, hardness_compensate="least_squares")
 
 
 @recipe

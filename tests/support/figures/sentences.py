@@ -14,7 +14,7 @@ from scripts.benchmarks import refit_parts
 from scripts.benchmarks import report as benchmarks
 from scripts.downstream.__main__ import RESULTS as DOWNSTREAM
 from scripts.matrix import run as matrix
-from scripts.studies import report, run
+from scripts.studies import report, robustness, run
 from scripts.studies.training_free import distilled, first_steps, hinges
 from scripts.tools.tables import read
 from scripts.verification import agreement
@@ -200,7 +200,16 @@ def questions() -> list[str]:
     return [f"were asked {len(networks)} questions, {networks.count('random')} of them about random networks"]
 
 
+def orders_of_optimizers() -> list[str]:
+    """Of the ResNet's layers by λ: how like SGD's orders are, over seeds and to AdamW's."""
+    rows = robustness.profiles(robustness.judged_rows(robustness.RESULTS)).splitlines()
+    cells = next(row for row in rows if row.startswith("| resnet | SGD")).split(" | ")
+    between, to_adamw = (cells[column].split()[0] for column in (4, 5))
+    return [f"SGD's is shared by seeds ({between}) and is another than AdamW's ({to_adamw})"]
+
+
 MEASURED: Sentences = {
+    "robustness.csv": ("docs/study.md", orders_of_optimizers),
     "refit-parts.csv": ("docs/how-it-works.md", refit_cost),
     "refit-parts.csv, again": ("docs/how-to/language-model.md", refit_cost_again),
     "benchmark-cpu": ("docs/cost.md", steps_on_cpu),

@@ -13,7 +13,7 @@ from scripts.downstream.__main__ import RESULTS as DOWNSTREAM
 from scripts.downstream.rows import FIELDS, Row, markdown
 from scripts.matrix import run as matrix
 from scripts.matrix import table as matrix_table
-from scripts.studies import claims, kills, protocol, report, run, sparsity, updates
+from scripts.studies import claims, kills, protocol, report, robustness, run, sparsity, updates
 from scripts.studies.scratch import SCRATCH
 from scripts.studies.tasks import FULL, PRETRAINED
 from scripts.studies.training_free import choices, distilled, goals, hinges, kept
@@ -65,6 +65,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "profiles": ("docs/study.md", lambda: claims.profiles(judged_rows())),
     "drops": ("docs/study.md", lambda: claims.drops(judged_rows())),
     "updates": ("docs/study.md", lambda: updates.table(updates.read(updates.RESULTS))),
+    "robust profiles": ("docs/study.md", lambda: robustness.profiles(robustness.judged_rows(robustness.RESULTS))),
+    "hold and τ": ("docs/study.md", lambda: robustness.accuracies(robustness.judged_rows(robustness.RESULTS))),
     "without training": ("docs/study.md", training_free.table),
     "hinges": ("docs/study.md", hinges.table),
     "goals": ("docs/study.md", goals.table),
