@@ -148,7 +148,11 @@ def _convnext() -> PreTrainedModel:
 
 
 def _mobilenet() -> PreTrainedModel:
-    """With SiLU: depthwise 3 × 3 convolutions follow half of the activations, a batch norm every convolution."""
+    """With SiLU: depthwise 3 × 3 convolutions follow half of the activations, a batch norm every convolution.
+
+    By default transformers drops 0.8 of the features where TensorFlow keeps as many, and its running statistics are those
+    of the last batch, as the momentum is TensorFlow's too, which torch reads the other way round.
+    """
     config = MobileNetV2Config(
         num_channels=1,
         image_size=28,
@@ -156,9 +160,14 @@ def _mobilenet() -> PreTrainedModel:
         output_stride=8,
         hidden_act="silu",
         tf_padding=False,
+        classifier_dropout_prob=0.2,
         num_labels=10,
     )
-    return MobileNetV2ForImageClassification(config)
+    model = MobileNetV2ForImageClassification(config)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
+    return model
 
 
 def _gpt2() -> PreTrainedModel:
