@@ -128,16 +128,26 @@ TRAINED = {recipe: LABELS[recipe] for recipe in HEADLINE if not recipe.endswith(
 
 
 def headline(scores: Scores, group: tuple[Task, ...]) -> str:
-    """Mean accuracy by task for the recipes that matter most; in brackets the difference to GELU, paired by seed."""
-    lines = ["| model and task | " + " | ".join(HEADLINE.values()) + " |", "|" + "---|" * (len(HEADLINE) + 1)]
-    for task in [task for task in group if task.name in scores["gelu"]]:
-        cells = []
-        for recipe in HEADLINE:
-            values = list(scores.get(recipe, {}).get(task.name, {}).values())
-            gap = "" if recipe == "gelu" else f" ({shown(paired(scores, recipe, 'gelu', [task.name]))})"
-            cells.append(f"{np.mean(values):.1f}{gap}" if values else "–")
-        lines.append("| " + " | ".join([task.title, *cells]) + " |")
+    """Mean accuracy by task for the recipes that matter most; in brackets the difference to GELU, paired by seed.
+
+    A recipe is shown where it has as many seeds as GELU.
+    """
+    tasks = [task for task in group if task.name in scores["gelu"]]
+    cells = {recipe: [_cell(scores, recipe, task.name) for task in tasks] for recipe in HEADLINE}
+    shown_recipes = [recipe for recipe in HEADLINE if any(cells[recipe])]
+    lines = ["| model and task | " + " | ".join(HEADLINE[recipe] for recipe in shown_recipes) + " |"]
+    lines.append("|" + "---|" * (len(shown_recipes) + 1))
+    for index, task in enumerate(tasks):
+        lines.append("| " + " | ".join([task.title, *(cells[recipe][index] or "–" for recipe in shown_recipes)]) + " |")
     return "\n".join(lines)
+
+
+def _cell(scores: Scores, recipe: str, task: str) -> str:
+    values = scores.get(recipe, {}).get(task, {})
+    if values.keys() != scores["gelu"][task].keys():
+        return ""
+    gap = "" if recipe == "gelu" else f" ({shown(paired(scores, recipe, 'gelu', [task]))})"
+    return f"{np.mean(list(values.values())):.1f}{gap}"
 
 
 def table(scores: Scores, tasks: list[str]) -> str:

@@ -46,6 +46,10 @@ def arguments() -> list[str]:
     return [f"`{name}` | {value:g} |" for name, value in own.items() if isinstance(value, int | float)]
 
 
+def ramp_of_the_study() -> list[str]:
+    return [f"to {hlg.target_hardness() * DEFAULT_TOLERANCE:.3f} / ε", f"ε = {DEFAULT_TOLERANCE:g} are the reference"]
+
+
 def data_options() -> list[str]:
     return [f"`--{name.replace('_', '-')}` | {getattr(Data, name)} |" for name in ("samples", "batch_size", "max_length")]
 
@@ -91,6 +95,7 @@ COMPUTED: Sentences = {
     "target_hardness": ("docs/concepts.md", lambda: [f"{TARGET} by default"]),
     "target_hardness of a text model": ("docs/how-to/encoder.md", lambda: [f"({TARGET} at ε = {DEFAULT_TOLERANCE:g})"]),
     "hardness_tolerance": ("docs/paper.md", lambda: [f"ε = {DEFAULT_TOLERANCE:g} follows what is reported of the paper"]),
+    "target_hardness of the study": ("docs/study.md", ramp_of_the_study),
     "hardness_learning_rate": ("docs/how-to/own-loop.md", rate),
     "hardness_learning_rate elsewhere": ("docs/how-to/other-trainers.md", rate),
     "the trainer's arguments": ("docs/reference/training.md", arguments),

@@ -72,8 +72,8 @@ def places(page: str, fragment: str) -> list[tuple[int, int]]:
     return [found.span() for found in re.finditer(pattern, page, re.MULTILINE)]
 
 
-def complaints(name: str, page: str, explanations: list[Explanation], whole: bool = True) -> list[str]:
-    """What the page should say and does not and, unless `whole` is False, figures that nothing explains, or two do."""
+def complaints(name: str, page: str, explanations: list[Explanation]) -> list[str]:
+    """What the page should say and does not, and figures that nothing explains, or two do."""
     wrong, spans = [], []
     for explanation in explanations:
         for fragment in explanation.fragments:
@@ -81,7 +81,7 @@ def complaints(name: str, page: str, explanations: list[Explanation], whole: boo
             spans += [(*place, explanation.name) for place in here]
             if not here:
                 wrong.append(f"{name} does not say {fragment!r}, which {explanation.name} gives")
-    for figure in figures(page) if whole else []:
+    for figure in figures(page):
         names = sorted({name for start, end, name in spans if start <= figure.start and figure.end <= end})
         where = f"{name}:{page.count(chr(10), 0, figure.start) + 1}: {figure.text}"
         if not names:

@@ -26,8 +26,8 @@ def recipes() -> str:
     scores, before = report.accuracies(run.RESULTS), report.accuracies(run.RESULTS, "before")
     measured = {task for found in scores.values() for task in found}
     tasks = [[task.name for task in group if task.name in measured] for group in (PRETRAINED, SCRATCH)]
-    return "\n".join(
-        "\n".join([report.table(scores, names), report.differences(scores, names), report.gaps(scores, before, names)])
+    return "\n\n".join(
+        "\n\n".join([report.table(scores, names), report.differences(scores, names), report.gaps(scores, before, names)])
         for names in tasks
     )
 
@@ -36,7 +36,7 @@ def all_examples() -> str:
     """All tables of `scripts.studies.report --size full`."""
     scores = report.accuracies(run.FULL_RESULTS)
     measured = [task for task in FULL if task.name in scores["gelu"]]
-    return "\n".join(
+    return "\n\n".join(
         [
             protocol.tasks(measured),
             report.headline(scores, FULL),
