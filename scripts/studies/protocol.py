@@ -10,11 +10,11 @@ import numpy as np
 from scripts.studies.tasks import Task
 
 
-def tasks(group: Iterable[Task]) -> str:
-    """Examples and epochs of each task, and the rate, or the rates that each recipe chose from."""
+def tasks(group: Iterable[Task], tuned: bool) -> str:
+    """Examples and epochs of each task, and its rate, or the rates that each recipe chose from where they were `tuned`."""
     lines = ["| task | model and data | training examples × epochs | of | test examples | learning rate |", "|" + "---|" * 6]
     for task in group:
-        rates = ", ".join(f"{rate:g}" for rate in (task.rates if task.bf16 else task.rates[:1]))
+        rates = ", ".join(f"{rate:g}" for rate in (task.rates if tuned else task.rates[:1]))
         lines.append(
             f"| `{task.name}` | {task.title} | {task.train:,} × {task.epochs} | {task.size or '–'} | {task.evaluate:,} | "
             f"{rates} |"

@@ -65,7 +65,7 @@ def main() -> None:
         tasks = [task.name for task in group if any(task.name in found for found in scores.values())]
         if not tasks:
             continue
-        print(f"## {title}\n\n{protocol.tasks(group)}\n")
+        print(f"## {title}\n\n{protocol.tasks(group, tuned=full)}\n")
         print(headline(scores, group), end="\n\n")
         print(table(scores, tasks), differences(scores, tasks), gaps(scores, before, tasks), sep="\n\n", end="\n\n")
         if full:

@@ -139,9 +139,10 @@ def main() -> None:
     for name in options.tasks:
         settings, seeds = PLAN[name]
         task, by_sgd = study.TASKS[name], replace(study.TASKS[name], rates=SGD_RATES)
-        for rate in SGD_RATES:
+        chosen = options.settings or settings
+        for rate in SGD_RATES if any(setting.startswith("sgd") for setting in chosen) else ():
             study.run(options.results, by_sgd, "sgd", study.TUNING_SEED, rate, "validation", SETTINGS)
-        for seed, setting in itertools.product(options.seeds or range(seeds), options.settings or settings):
+        for seed, setting in itertools.product(options.seeds or range(seeds), chosen):
             rate = study.best_rate(options.results, by_sgd, "sgd") if setting.startswith("sgd") else task.rates[0]
             study.run(options.results, task, setting, seed, rate, "test", SETTINGS)
     rows = judged_rows(options.results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -33,7 +34,8 @@ def test_rows_and_resuming(tmp_path: Path) -> None:
     results = tmp_path / "study.csv"
     for rate in TASK.rates:
         study.run(results, TASK, "gelu", study.TUNING_SEED, rate, "validation")
-    trials = [row for row in read(results) if row["recipe"] == "gelu"]
+    trials = read(results)
+    assert {row["recipe"] for row in trials} == {"gelu"}  # what follows the training is left out
     assert [(row["split"], float(row["rate"])) for row in trials] == [("validation", rate) for rate in TASK.rates]
     best = max(trials, key=lambda row: float(row["accuracy"]))
     assert study.best_rate(results, TASK, "gelu") == float(best["rate"])
@@ -47,6 +49,18 @@ def test_rows_and_resuming(tmp_path: Path) -> None:
     assert len({row["before"] for row in found[1:]} | {found[0]["accuracy"]}) == 1
     assert {int(row["steps"]) for row in found} == {256 // 32 * TASK.epochs}
     assert float(found[0]["accuracy"]) > 0.6
+
+
+def test_bf16_trains_and_fp32_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer puts out is bf16 in training steps alone."""
+    seen: set[tuple[bool, torch.dtype]] = set()
+    train, test = TASK.splits(0, "test")
+    run = Run(dataclasses.replace(TASK, epochs=1, bf16=True), 0, 1e-2, train, test)
+    model = run.model()
+    model.linears[0].register_forward_hook(lambda module, args, output: seen.add((module.training, output.dtype)))
+    run.trainer(model).train()
+    run.judge(model)
+    assert seen == {(True, torch.bfloat16), (False, torch.float32)}
 
 
 def test_sparsity_rows_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +193,7 @@ def test_the_tables_of_the_full_size(tmp_path: Path) -> None:
         "| GELU | 0.0001, 1.5 |",
         "| the paper's | – |",
     ]
-    assert protocol.tasks(FULL[-1:]).splitlines()[2:] == [
+    assert protocol.tasks(FULL[-1:], tuned=True).splitlines()[2:] == [
         "| `newsgroups` | MiniLM-L6, 20 Newsgroups | 3,000 × 3 | 48 tokens | 2,000 | 5e-05, 0.0001, 0.0002 |"
     ]
 

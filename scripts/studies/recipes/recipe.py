@@ -13,11 +13,19 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import hf_lambda_gelu as hlg
 from scripts.studies.tasks import Task
+
+
+class _WithoutAutocast(TrainerCallback):
+    """accelerate leaves its autocast around the model's forward after a training in bf16; what follows is fp32."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
 @dataclass
@@ -40,10 +48,9 @@ class Run:
         model: PreTrainedModel,
         callbacks: tuple[TrainerCallback, ...] = (),
         cls: type[Trainer] | None = None,
-        bf16: bool | None = None,
         **hardness: Any,
     ) -> Trainer:
-        """A Trainer; a LambdaGELUTrainer if it is given arguments of the hardness; in the task's precision unless told."""
+        """A Trainer; a LambdaGELUTrainer if it is given arguments of the hardness."""
         cls = cls or (hlg.LambdaGELUTrainer if hardness else Trainer)
         arguments = hlg.LambdaGELUTrainingArguments if hardness else TrainingArguments
         args = arguments(
@@ -58,7 +65,7 @@ class Run:
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            bf16=self.task.bf16 if bf16 is None else bf16,
+            bf16=self.task.bf16,
             use_cpu=not torch.cuda.is_available(),  # or bf16 is refused
             seed=self.seed,
             **({"eval_relu": False} if hardness else {}),
@@ -71,14 +78,14 @@ class Run:
             eval_dataset=self.judged,
             data_collator=self.task.collator(),
             compute_metrics=self.task.metrics,
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, _WithoutAutocast()],
         )
 
     def calibration(self) -> list[dict[str, Tensor]]:
         return self.task.batches(self.train)
 
     def judge(self, model: PreTrainedModel) -> dict[str, float]:
-        found = self.trainer(model, bf16=False).evaluate()
+        found = self.trainer(model).evaluate()
         return {"accuracy": found["eval_accuracy"], "loss": found["eval_loss"]}
 
 

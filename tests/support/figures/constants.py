@@ -36,12 +36,6 @@ RATES = ("the defaults of --learning-rate", "hf_lambda_gelu/cli/distill.py", "1e
 STUDY = "docs/study.md"
 WARM_UP = ("the recipes' warm-up", "scripts/studies/recipes/recipe.py", "warmup_steps=0.1")
 LATE = ("the default's switch point", "scripts/studies/recipes/hardening.py", "_refit(run, 0.75)")
-RATE = (
-    "the default",
-    "hf_lambda_gelu/training/arguments.py",
-    'default=0.01,\n        metadata={"help": "Learning rate of the hard',
-)
-HOLD = ("the default", "hf_lambda_gelu/training/arguments.py", 'default=0.1, metadata={"help": "Fraction of training at')
 MOMENTUM = ("of SGD", "scripts/studies/robustness.py", "momentum=0.9")
 PAPERS = ("a figure of the paper",)
 
@@ -52,11 +46,8 @@ CONSTANTS = [
     Constant(STUDY, "mean ± 95 % interval in points", *LEVEL),
     Constant(STUDY, "10 % warm-up", *WARM_UP),
     Constant(STUDY, "the refit after 75 %", *LATE),
-    Constant(STUDY, "its rate of 0.01", *RATE),
-    Constant(STUDY, "a rate of 0.01", *RATE),
     Constant(STUDY, "t = 0.1 as", *PAPERS),
     Constant(STUDY, "a momentum of 0.9", *MOMENTUM),
-    Constant(STUDY, "Hold 0.1", *HOLD),
     Constant(STUDY, "At τ = 0.1", "names a row of the table"),
     Constant("docs/cost.md", "One H100 (80 GB)", "the card's memory, by its name"),
     Constant("docs/coverage.md", "at λ between 1.5 and 2.25", *SITES),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 
@@ -39,15 +40,24 @@ def without_data() -> list[str]:
     return [f"{four:.4f} for GELU at four, {six:.4f} at six; {silu_four:.4f} and {silu_six:.4f} for SiLU"]
 
 
+def trainer_defaults() -> dict[str, Any]:
+    return {field.name: field.default for field in fields(hlg.LambdaGELUTrainingArguments)}
+
+
 def arguments() -> list[str]:
     """Of the trainer's table: the arguments whose defaults are numbers."""
-    defaults = {field.name: field.default for field in fields(hlg.LambdaGELUTrainingArguments)}
+    defaults = trainer_defaults()
     own = {name: value for name, value in defaults.items() if name.startswith(("hardness_", "sparsity_"))}
     return [f"`{name}` | {value:g} |" for name, value in own.items() if isinstance(value, int | float)]
 
 
-def ramp_of_the_study() -> list[str]:
-    return [f"to {hlg.target_hardness() * DEFAULT_TOLERANCE:.3f} / ε", f"ε = {DEFAULT_TOLERANCE:g} are the reference"]
+def reference_of_the_study() -> list[str]:
+    rate, hold = (trainer_defaults()[f"hardness_{name}"] for name in ("learning_rate", "hold"))
+    return [
+        f"to {hlg.target_hardness() * DEFAULT_TOLERANCE:.3f} / ε",
+        f"its rate of {rate:g} are ours",
+        f"Hold {hold:g} and ε = {DEFAULT_TOLERANCE:g} are the reference of what is ramped, a rate of {rate:g}",
+    ]
 
 
 def data_options() -> list[str]:
@@ -55,8 +65,7 @@ def data_options() -> list[str]:
 
 
 def rate() -> list[str]:
-    (default,) = (f.default for f in fields(hlg.LambdaGELUTrainingArguments) if f.name == "hardness_learning_rate")
-    return [f"{default:g} by default"]
+    return [f"{trainer_defaults()['hardness_learning_rate']:g} by default"]
 
 
 def bf16() -> float:
@@ -95,7 +104,7 @@ COMPUTED: Sentences = {
     "target_hardness": ("docs/concepts.md", lambda: [f"{TARGET} by default"]),
     "target_hardness of a text model": ("docs/how-to/encoder.md", lambda: [f"({TARGET} at ε = {DEFAULT_TOLERANCE:g})"]),
     "hardness_tolerance": ("docs/paper.md", lambda: [f"ε = {DEFAULT_TOLERANCE:g} follows what is reported of the paper"]),
-    "target_hardness of the study": ("docs/study.md", ramp_of_the_study),
+    "the reference of the study": ("docs/study.md", reference_of_the_study),
     "hardness_learning_rate": ("docs/how-to/own-loop.md", rate),
     "hardness_learning_rate elsewhere": ("docs/how-to/other-trainers.md", rate),
     "the trainer's arguments": ("docs/reference/training.md", arguments),

@@ -38,7 +38,7 @@ def all_examples() -> str:
     measured = [task for task in FULL if task.name in scores["gelu"]]
     return "\n\n".join(
         [
-            protocol.tasks(measured),
+            protocol.tasks(measured, tuned=True),
             report.headline(scores, FULL),
             report.differences(scores, [task.name for task in measured]),
             protocol.chosen(read(run.FULL_RESULTS), FULL, report.TRAINED),
@@ -61,7 +61,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "all examples": ("docs/study.md", all_examples),
     "README": ("README.md", lambda: report.headline(report.accuracies(run.FULL_RESULTS), FULL)),
     "README, short runs": ("README.md", lambda: report.headline(report.accuracies(run.RESULTS), PRETRAINED)),
-    "tasks": ("docs/study.md", lambda: protocol.tasks([*PRETRAINED, *SCRATCH])),
+    "tasks": ("docs/study.md", lambda: protocol.tasks([*PRETRAINED, *SCRATCH], tuned=False)),
     "profiles": ("docs/study.md", lambda: claims.profiles(judged_rows())),
     "drops": ("docs/study.md", lambda: claims.drops(judged_rows())),
     "updates": ("docs/study.md", lambda: updates.table(updates.read(updates.RESULTS))),
