@@ -31,10 +31,7 @@ def relu_model(name: str = "bert", value: float = 160.0, step: float = 0.0) -> P
 def randomized(model: PreTrainedModel) -> PreTrainedModel:
     """With weights large enough for the activations to matter, converted, in eval mode."""
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + (0.0 if parameter.dim() > 1 else parameter))
-    hlg.convert(model)
+    hlg.convert(tiny.enliven(model))
     return model.eval()
 
 

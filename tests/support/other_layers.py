@@ -46,10 +46,7 @@ def smooth_layers(name: str, **config: Any) -> PreTrainedModel:
     """The model of that type in eval mode, with weights that let its gates matter."""
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModel.from_config(AutoConfig.for_model(name, **{**OTHER_LAYERS[name], **config}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + (0.0 if parameter.dim() > 1 else parameter))
-    return model.eval()
+    return tiny.enliven(model).eval()
 
 
 def other_layers(name: str, **config: Any) -> PreTrainedModel:
@@ -68,3 +65,8 @@ def other_inputs(name: str, seed: int = 0, size: int = 2) -> dict[str, Tensor]:
     if name == "moonshine":
         return {"input_values": torch.randn(size, 4000, generator=generator), "decoder_input_ids": tokens}
     return {"input_ids": tokens}
+
+
+def other_rows(name: str, count: int = 24) -> list[dict[str, Tensor]]:
+    """As many batches of that, to calibrate on."""
+    return [other_inputs(name, seed) for seed in range(count)]

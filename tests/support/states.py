@@ -40,6 +40,11 @@ def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> f
     return max(float((a - second[k]).abs().max() / a.abs().max().clamp(min=1e-9)) for k, a in first.items() if a.numel())
 
 
+def whole_numbers(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Of every module, the attributes that are integers: widths above all."""
+    return {n: {k: v for k, v in vars(m).items() if type(v) is int} for n, m in model.named_modules()}
+
+
 def full_snapshot(model: PreTrainedModel) -> dict[str, Any]:
     """What must be as it was: also which parameters there are and whether they take gradients."""
     return {

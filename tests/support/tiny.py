@@ -203,11 +203,15 @@ def build(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     model_type, auto, values = MODELS[name]
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**values, **overrides})
-    model = (auto.from_config(config) if hasattr(auto, "from_config") else auto(config)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # biases and layer scales too: a layer scale of 1e-6 would hide what the activation does
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + (0.0 if parameter.dim() > 1 else parameter))
+    return enliven(auto.from_config(config) if hasattr(auto, "from_config") else auto(config)).eval()
+
+
+@torch.no_grad()
+def enliven(model: PreTrainedModel) -> PreTrainedModel:
+    """Draw weights so large that the activations matter."""
+    for parameter in model.parameters():
+        # biases and layer scales too: a layer scale of 1e-6 would hide what the activation does
+        parameter.copy_(torch.randn_like(parameter) * 0.2 + (0.0 if parameter.dim() > 1 else parameter))
     return model
 
 

@@ -1,254 +1,30 @@
-"""Layers of other kinds made wider: gate and up in one map, 1×1 convolutions, experts: against float64, and stock."""
+"""Layers of other classes, and of experts, made wider: against stock transformers and float64; where gates get biases."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support import tiny
 from support.experts import experts_model
 from support.models import randomized
-from support.other_layers import OTHER_LAYERS, other_inputs, other_layers
-from support.states import full_snapshot
+from support.other_layers import OTHER_LAYERS, other_inputs, other_layers, other_rows
+from support.states import full_snapshot, whole_numbers
 from support.stock import stock_outputs
+from support.stops import stopped_after
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.pytorch_utils import Conv1D
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.surgery.hinges import work
-from hf_lambda_gelu.surgery.hinges.minimax import Minimax
 from hf_lambda_gelu.surgery.refit import engine, two_networks
 
 REFIT: dict[str, Any] = {"compensate": "least_squares"}
 UNITS, WIDTH = 6, 5
-# not symmetric, as those of minimax are
-FOUND = Minimax((-2.0, -0.5, 0.1, 0.7, 3.0), (0.1, 0.4, 0.3, 0.4, -0.2), 0.5)
-
-
-def rows(name: str, count: int = 24) -> list[dict[str, Tensor]]:
-    return [other_inputs(name, seed) for seed in range(count)]
-
-
-# ------------------------------------------------------------------------------------------- one map for gate and up
-
-
-class Fused(nn.Module):
-    """One map for gate and up, whose outputs are cut in the way that it is made with."""
-
-    def __init__(self, cut: str, as_conv1d: bool = False) -> None:
-        super().__init__()
-        self.cut = cut
-        both = Conv1D(2 * UNITS, WIDTH) if as_conv1d else nn.Linear(WIDTH, 2 * UNITS)
-        self.both, self.act, self.down = both, nn.GELU(), nn.Linear(UNITS, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.both(x)
-        if self.cut == "gate first":
-            gate, up = y.chunk(2, -1)
-        elif self.cut == "up first":
-            up, gate = y.split(y.shape[-1] // 2, dim=-1)
-        elif self.cut == "in turns":
-            gate, up = y[..., ::2], y[..., 1::2]
-        elif self.cut == "in turns, up first":
-            up, gate = y.unflatten(-1, (-1, 2)).unbind(-1)
-        elif self.cut == "by another dimension":
-            gate, up = y.view(*y.shape[:-1], 2, -1)[..., 0, :], y.view(*y.shape[:-1], 2, -1)[..., 1, :]
-        elif self.cut == "turned around":
-            gate, up = y.chunk(2, -1)
-            up = up.flip(-1)
-        elif self.cut == "doubled":
-            gate, up = y.chunk(2, -1)
-            up = 2.0 * up
-        elif self.cut == "overlapping":
-            gate, up = y[..., :UNITS], y[..., 1 : UNITS + 1]
-        elif self.cut == "used elsewhere":
-            gate, up = y.chunk(2, -1)
-            return self.down(self.act(gate) * up) + up[..., :WIDTH]
-        else:  # the gate is a copy, of which nothing tells where it was
-            gate, up = (half.contiguous() for half in y.chunk(2, -1))
-        return self.down(self.act(gate) * up)
-
-
-# how it is cut → which outputs are the gate's and the up map's unit by unit
-CUTS: dict[str, tuple[range, range]] = {
-    "gate first": (range(UNITS), range(UNITS, 2 * UNITS)),
-    "up first": (range(UNITS, 2 * UNITS), range(UNITS)),
-    "in turns": (range(0, 2 * UNITS, 2), range(1, 2 * UNITS, 2)),
-    "in turns, up first": (range(1, 2 * UNITS, 2), range(0, 2 * UNITS, 2)),
-    "by another dimension": (range(UNITS), range(UNITS, 2 * UNITS)),
-}
-
-
-@pytest.mark.parametrize(("cut", "as_conv1d"), [*((cut, False) for cut in CUTS), ("up first", True), ("in turns", True)])
-def test_fused_layer_computes_the_sum(cut: str, as_conv1d: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neuron by neuron, Σᵢ aᵢ relu(z − tᵢ) u through the old halves is what the wider layer puts out, at λ = 3."""
-    monkeypatch.setattr(work, "minimax", lambda base, hinges: FOUND)
-    torch.manual_seed(0)
-    model = Fused(cut, as_conv1d)
-    with torch.no_grad():
-        model.both.weight.normal_(std=0.3)
-        model.both.bias.normal_(std=0.3)
-    hlg.convert(model, init_hardness=3.0)
-    x = 3.0 * torch.randn(2, 7, WIDTH)
-    w, b = (p.detach().double().numpy() for p in (model.both.weight.T if as_conv1d else model.both.weight, model.both.bias))
-    w2, b2 = (p.detach().double().numpy() for p in (model.down.weight, model.down.bias))
-    report = hlg.relu_ize(model, calibration=[x], hinges=5)
-    assert report.hinges is not None
-    assert report.hinges.sites[0].units == (UNITS, 5 * UNITS)
-    with torch.no_grad():
-        got = model(x).double().numpy().reshape(-1, WIDTH)
-    gates, ups = CUTS[cut]
-    for row, entry in enumerate(x.double().numpy().reshape(-1, WIDTH)):
-        wanted = b2.copy()
-        for unit, (gate, up) in enumerate(zip(gates, ups, strict=True)):
-            z = w[gate] @ entry + b[gate]
-            value = sum(a * max(z - t / 3.0, 0.0) for a, t in zip(FOUND.weights, FOUND.at, strict=True))
-            wanted += w2[:, unit] * value * (w[up] @ entry + b[up])
-        assert np.abs(got[row] - wanted).max() < 1e-5 * max(1.0, np.abs(wanted).max())
-    assert (model.both.nf if as_conv1d else model.both.out_features, model.down.in_features) == (10 * UNITS, 5 * UNITS)
-
-
-@pytest.mark.parametrize(
-    ("cut", "reason"),
-    [
-        ("turned around", "Flip stands between"),
-        ("doubled", r"what the map after it gets is not its output, or that times another map's"),
-        ("overlapping", r"what the map after it gets is not its output, or that times another map's"),
-        ("used elsewhere", "the model puts out what the map before it does"),
-        ("copied", r"is cut in parts by Split"),
-    ],
-)
-def test_fused_layer_that_is_no_such_block(cut: str, reason: str) -> None:
-    """What is not relu(z) · u of the two halves is refused, and the model as it was."""
-    torch.manual_seed(0)
-    model = Fused(cut)
-    hlg.convert(model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(hlg.HingeError, match=reason):
-        hlg.relu_ize(model, calibration=[torch.randn(4, WIDTH)], hinges=4)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-
-
-def test_budget_of_a_fused_layer() -> None:
-    """A unit of the wider layer has gate and up rows of one neuron; its width is the config's, each neuron is there."""
-    model = other_layers("modernbert")
-    old = [model.layers[i].mlp.Wi.weight.detach().clone() for i in (0, 1)]
-    report = hlg.relu_ize(model, calibration=rows("modernbert"), **REFIT, budget=1.5)
-    assert report.hinges is not None
-    assert report.hinges.widths == {"intermediate_size": (37, 56)}
-    assert (model.config.intermediate_size, model.config.mlp_bias) == (56, True)
-    assert report.compensation is not None
-    assert report.compensation.bias_attribute == "mlp_bias"
-    for layer, site in enumerate(report.hinges.sites):
-        mlp = model.layers[layer].mlp
-        assert (mlp.Wi.out_features, mlp.Wo.in_features, len(mlp.Wi.bias)) == (112, 56, 112)
-        assert not mlp.Wi.bias[56:].any()
-        pairs = {(g.numpy().tobytes(), u.numpy().tobytes()) for g, u in zip(*old[layer].chunk(2), strict=True)}
-        wide = [(g.numpy().tobytes(), u.numpy().tobytes()) for g, u in zip(*mlp.Wi.weight.detach().chunk(2), strict=True)]
-        assert set(wide) == pairs
-        assert sum(number * count for number, count in site.neurons.items()) == 56
-
-
-# ------------------------------------------------------------------------------------------------ 1×1 convolutions
-
-
-class Pointwise(nn.Module):
-    """Two convolutions in one or two dimensions, with as many channels as positions, so that no shape tells them apart."""
-
-    def __init__(self, dims: int, between: str = "") -> None:
-        super().__init__()
-        kind, self.between = (nn.Conv1d, nn.Conv2d)[dims - 1], between
-        self.before, self.act, self.after = kind(UNITS, UNITS, 1), nn.SiLU(), kind(UNITS, WIDTH, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.act(self.before(x))
-        return self.after(h.transpose(1, -1) if self.between == "Transpose" else h.permute(0, 2, 1) if self.between else h)
-
-
-@pytest.mark.parametrize("dims", [1, 2])
-def test_convolutions_compute_the_sum(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Channel by channel and position by position, as for a linear layer."""
-    monkeypatch.setattr(work, "minimax", lambda base, hinges: FOUND)
-    torch.manual_seed(0)
-    model = Pointwise(dims)
-    hlg.convert(model, init_hardness=2.0)
-    x = 3.0 * torch.randn(2, UNITS, *[UNITS] * dims)
-    w1, b1, w2, b2 = (p.detach().double().numpy() for p in (*model.before.parameters(), *model.after.parameters()))
-    w1, w2 = w1.reshape(UNITS, UNITS), w2.reshape(WIDTH, UNITS)
-    report = hlg.relu_ize(model, calibration=[x], hinges=5)
-    assert report.hinges is not None
-    assert report.hinges.sites[0].units == (UNITS, 5 * UNITS)
-    with torch.no_grad():
-        got = model(x).double().numpy()
-    for place in np.ndindex(2, *[UNITS] * dims):
-        at = (place[0], slice(None), *place[1:])
-        z = w1 @ x.double().numpy()[at] + b1
-        h = sum(a * np.maximum(z - t / 2.0, 0.0) for a, t in zip(FOUND.weights, FOUND.at, strict=True))
-        wanted = w2 @ h + b2
-        assert np.abs(got[at] - wanted).max() < 1e-5 * max(1.0, np.abs(wanted).max())
-    assert (model.before.out_channels, model.after.in_channels) == (5 * UNITS, 5 * UNITS)
-
-
-@pytest.mark.parametrize("between", ["Transpose", "Permute"])
-def test_channels_that_change_places(between: str) -> None:
-    """Where positions become the channels of the next convolution, a unit is none of its channels."""
-    torch.manual_seed(0)
-    model = Pointwise(1, between)
-    hlg.convert(model)
-    with pytest.raises(hlg.HingeError, match=f"{between} stands between"):
-        hlg.relu_ize(model, calibration=[torch.randn(2, UNITS, UNITS)], hinges=4)
-
-
-class Mixed(nn.Module):
-    """A linear map before, a convolution after."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.act, self.after = nn.Linear(WIDTH, UNITS), nn.GELU(), nn.Conv1d(UNITS, WIDTH, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.act(self.before(x)).permute(0, 2, 1))
-
-
-def test_a_linear_map_and_a_convolution() -> None:
-    """As a readout between two parts of a model has them, whose width is that of both: it keeps one ReLU per neuron."""
-    model = Mixed()
-    hlg.convert(model)
-    with pytest.raises(hlg.HingeError, match="one of the maps before and after it is a convolution, and another none"):
-        hlg.relu_ize(model, calibration=[torch.randn(2, 7, WIDTH)], hinges=4)
-
-
-def test_rows_of_a_convolution() -> None:
-    """A calibration set that is too small is told by its positions: 2 × 8 × 8 are 128 rows, and channels are none."""
-    model = other_layers("poolformer", mlp_ratio=12.0)
-    before = full_snapshot(model)
-    with pytest.raises(hlg.CalibrationError, match="will have 288 units, and the calibration set has about 128 rows"):
-        hlg.relu_ize(model, calibration=rows("poolformer", 1), **REFIT, hinges=2)
-    assert full_snapshot(model) == before
-
-
-def test_a_ratio_that_the_class_rounds() -> None:
-    """12 × 2.0333… are 24 channels, three times as wide 73: too many for 3 each, told before work is done; a budget fits."""
-    sizes = {"hidden_sizes": [12, 12], "mlp_ratio": 24.4 / 12}
-    model = other_layers("poolformer", **sizes)
-    before = full_snapshot(model)
-    with pytest.raises(hlg.HingeError, match=r"has 73 units in the place of 24, as it rounds, and 3 times as many"):
-        hlg.relu_ize(model, calibration=rows("poolformer"), **REFIT, hinges=3)
-    assert full_snapshot(model) == before
-    report = hlg.relu_ize(model, calibration=rows("poolformer"), **REFIT, budget=3.0)
-    assert report.hinges is not None
-    assert {site.units for site in report.hinges.sites} == {(24, 73)}
-
-
-# ----------------------------------------------------------------------------------------- of transformers' classes
 
 
 @pytest.mark.parametrize("options", [{"hinges": 2}, {"hinges": 4}], ids=["data", "no data"])
@@ -257,7 +33,7 @@ def test_stock_reload(options: dict[str, Any], tmp_path: Path) -> None:
     models, wanted = {}, {}
     for name in OTHER_LAYERS:
         model = other_layers(name)
-        more = {"calibration": rows(name), **REFIT} if options["hinges"] == 2 else {}
+        more = {"calibration": other_rows(name), **REFIT} if options["hinges"] == 2 else {}
         report = hlg.relu_ize(model, **options, **more)
         assert report.hinges is not None
         assert not report.hinges.single
@@ -278,13 +54,9 @@ def test_nearer_with_data(name: str) -> None:
     left = []
     for options in ({}, {"hinges": 3}):
         model = other_layers(name)
-        report = hlg.relu_ize(model, calibration=rows(name, 40), **REFIT, **options)
+        report = hlg.relu_ize(model, calibration=other_rows(name, 40), **REFIT, **options)
         left.append(report.relative_change)
     assert left[1] < 0.9 * left[0], left
-
-
-class Stop(BaseException):
-    """What the test raises."""
 
 
 STOPS: dict[str, tuple[Any, str, int]] = {
@@ -297,31 +69,14 @@ STOPS: dict[str, tuple[Any, str, int]] = {
 
 
 @pytest.mark.parametrize("name", OTHER_LAYERS)
-def test_failure_leaves_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_leaves_nothing(name: str) -> None:
     """Whatever stops it, weights, biases, widths and config are as they were, to the bit."""
     model = other_layers(name)
-    before, batches = full_snapshot(model), rows(name)
-    numbers = {n: {k: v for k, v in vars(m).items() if type(v) is int} for n, m in model.named_modules()}
+    before, batches = (full_snapshot(model), whole_numbers(model)), other_rows(name)
     for owner, attribute, at in STOPS.values():
-        calls, original = 0, getattr(owner, attribute)
-
-        def stopping(*args: Any, original: Any = original, at: int = at, **kwargs: Any) -> Any:
-            nonlocal calls
-            result = original(*args, **kwargs)
-            calls += 1
-            if calls == at:
-                raise Stop
-            return result
-
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, attribute, stopping)
-            with pytest.raises(Stop):
-                hlg.relu_ize(model, calibration=batches, **REFIT, hinges=2)
-        assert full_snapshot(model) == before, attribute
-        assert {n: {k: v for k, v in vars(m).items() if type(v) is int} for n, m in model.named_modules()} == numbers
-
-
-# ------------------------------------------------------------------------------------------------- what is refused
+        with stopped_after(owner, attribute, at):
+            hlg.relu_ize(model, calibration=batches, **REFIT, hinges=2)
+        assert (full_snapshot(model), whole_numbers(model)) == before, attribute
 
 
 def test_no_bias_is_what_is_said_first() -> None:

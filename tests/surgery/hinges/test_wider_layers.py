@@ -12,9 +12,11 @@ import torch
 from datasets import load_dataset
 from support import tiny
 from support.calibration import calibration_set
+from support.hinges import UNEVEN, uneven_sum
 from support.models import converted
-from support.states import full_snapshot
+from support.states import full_snapshot, whole_numbers
 from support.stock import stock_outputs
+from support.stops import stopped_after
 from torch import Tensor, nn
 from transformers import (
     Aimv2Config,
@@ -29,7 +31,6 @@ from transformers import (
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.surgery.hinges import work
-from hf_lambda_gelu.surgery.hinges.minimax import Minimax
 from hf_lambda_gelu.surgery.refit import engine, two_networks
 from scripts.architectures.tiny_models import tiny_model
 
@@ -72,15 +73,14 @@ def test_wider_layer_computes_the_sum(
 ) -> None:
     """Neuron by neuron, Σᵢ aᵢ relu(z − tᵢ) through the old maps is what the wider layer puts out; λ = 3 scales places."""
     after, before, up = FEED_FORWARDS[name]
-    found = Minimax((-2.0, -0.5, 0.1, 0.7, 3.0), (0.1, 0.4, 0.3, 0.4, -0.2), 0.5)  # those of minimax are symmetric
-    monkeypatch.setattr(work, "minimax", lambda base, hinges: found)
+    monkeypatch.setattr(work, "minimax", lambda base, hinges: UNEVEN)
     model = lively(name, 3.0).to(dtype)
     w1, b1 = weights(model, before)
     w2, b2 = weights(model, after)
     w3, b3 = (None, None) if up is None else weights(model, up)
     report = hlg.relu_ize(model, hinges=5)
     assert report.hinges is not None
-    assert report.hinges.sites[0].bound == pytest.approx(found.bound / 3.0)
+    assert report.hinges.sites[0].bound == pytest.approx(UNEVEN.bound / 3.0)
 
     torch.manual_seed(0)
     x = torch.randn(6, w1.shape[1], dtype=dtype)
@@ -93,7 +93,7 @@ def test_wider_layer_computes_the_sum(
         wanted = b2.copy()
         for unit in range(len(w1)):
             z = w1[unit] @ entry + b1[unit]
-            value = sum(a * max(z - t / 3.0, 0.0) for a, t in zip(found.weights, found.at, strict=True))
+            value = uneven_sum(z, 3.0)
             if w3 is not None and b3 is not None:
                 value *= w3[unit] @ entry + b3[unit]
             wanted += w2[:, unit] * value
@@ -197,10 +197,6 @@ def test_trains_on() -> None:
     assert model.bert.encoder.layer[0].intermediate.dense.weight.grad.shape == (74, 32)
 
 
-class Stop(BaseException):
-    """What a test raises."""
-
-
 STOPS: dict[str, tuple[Any, str, int]] = {
     "planned": (work.HingeWork, "check", 1),
     "first layer measured": (work, "place", 1),
@@ -212,29 +208,14 @@ STOPS: dict[str, tuple[Any, str, int]] = {
 
 
 @pytest.mark.parametrize(("name", "stops"), [("llama", list(STOPS)), ("gpt2", ["second layer widened", "configs"])])
-def test_failure_leaves_nothing(name: str, stops: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_leaves_nothing(name: str, stops: list[str]) -> None:
     """Whatever stops it, and right after which step, weights, widths and config are as they were, to the bit."""
     model = lively(name)
-    before, batches = full_snapshot(model), rows(model, 8)
-    numbers = {n: {k: v for k, v in vars(m).items() if type(v) is int} for n, m in model.named_modules()}
+    before, batches = (full_snapshot(model), whole_numbers(model)), rows(model, 8)
     for owner, attribute, at in map(STOPS.__getitem__, stops):
-        count = 0
-        original = getattr(owner, attribute)
-
-        def stopping(*args: Any, original: Callable[..., Any] = original, at: int = at, **kwargs: Any) -> Any:
-            nonlocal count
-            result = original(*args, **kwargs)
-            count += 1
-            if count == at:
-                raise Stop
-            return result
-
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, attribute, stopping)
-            with pytest.raises(Stop):
-                hlg.relu_ize(model, calibration=batches, compensate="least_squares", hinges=2)
-        assert full_snapshot(model) == before, attribute
-        assert {n: {k: v for k, v in vars(m).items() if type(v) is int} for n, m in model.named_modules()} == numbers
+        with stopped_after(owner, attribute, at):
+            hlg.relu_ize(model, calibration=batches, compensate="least_squares", hinges=2)
+        assert (full_snapshot(model), whole_numbers(model)) == before, attribute
 
 
 def test_one_hinge_is_as_before() -> None:
@@ -283,7 +264,7 @@ def test_head_keeps_one_relu() -> None:
 
 
 def test_refused_before_anything_changes() -> None:
-    """A gate without a bias, too few rows; see `test_other_layers` for other kinds."""
+    """A gate without a bias, too few rows; `test_other_layers` has other reasons."""
     model = lively("t5")
     before = full_snapshot(model)
     for options in ({"hinges": 4}, {"hinges": 2, "calibration": rows(model), "compensate": "least_squares"}):
