@@ -1,4 +1,4 @@
-"""`sparsify_ffn`: the same tokens as dense, by the kernel where it may run and by torch where it may not, and back again."""
+"""`sparsify_ffn`: the same tokens as dense, by the kernel, in gated blocks, in copies and files; what pays."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny
-from support.models import converted, relu_model
+from support.models import relu_model
+from support.sparse_calls import Calls
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 import hf_lambda_gelu as hlg
@@ -33,34 +32,6 @@ MAPS = {
         for m in ("wi_1", "wo")
     ],
 }
-
-
-class Calls(dict[str, int]):
-    """How often the kernel gave an answer, and how often more units fired than pays."""
-
-    def counted(self, name: str, run: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-        def counting(*args: Any) -> Tensor | None:
-            out = run(*args)
-            key = name if out is not None else f"{name}, dense"
-            self[key] = self.get(key, 0) + 1
-            return out
-
-        return counting
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """The kernel pays always: for models as tiny as these it would never."""
-    monkeypatch.setattr(sparse_ffn, "crossover", lambda dense, sparse: Crossover(2.0, 1.0, 1.0))
-    found = Calls()
-    for name in ("gathered", "chosen"):
-        monkeypatch.setattr(sparse_products, name, found.counted(name, getattr(sparse_products, name)))
-    return found
-
-
-def sequential(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3)).to(dtype)
 
 
 def generated(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
@@ -107,145 +78,6 @@ def test_against_float64(calls: Calls) -> None:
         sparse = model(ids).logits
     assert calls["chosen"] == calls["gathered"] == 2
     assert (sparse - exact).abs().max() <= 4 * (dense - exact).abs().max()
-
-
-def test_undo(calls: Calls) -> None:
-    """Classes, attributes and the order in memory are as before; a second time does nothing."""
-    for name in ("llama", "gpt2"):
-        model = relu_model(name)
-        before = tiny.snapshot(model)
-        layouts = {n: p.stride() for n, p in model.named_parameters()}
-        attributes = [(type(m), set(vars(m))) for m in model.modules()]
-        report = hlg.sparsify_ffn(model)
-        assert [(type(m), set(vars(m))) for m in model.modules()] != attributes
-        report.undo()
-        report.undo()
-        assert [(type(m), set(vars(m))) for m in model.modules()] == attributes
-        assert tiny.snapshot(model) == before
-        assert {n: p.stride() for n, p in model.named_parameters()} == layouts
-
-
-def test_with_block(calls: Calls) -> None:
-    model = sequential()
-    with hlg.sparsify_ffn(model, torch.randn(2, 6)):
-        assert type(model[2]) is not nn.Linear
-    assert type(model[2]) is nn.Linear
-
-    def fails() -> None:
-        with hlg.sparsify_ffn(model, torch.randn(2, 6)):
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fails()
-    assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear]
-    assert model[2].weight.is_contiguous()
-
-
-class Watching(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-class Marked(Tensor):
-    """A subclass, which knows torch's operations and no kernel."""
-
-
-class Cases:
-    """Calls of a sparse network that must be torch's own."""
-
-    @staticmethod
-    def several_rows(model: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return model(torch.ones(2, 6))
-
-    @staticmethod
-    def gradients(model: nn.Module) -> Tensor:
-        out = model(torch.ones(1, 6))
-        out.sum().backward()
-        return torch.cat([out.detach().flatten(), *(p.grad.flatten() for p in model.parameters())])
-
-    @staticmethod
-    def autocast(model: nn.Module) -> Tensor:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            return model(torch.ones(1, 6))
-
-    @staticmethod
-    def autocast_of_fp32(model: nn.Module) -> Tensor:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            return model[2](torch.ones(1, 40))
-
-    @staticmethod
-    def subclass(model: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return model(torch.ones(1, 6).as_subclass(Marked))
-
-    @staticmethod
-    def compiled(model: nn.Module) -> Tensor:
-        torch.compiler.reset()
-        with torch.no_grad():
-            return torch.compile(model, backend="eager", fullgraph=True)(torch.ones(1, 6))
-
-    @staticmethod
-    def float64(model: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return copy.deepcopy(model).double()(torch.ones(1, 6, dtype=torch.float64))
-
-    @staticmethod
-    def function_mode(model: nn.Module) -> Tensor:
-        with torch.no_grad(), Watching():
-            return model(torch.ones(1, 6))
-
-    @staticmethod
-    def vmap(model: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return torch.func.vmap(model)(torch.ones(3, 1, 6))
-
-    @staticmethod
-    def export(model: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return torch.export.export(model, (torch.ones(1, 6),)).module()(torch.ones(1, 6))
-
-    @staticmethod
-    def trace(model: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return torch.jit.trace(model, torch.ones(1, 6), check_trace=False)(torch.ones(1, 6))
-
-
-@pytest.mark.parametrize("case", [name for name in vars(Cases) if not name.startswith("_")])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_dense_where_it_must_be(case: str, calls: Calls) -> None:
-    run = getattr(Cases, case)
-    dense = run(sequential())
-    model = sequential()
-    hlg.sparsify_ffn(model, torch.ones(1, 6))
-    out = run(model)
-    assert (type(out), out.dtype) == (type(dense), dense.dtype)
-    torch.testing.assert_close(out, dense, rtol=1e-6, atol=1e-6)
-    assert not calls
-
-
-def test_unlike_dtypes_are_an_error_still(calls: Calls) -> None:
-    model = sequential()
-    hlg.sparsify_ffn(model, torch.ones(1, 6))
-    with torch.no_grad(), pytest.raises(RuntimeError, match="same dtype"):
-        model[2](torch.ones(1, 40, dtype=torch.bfloat16))
-    assert not calls
-
-
-def test_dense_below_the_crossover(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With more firing units than pay the product is torch's own, to the bit."""
-    model = sequential()
-    x = torch.ones(1, 6)
-    with torch.no_grad():
-        fires = int((model[:2](x) != 0).sum())
-        assert 5 < fires < 35
-        for most, name in ((fires, "gathered"), (fires - 1, "gathered, dense")):
-            calls.clear()
-            monkeypatch.setattr(sparse_ffn, "crossover", lambda *_, most=most: Crossover(2.0, 1.0, (most + 0.5) / 40))
-            with hlg.sparsify_ffn(model, x) as report:
-                assert report.maps[0].pays_from == pytest.approx(1 - (most + 0.5) / 40)
-                model(x)
-            assert dict(calls) == {name: 1}
 
 
 def test_what_does_not_pay_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,55 +167,6 @@ def test_zeros_are_counted_in_a_sparse_network(calls: Calls) -> None:
     expected = hlg.activation_sparsity(model, batches)
     hlg.sparsify_ffn(model)
     assert hlg.activation_sparsity(model, batches).zeros == pytest.approx(expected.zeros, abs=1e-3)
-
-
-def interrupted(*_: Any) -> Any:
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("when", ["crossover", "SparseMap"])
-def test_a_stop_changes_nothing(when: str, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it measures, with weights laid anew; and when the first modules have another class."""
-    model = relu_model("llama")
-    before = tiny.snapshot(model)
-    modules = [(type(m), set(vars(m))) for m in model.modules()]
-    monkeypatch.setattr(sparse_ffn, when, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        hlg.sparsify_ffn(model)
-    assert tiny.snapshot(model) == before
-    assert [(type(m), set(vars(m))) for m in model.modules()] == modules
-    assert all(p.is_contiguous() for p in model.parameters())
-
-
-def sparse_already() -> nn.Module:
-    model = relu_model("llama")
-    hlg.sparsify_ffn(model)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (lambda: converted("llama"), "call hf_lambda_gelu.relu_ize"),
-        (lambda: tiny.build("llama"), "is smooth"),
-        (lambda: relu_model("llama").to("meta"), "meta device"),
-        (sequential, "no inputs can be guessed for Sequential: pass inputs="),
-        (sparse_already, r"sparse already: call undo\(\)"),
-    ],
-)
-def test_refused(model: Callable[[], nn.Module], message: str, calls: Calls) -> None:
-    built = model()
-    with pytest.raises(ValueError, match=message):
-        hlg.sparsify_ffn(built)
-
-
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = relu_model("llama")
-    before = tiny.snapshot(model)
-    monkeypatch.setattr(sparse_products._LIBRARY, "_loaded", "the C++ kernel could not be built: no C++ compiler found")
-    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler found"):
-        hlg.sparsify_ffn(model)
-    assert tiny.snapshot(model) == before
 
 
 def test_measured_on_a_network_that_is_large_enough() -> None:
