@@ -6,20 +6,16 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from support import tiny
-from support.models import converted, relu_model
-from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, EncoderDecoderConfig, EncoderDecoderModel, PreTrainedModel
+from support.dead_units import batches, close, kill, outputs, rows
+from support.models import relu_model
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, EncoderDecoderConfig, EncoderDecoderModel
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.measurement.difference import float_outputs
-from hf_lambda_gelu.measurement.examples.choice import example_inputs
-from scripts.architectures.tiny_models import tiny_model
 
 # name → its FFNs that have one width, their maps before the ReLU and after it, and the config path of the width
 FFNS: dict[str, tuple[list[str], list[str], str, str]] = {
@@ -35,36 +31,6 @@ FFNS: dict[str, tuple[list[str], list[str], str, str]] = {
     ),
     "whisper": (["model.decoder.layers.0", "model.decoder.layers.1"], ["fc1"], "fc2", "decoder_ffn_dim"),
 }  # fmt: skip
-
-
-def rows(module: nn.Module) -> Tensor:
-    """The weight as (units, inputs), whichever way it lies."""
-    weight = module.weight.detach()
-    return weight.T if type(module).__name__ == "Conv1D" else weight
-
-
-def kill(model: nn.Module, before: str, units: list[int]) -> None:
-    """Let these units never fire: by their bias, or where there is none by weights of 0."""
-    module = model.get_submodule(before)
-    with torch.no_grad():
-        rows(module)[units] = 0.0
-        if module.bias is not None:
-            module.bias[units] = -1.0
-
-
-def outputs(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        return float_outputs(model(**batch))
-
-
-def close(first: list[Tensor], second: list[Tensor], tolerance: float = 1e-6) -> None:
-    assert len(first) == len(second) > 0
-    for a, b in zip(first, second, strict=True):
-        assert (a - b).abs().max() <= tolerance * a.abs().max()
-
-
-def batches(model: nn.Module, count: int = 3) -> list[dict[str, Tensor]]:
-    return [tiny.inputs(model, seed) for seed in range(count)]
 
 
 @pytest.mark.parametrize("name", list(FFNS))
@@ -179,37 +145,6 @@ def test_convolutions() -> None:
     close(expected, [model(x) for x in data])
 
 
-def test_tied_layers_are_left_whole() -> None:
-    """One weight under two names; a third layer, which is not tied, has the same width in the config, and stays too."""
-    model = converted("bert", 160.0, num_hidden_layers=3)
-    hlg.relu_ize(model, force=True)
-    layers = model.bert.encoder.layer
-    layers[1].output.dense.weight = layers[0].output.dense.weight
-    for layer in range(3):
-        kill(model, f"bert.encoder.layer.{layer}.intermediate.dense", [1, 2])
-    before = tiny.snapshot(model)
-    report = hlg.prune_dead_units(model, batches(model))
-    tied = "bert.encoder.layer.0.output.dense.weight is tied to bert.encoder.layer.1.output.dense.weight"
-    assert report.whole["bert.encoder.layer.0.intermediate.intermediate_act_fn"] == tied
-    assert report.whole["bert.encoder.layer.2.intermediate.intermediate_act_fn"].startswith(
-        "config.intermediate_size is the width of bert.encoder.layer.0.intermediate.dense.weight too"
-    )
-    assert not report.widths
-    assert tiny.snapshot(model) == before
-
-
-def test_a_ratio_is_left_whole() -> None:
-    """DINOv2's config has a ratio in place of a width."""
-    model = relu_model("dinov2")
-    kill(model, "dinov2.encoder.layer.0.mlp.fc1", [0])
-    before = tiny.snapshot(model)
-    report = hlg.prune_dead_units(model, batches(model))
-    assert report.whole["dinov2.encoder.layer.0.mlp.activation_fn"].startswith("no number in the config is its width alone")
-    assert [s.kept for s in report.sites] == [64, 64]
-    assert tiny.snapshot(model) == before
-    assert "0 units removed" in str(report)
-
-
 def test_two_configs_of_one_class() -> None:
     """BERT to BERT: the decoder's width is its own, though it is the same number."""
     config = tiny.build("bert", hidden_act="relu").config
@@ -275,71 +210,6 @@ def test_all_dead_keeps_one() -> None:
     torch.testing.assert_close(model(torch.rand(2, 4)), model[2].bias.expand(2, 2))
 
 
-class TwoUses(nn.Module):
-    """Pre-activations that are summed up besides: `times` decides whether that counts."""
-
-    def __init__(self, times: float) -> None:
-        super().__init__()
-        self.first, self.relu, self.second, self.times = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2), times
-
-    def forward(self, x: Tensor) -> Any:
-        h = self.first(x)
-        return self.second(self.relu(h)) + self.times * h.sum(-1, keepdim=True)
-
-
-def test_units_that_something_else_uses() -> None:
-    model = TwoUses(1.0)
-    kill(model, "first", [2, 5])
-    before = tiny.snapshot(model)
-    with pytest.raises(ValueError, match=r"would change by .* something else uses these units.* The model is as it was"):
-        hlg.prune_dead_units(model, [torch.rand(3, 4)])
-    assert tiny.snapshot(model) == before
-    assert model.second.in_features == 8
-    hlg.prune_dead_units(TwoUses(0.0), [torch.rand(3, 4)])
-
-
-def with_adapters() -> nn.Module:
-    config = LoraConfig(target_modules=["intermediate.dense"], r=2)
-    model: nn.Module = get_peft_model(relu_model("bert"), config)
-    return model
-
-
-def quantised() -> nn.Module:
-    return torch.ao.quantization.quantize_dynamic(relu_model("bert"), {nn.Linear}, torch.qint8)
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (lambda: converted("bert"), "call hf_lambda_gelu.relu_ize"),
-        (lambda: tiny.build("bert"), "is smooth"),
-        (lambda: relu_model().to("meta"), "meta device"),
-        (with_adapters, "merge_and_unload"),
-        (quantised, "prune first, then quantise"),
-    ],
-)
-def test_refused(model: Callable[[], PreTrainedModel], message: str) -> None:
-    built = model()
-    with pytest.raises(ValueError, match=message):
-        hlg.prune_dead_units(built, [{"input_ids": torch.ones(1, 4, dtype=torch.long)}])
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ([], "yielded no batch"),
-        ([torch.ones(1, 3)], "batch 0: .* raised"),
-        ([torch.ones(1, 4), torch.ones(1, 3)], "batch 1"),
-    ],
-)
-def test_batches_that_cannot_be_used(data: list[Tensor], message: str) -> None:
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    before = tiny.snapshot(model)
-    with pytest.raises(hlg.CalibrationError, match=message):
-        hlg.prune_dead_units(model, data)
-    assert tiny.snapshot(model) == before
-
-
 def test_report_as_json() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     kill(model, "0", [2, 5])
@@ -348,22 +218,6 @@ def test_report_as_json() -> None:
     assert record["sites"][0]["units"] == 8
     assert record["parameters"][0] - record["parameters"][1] == 7 * (8 - record["sites"][0]["kept"])
     assert str(report).splitlines()[2].split() == ["1", "8", str(report.sites[0].dead), str(report.sites[0].kept)]
-
-
-def test_number_that_is_divided_elsewhere() -> None:
-    """VideoPrism's pooling head has (number // heads) · heads features, so its layers stay whole."""
-    model = tiny_model("videoprism", "AutoModel").eval()
-    hlg.convert(model)
-    hlg.relu_ize(model, force=True)
-    gates = [name for name in model.state_dict() if name.endswith("mlp.fc1.bias") and "text" not in name]
-    assert len(gates) == 6
-    with torch.no_grad():
-        for name in gates:
-            model.get_parameter(name)[:4] = -1000.0
-    before = {name: tensor.shape for name, tensor in model.state_dict().items() if "text" not in name}
-    report = hlg.prune_dead_units(model, [example_inputs(model)])
-    assert sum("is the width of video_model.head." in reason for reason in report.whole.values()) == len(gates)
-    assert {name: tensor.shape for name, tensor in model.state_dict().items() if name in before} == before
 
 
 def test_a_real_model(asset: Callable[[str], Path], tmp_path: Path) -> None:
