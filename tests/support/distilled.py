@@ -1,4 +1,4 @@
-"""A smooth model and the ReLU network that learns from it, tiny; batches for them; the loss in float64, by loops."""
+"""A smooth model and the ReLU network that learns from it, tiny; batches and trainers for them; the loss in float64."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -72,6 +73,21 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
         "use_cpu": True,
     }
     return TrainingArguments(**{**values, **changes})
+
+
+def trainer(
+    student: Any, teacher: Any, folder: Path, rows: list[Any] | None = None, **changes: Any
+) -> hlg.DistillationTrainer:
+    """Of a short run, with these changes of the arguments."""
+    return hlg.DistillationTrainer(
+        student, arguments(folder, **changes), teacher=teacher, train_dataset=rows, data_collator=stacked
+    )
+
+
+def adapted(student: PreTrainedModel) -> Any:
+    """With adapters, which have dropout."""
+    torch.manual_seed(3)
+    return get_peft_model(student, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1))
 
 
 def run_in_double(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:

@@ -1,10 +1,8 @@
-"""A ReLU network learns from its smooth original: the loss against loops in float64, twins, adapters, stock, refusals."""
+"""A ReLU network learns from its smooth original: against float64, twins and stock; adapters, processes, evaluation."""
 
 from __future__ import annotations
 
 import copy
-import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,130 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from support import distilled as d
-from support import tiny
 from support.folders import load
 from support.processes import in_fresh_process
 from support.training import StopAfterSaving, logged
-from transformers import BertModel, LlamaForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 import hf_lambda_gelu as hlg
 
 DROPOUT = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
 NO_DROPOUT = dict.fromkeys(DROPOUT, 0.0)
-
-
-def trainer(
-    student: Any, teacher: Any, folder: Path, rows: list[Any] | None = None, **changes: Any
-) -> hlg.DistillationTrainer:
-    return hlg.DistillationTrainer(
-        student, d.arguments(folder, **changes), teacher=teacher, train_dataset=rows, data_collator=d.stacked
-    )
-
-
-# --------------------------------------------------------------------------------------------------------------- the loss
-
-
-def by_tokens(distance: Callable[..., float], counts: Callable[[dict[str, Any], int, int], bool]) -> Callable[..., float]:
-    """The mean over the tokens of a batch that count."""
-
-    def mean(student: np.ndarray, teacher: np.ndarray, batch: dict[str, Any]) -> float:
-        places = [(i, j) for i in range(student.shape[0]) for j in range(student.shape[1]) if counts(batch, i, j)]
-        assert places
-        return sum(distance(teacher[i, j], student[i, j]) for i, j in places) / len(places)
-
-    return mean
-
-
-def by_examples(distance: Callable[..., float]) -> Callable[..., float]:
-    def mean(student: np.ndarray, teacher: np.ndarray, batch: dict[str, Any]) -> float:
-        counted = [i for i in range(len(student)) if batch.get("labels") is None or batch["labels"].dim() > 1]
-        counted = counted or [i for i, label in enumerate(batch["labels"].tolist()) if label != -100]
-        return sum(distance(teacher[i].reshape(-1), student[i].reshape(-1)) for i in counted) / len(counted)
-
-    return mean
-
-
-def real(batch: dict[str, Any], i: int, j: int) -> bool:
-    return bool(batch["attention_mask"][i, j])
-
-
-def labelled(batch: dict[str, Any], i: int, j: int) -> bool:
-    return real(batch, i, j) and bool(batch["labels"][i, j] != -100)
-
-
-def next_labelled(batch: dict[str, Any], i: int, j: int) -> bool:
-    return j < 10 and real(batch, i, j) and bool(batch["labels"][i, j + 1] != -100)
-
-
-def images(_: bool) -> dict[str, Any]:
-    return {"pixel_values": torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
-
-
-def text(labels: bool) -> dict[str, Any]:
-    return d.stacked(d.texts(6, labels))
-
-
-def classes(kind: str) -> Callable[[bool], dict[str, Any]]:
-    made = {"left out": torch.tensor([1, -100, 0, 1, -100, 0]), "several": torch.eye(3).repeat(2, 1)}
-    return lambda _: {**text(False), "labels": made[kind]}
-
-
-def decoded(_: bool) -> dict[str, Any]:
-    ids = torch.randint(3, 99, (3, 7), generator=torch.Generator().manual_seed(1))
-    return {**d.stacked(d.texts(3)), "labels": torch.where(ids < 30, -100, ids)}
-
-
-CASES: dict[str, tuple[str, Any, dict[str, Any], Callable[[bool], dict[str, Any]], bool, Callable[..., float]]] = {
-    "causal": ("llama", None, {}, text, False, by_tokens(d.kl, real)),
-    "causal, labels": ("gpt2", None, {}, text, True, by_tokens(d.kl, next_labelled)),
-    "masked, labels": ("bert", None, {}, text, True, by_tokens(d.kl, labelled)),
-    "classes": ("bert-classifier", None, {}, text, False, by_examples(d.kl)),
-    "classes, left out": ("bert-classifier", None, {}, classes("left out"), False, by_examples(d.kl)),
-    "several labels": ("bert-classifier", None, {"num_labels": 3}, classes("several"), False, by_examples(d.bernoulli_kl)),
-    "regression": (
-        *("bert-classifier", None, {"num_labels": 1}, text, False),
-        by_examples(lambda t, s: float(((t - s) ** 2).sum())),
-    ),
-    "image classes": ("vit", None, {}, images, False, by_examples(d.kl)),
-    "states of text": ("bert", BertModel, {}, text, False, by_tokens(d.relative, real)),
-    "decoder": ("t5", None, {"decoder_start_token_id": 0, "pad_token_id": 0}, decoded, True, by_tokens(
-        d.kl, lambda batch, i, j: bool(batch["labels"][i, j] != -100))),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_loss(case: str, tmp_path: Path) -> None:
-    """Its value in fp32 is that of loops in float64, which padding and labels of −100 do not enter."""
-    name, cls, overrides, batches, labels, reference = CASES[case]
-    student, teacher = d.pair(name, cls, **overrides)
-    batch = batches(labels)
-    before = teacher.config.to_dict()
-    made = trainer(student, teacher, tmp_path)
-    with torch.no_grad():
-        loss = float(made.compute_loss(student, dict(batch)))
-        expected = reference(*(d.run_in_double(model, batch).numpy() for model in (student, teacher)), batch)
-    assert loss == pytest.approx(expected, rel=2e-4)
-    assert expected > 1e-5  # nothing is compared with itself
-    assert teacher.config.to_dict() == before
-
-
-def test_states_of_images_and_half_precision(tmp_path: Path) -> None:
-    """Relative error by image; a teacher in bf16 takes the student's fp32 pixels."""
-    student, teacher = (model.base_model for model in d.pair("dinov2"))
-    batch = images(False)
-    with torch.no_grad():
-        loss = float(trainer(student, teacher, tmp_path).compute_loss(student, dict(batch)))
-        ours, wanted = (d.run_in_double(model, batch).numpy() for model in (student, teacher))
-        half = float(trainer(student, copy.deepcopy(teacher).bfloat16(), tmp_path).compute_loss(student, dict(batch)))
-    assert loss == pytest.approx(np.mean([d.relative(t, s) for s, t in zip(ours, wanted, strict=True)]), rel=2e-4)
-    assert half == pytest.approx(loss, rel=0.1)
-    assert half != loss
-
-
-# ---------------------------------------------------------------------------------------------------------------- training
 
 
 def slow_sgd(student: PreTrainedModel, teacher: PreTrainedModel, batches: list[dict[str, Any]]) -> PreTrainedModel:
@@ -163,7 +48,7 @@ def test_steps_are_those_of_whole_batches(how: dict[str, Any], tmp_path: Path) -
     expected = slow_sgd(student, teacher, [d.stacked(rows[i : i + 8]) for i in (0, 8, 16)])
     start = {name: value.clone() for name, value in student.state_dict().items()}
     size = 8 // how.get("gradient_accumulation_steps", 1)
-    made = trainer(
+    made = d.trainer(
         student, teacher, tmp_path, rows, per_device_train_batch_size=size, train_sampling_strategy="sequential", **how
     )
     made.train()
@@ -205,7 +90,7 @@ def test_two_processes(tmp_path: Path) -> None:
     """
     in_fresh_process(code.replace("FOLDER", repr(str(tmp_path))))
     student, teacher = d.pair("llama")
-    one = trainer(student, teacher, tmp_path, d.texts(12), train_sampling_strategy="sequential")
+    one = d.trainer(student, teacher, tmp_path, d.texts(12), train_sampling_strategy="sequential")
     one.train()
     several = [torch.load(tmp_path / name) for name in ("0", "1")]
     for weights, losses in several:
@@ -215,12 +100,7 @@ def test_two_processes(tmp_path: Path) -> None:
     assert all(torch.equal(value, several[1][0][name]) for name, value in several[0][0].items())
 
 
-def adapted(student: PreTrainedModel) -> Any:
-    torch.manual_seed(3)
-    return get_peft_model(student, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1))
-
-
-@pytest.mark.parametrize("wrap", [lambda model: model, adapted], ids=["full", "lora"])
+@pytest.mark.parametrize("wrap", [lambda model: model, d.adapted], ids=["full", "lora"])
 def test_a_resumed_run_is_the_uninterrupted_run(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
     """To the bit, with dropout and AdamW; of the teacher no bit changes and none is saved."""
     changes = {"max_steps": 6, "optim": "adamw_torch", "learning_rate": 3e-3, "save_strategy": "steps", "save_steps": 4}
@@ -229,7 +109,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(wrap: Callable[[Any], Any], tmp_
     def build(folder: Path) -> tuple[Any, Any, hlg.DistillationTrainer]:
         student, teacher = d.pair("bert", hidden_dropout_prob=0.1)
         student = wrap(student)
-        made = trainer(student, teacher, folder, rows, **changes)
+        made = d.trainer(student, teacher, folder, rows, **changes)
         return student, teacher.train(), made
 
     expected, teacher, twin = build(tmp_path / "twin")
@@ -246,7 +126,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(wrap: Callable[[Any], Any], tmp_
     saved = load_file(next((tmp_path / "run" / "checkpoint-4").glob("*.safetensors")))
     trained = {name for name, value in expected.named_parameters() if value.requires_grad}
     assert len(saved) <= len(expected.state_dict())
-    assert (len(saved) == len(trained)) or wrap is not adapted  # of adapters alone
+    assert (len(saved) == len(trained)) or wrap is not d.adapted  # of adapters alone
 
     resumed, _, again = build(tmp_path / "run")
     again.train(resume_from_checkpoint=True)
@@ -260,8 +140,8 @@ def test_adapters_are_merged_and_stock_loads_them(tmp_path: Path) -> None:
     """Only adapters move; merged into the weights they compute the same, and stock transformers loads the folder."""
     student, teacher = d.pair("llama")
     base = {name: value.clone() for name, value in student.state_dict().items()}
-    model = adapted(student)
-    trainer(model, teacher, tmp_path / "run", d.texts(12), optim="adamw_torch", learning_rate=1e-2).train()
+    model = d.adapted(student)
+    d.trainer(model, teacher, tmp_path / "run", d.texts(12), optim="adamw_torch", learning_rate=1e-2).train()
     moved = {name.replace("base_model.model.", "").replace(".base_layer", ""): v for name, v in model.state_dict().items()}
     assert all(torch.equal(moved[name], value) for name, value in base.items())
     batch = d.stacked(d.texts(4))
@@ -281,7 +161,7 @@ def test_it_learns_and_is_evaluated_without_labels(tmp_path: Path) -> None:
     """`eval_loss` is the loss of examples without labels, and falls; with labels, metrics get the student's logits."""
     student, teacher = d.pair("bert-classifier", **NO_DROPOUT)
     rows = d.texts(16)
-    made = trainer(student, teacher, tmp_path, rows, max_steps=40, optim="adamw_torch", learning_rate=3e-4)
+    made = d.trainer(student, teacher, tmp_path, rows, max_steps=40, optim="adamw_torch", learning_rate=3e-4)
     before = made.evaluate(rows)["eval_loss"]
     outputs = [d.run_in_double(model, d.stacked(rows)).detach().numpy() for model in (student, teacher)]
     assert before == pytest.approx(np.mean([d.kl(t, s) for s, t in zip(*outputs, strict=True)]), rel=1e-3)
@@ -305,7 +185,7 @@ def test_nothing_is_dropped(name: str, tmp_path: Path) -> None:
         student, teacher = d.pair(name, **probabilities)
         before = [vars(module).get("p") for module in student.modules()]
         rows = d.texts(12) if name != "vit" else [{"pixel_values": torch.full((3, 32, 32), 0.1 * i)} for i in range(12)]
-        trainer(student, teacher, tmp_path, rows, train_sampling_strategy="sequential").train()
+        d.trainer(student, teacher, tmp_path, rows, train_sampling_strategy="sequential").train()
         assert [vars(module).get("p") for module in student.modules()] == before
         assert student.config.hidden_dropout_prob == probabilities["hidden_dropout_prob"]
         learned.append(student.state_dict())
@@ -317,85 +197,12 @@ def test_mixed_precision(tmp_path: Path) -> None:
     losses = {}
     for name, how in (("fp32", {}), ("bf16", {"bf16": True})):
         student, teacher = d.pair("llama")
-        made = trainer(student, teacher, tmp_path, d.texts(12), **how)
+        made = d.trainer(student, teacher, tmp_path, d.texts(12), **how)
         made.train()
         losses[name] = logged(made)
         assert student.dtype == torch.float32
     assert list(losses["bf16"].values()) == pytest.approx(list(losses["fp32"].values()), rel=0.1)
     assert losses["bf16"] != losses["fp32"]
-
-
-# ---------------------------------------------------------------------------------------------------------------- refusals
-
-
-def renamed(teacher: PreTrainedModel, labels: list[str]) -> PreTrainedModel:
-    teacher.config.id2label = dict(enumerate(labels))
-    return teacher
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda s, t: (s, s), "the teacher is the student itself"),
-        (lambda s, t: (adapted(s), s), "the teacher is the student itself, or shares weights"),
-        (lambda s, t: (s, None), "expected a model of transformers as teacher"),
-        (lambda s, t: (s, torch.nn.Linear(2, 2)), "its folder or Hub name, got Linear"),
-        (lambda s, t: (s, "no/such-teacher"), "neither a folder nor a model on the Hub"),
-        (lambda s, t: (s, tiny.build("bert")), "its task is 'fill-mask', the student's is 'text-classification'"),
-        (lambda s, t: (s, tiny.build("bert-classifier", vocab_size=98)), "its vocabulary size is 98, the student's is 99"),
-        (lambda s, t: (s, tiny.build("bert-classifier", num_labels=3)), "its number of labels is 3, the student's is 2"),
-        (lambda s, t: (renamed(s, ["no", "yes"]), renamed(t, ["yes", "no"])), "its list of labels is {0: 'yes', 1: 'no'}"),
-        (lambda s, t: (hlg.convert(t) and t, s), "still has 2 λ-GELU modules"),
-        (lambda s, t: ("name", t), "expected the student, a model, got str"),
-    ],
-)  # fmt: skip
-def test_teachers_that_do_not_fit(make: Callable[..., Any], message: str, tmp_path: Path) -> None:
-    """Refused when the trainer is made, before a batch is looked at."""
-    student, teacher = make(*d.pair("bert-classifier"))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        trainer(student, teacher, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"compute_loss_func": len}, "compute_loss_func is not taken"),
-        ({"model_init": len}, "model_init is not taken"),
-        ({"args": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor=0.1"),
-    ],
-)
-def test_another_loss(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    student, teacher = d.pair("bert-classifier")
-    args = TrainingArguments(str(tmp_path), use_cpu=True, **changes.pop("args", {}))
-    with pytest.raises(ValueError, match=message):
-        hlg.DistillationTrainer(student, args, teacher=teacher, **changes)
-
-
-def test_outputs_that_do_not_fit(tmp_path: Path) -> None:
-    """What no config says is said at the first batch, before a weight changes."""
-    student, teacher = d.pair("llama")
-    teacher.lm_head = torch.nn.Linear(32, 98)
-    before = {name: value.clone() for name, value in student.state_dict().items()}
-    with pytest.raises(ValueError, match=r"logits of the student has the shape \(4, 11, 99\), of the teacher \(4, 11, 98\)"):
-        trainer(student, teacher, tmp_path, d.texts(4)).train()
-    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
-    speech = tiny.build("wav2vec2")
-    student = copy.deepcopy(speech)
-    hlg.convert(student)
-    hlg.relu_ize(student, force=True)
-    batch = {"input_values": torch.randn(2, 400), "attention_mask": torch.tensor([[1] * 400, [1] * 200 + [0] * 200])}
-    with pytest.raises(ValueError, match="the batch has padding"):
-        trainer(student, speech, tmp_path).compute_loss(student, batch)
-
-
-def test_divergence_is_said(tmp_path: Path) -> None:
-    """A rate far too high: an error with the step, and no checkpoint of weights that are no numbers."""
-    student, teacher = d.pair("llama")
-    made = trainer(student, teacher, tmp_path, d.texts(12), learning_rate=1e18, save_strategy="steps", save_steps=3)
-    with pytest.raises(FloatingPointError, match="training has diverged"):
-        made.train()
-    assert not list(tmp_path.glob("checkpoint-*"))
-    assert not math.isfinite(sum(float(p.detach().sum()) for p in student.parameters()))
 
 
 def test_a_folder_and_a_hub_name(tmp_path: Path, hub: Any) -> None:
@@ -404,7 +211,7 @@ def test_a_folder_and_a_hub_name(tmp_path: Path, hub: Any) -> None:
     teacher.save_pretrained(tmp_path / "smooth")
     batch = d.stacked(d.texts(4))
     with torch.no_grad():
-        expected = trainer(student, teacher, tmp_path).compute_loss(student, dict(batch))
-        named = trainer(student, tmp_path / "smooth", tmp_path)
+        expected = d.trainer(student, teacher, tmp_path).compute_loss(student, dict(batch))
+        named = d.trainer(student, tmp_path / "smooth", tmp_path)
         assert torch.equal(named.compute_loss(student, dict(batch)), expected)
     assert not named.teacher.training
