@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import EvalResult, HfApi, ModelCardData
-from support.hub_server import HubServer, check_card
+from support.hub_card import check_card
+from support.hub_server import HubServer
 
 CARD = "---\nlicense: mit\nlibrary_name: transformers\ntags:\n- gelu\n---\n# A model\n"
 CLIENT = """
