@@ -30,6 +30,14 @@ def in_fresh_process(code: str, **environment: str) -> str:
     return done.stdout
 
 
+def module_in_fresh_process(module: str, *arguments: str) -> str:
+    """As `python -m module arguments…` on one thread, with `support` to import; what it says on stderr."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*PLACES, os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-m", module, *arguments], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
 def in_fork(
     code: str, *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:

@@ -25,7 +25,6 @@ from hf_lambda_gelu.structure.shard_source import ShardSource
 from hf_lambda_gelu.structure.sharding import is_sharded
 from hf_lambda_gelu.surgery import substitution
 from hf_lambda_gelu.surgery.refit import engine
-from hf_lambda_gelu.surgery.refit.runs import ReplayError
 from support import team_work
 from support.calibration import calibration_set
 from support.experts import experts_model
@@ -191,20 +190,8 @@ def hardened(rank: int, size: int) -> Any:
 
 def cannot_be_replayed(rank: int, size: int) -> Any:
     """One process finds a block that cannot be run apart: all run the whole model, block by block."""
-    observe = engine.observe
-    calls: list[None] = []
-
-    def fails_once(*args: Any, **kwargs: Any) -> Any:
-        calls.append(None)
-        if rank == 1 and len(calls) == 3:
-            raise ReplayError("on purpose")
-        return observe(*args, **kwargs)
-
-    engine.observe = fails_once
-    try:
+    with team_work.third_block_not_replayed(rank):
         return refit(sharded(lively("bert-classifier"), size), texts()[rank::size], compute_metrics=team_work.accuracy)
-    finally:
-        engine.observe = observe
 
 
 def measured(rank: int, size: int) -> Any:

@@ -11,6 +11,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,9 @@ def calibrated(rank: int, size: int) -> Any:
     return report.to_dict(), [site.histogram for site in report.sites]
 
 
-def cannot_be_replayed(rank: int, size: int) -> Any:
-    """One process finds a block that cannot be run apart: all run the whole model."""
+@contextmanager
+def third_block_not_replayed(rank: int) -> Iterator[None]:
+    """The second process finds that its third block cannot be run apart."""
     observe = engine.observe
     calls: list[None] = []
 
@@ -151,9 +153,15 @@ def cannot_be_replayed(rank: int, size: int) -> Any:
 
     engine.observe = fails_once
     try:
-        return refit(lively("bert-classifier"), texts()[rank::size], compute_metrics=accuracy)
+        yield
     finally:
         engine.observe = observe
+
+
+def cannot_be_replayed(rank: int, size: int) -> Any:
+    """One process finds a block that cannot be run apart: all run the whole model."""
+    with third_block_not_replayed(rank):
+        return refit(lively("bert-classifier"), texts()[rank::size], compute_metrics=accuracy)
 
 
 def broken_loader(rank: int, size: int) -> Any:

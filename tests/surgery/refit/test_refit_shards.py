@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from support import sharded_work
+from support.processes import module_in_fresh_process
 from support.states import largest_difference
-
-from scripts.tools.processes import ROOT
 
 Outcomes = dict[str, list[Any]]
 
@@ -33,15 +29,11 @@ REFUSED = {
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """Of each case, what the first process has in the end and what the second."""
     folder = tmp_path_factory.mktemp("sharded")
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "support.sharded_work", str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = module_in_fresh_process("support.sharded_work", str(folder))[-3000:]
     found: Outcomes = {}
     for name in sharded_work.CASES:
         files = [folder / f"{name}-{rank}.pt" for rank in (0, 1)]
-        assert all(file.exists() for file in files), done.stderr[-3000:]
+        assert all(file.exists() for file in files), said
         found[name] = [torch.load(file, weights_only=False) for file in files]
     return found
 

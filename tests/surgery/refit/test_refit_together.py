@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import team_work
+from support.processes import module_in_fresh_process
 from support.states import largest_difference
-
-from scripts.tools.processes import ROOT
 
 Outcomes = dict[str, list[Any]]
 
@@ -36,15 +32,11 @@ REFUSED = {
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """Of each case, what the first process has in the end and what the second."""
     folder = tmp_path_factory.mktemp("team")
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "support.team_work", str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = module_in_fresh_process("support.team_work", str(folder))[-3000:]
     found: Outcomes = {}
     for name in ("early", "command", *team_work.CASES):
         files = [folder / f"{name}-{rank}.pt" for rank in range(team_work.SIZE)]
-        found[name] = [torch.load(file, weights_only=False) if file.exists() else done.stderr[-3000:] for file in files]
+        found[name] = [torch.load(file, weights_only=False) if file.exists() else said for file in files]
     return found
 
 
