@@ -27,8 +27,9 @@ from pathlib import Path
 import torch
 
 import hf_lambda_gelu as hlg
-from scripts.matrix import engines
-from scripts.matrix.engines import ENGINES, ONE, own_loop, with_trainer
+from scripts.matrix import engine_runs
+from scripts.matrix.engine_runs import own_loop, with_trainer
+from scripts.matrix.engine_setup import ENGINES, ONE, Rows, config_of, network, prepare
 from scripts.matrix.ranks import RankError, on_ranks
 
 folder, found = Path(sys.argv[1]), {}
@@ -45,13 +46,13 @@ def run(name, engine, function, **options):
 
 def refused(engine, optimizer, precision, rank):
     # no step is taken: the forward of a sharded model would wait for the other process
-    model = engines.network()
-    forward, _, _ = engines._engine(engine, optimizer, precision, model)
+    model = network()
+    forward, _, _ = engine_runs._engine(engine, optimizer, precision, model)
     before = hlg.hardness_profile(model)
     messages = []
     for verb in (hlg.harden, partial(hlg.relu_ize, compensate="bias")):
         try:
-            verb(model, calibration=[engines.Rows().batch(slice(8))])
+            verb(model, calibration=[Rows().batch(slice(8))])
         except ValueError as error:
             messages.append(str(error))
     return messages, hlg.hardness_profile(model) == before, repr(model)
@@ -60,17 +61,17 @@ def refused(engine, optimizer, precision, rank):
 def by_accelerate(engine, *arguments):
     # a config of accelerate's own: args.deepspeed is None
     config = folder / f"{arguments[-1]}.json"
-    config.write_text(json.dumps(engines.config_of(engine, "fp32")))
+    config.write_text(json.dumps(config_of(engine, "fp32")))
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
     return with_trainer(ENGINES["DDP × 2"], *arguments)
 
 
 def own_optimizer(engine, *arguments):
-    config = engines.config_of(engine, "fp32") | {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
+    config = config_of(engine, "fp32") | {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
     return with_trainer(engine, *arguments, deepspeed=config)
 
 
-engines.prepare()
+prepare()
 two, three = ENGINES["ZeRO-2 × 2"], ENGINES["ZeRO-3 × 2"]
 run("loop", ONE, own_loop)
 run("DDP", ENGINES["DDP × 4"], own_loop)
