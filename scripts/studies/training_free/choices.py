@@ -29,7 +29,8 @@ import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints.card import package_versions
 from hf_lambda_gelu.surgery.hinges import work
 from hf_lambda_gelu.surgery.refit.row_weights import RowWeights
-from scripts.studies.training_free.hinges import SmolLM2, spread
+from scripts.studies.training_free.hinges import spread
+from scripts.studies.training_free.judged import SmolLM2
 from scripts.tools.tables import append, read
 
 RESULTS = Path(__file__).parents[1] / "results" / "choices.csv"

@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints.card import package_versions
 from scripts.relu_ize_lm import Arguments, windows
-from scripts.studies.training_free.hinges import VARIANTS, SmolLM2
+from scripts.studies.training_free.hinges import VARIANTS
+from scripts.studies.training_free.judged import SmolLM2
 from scripts.tools.tables import append, read
 
 RESULTS = Path(__file__).parents[1] / "results" / "distilled.csv"
