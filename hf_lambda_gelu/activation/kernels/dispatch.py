@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..._compat import dispatch_modes, function_modes, jit_traces
 from ..bases import get_base
 from . import cpu, eager
-from .layout import view
+from .layout import BASE_NUMBERS, view
 
 _NAME = "hf_lambda_gelu"
 Choice = Literal["auto", "fused", "torch"]
@@ -127,19 +127,19 @@ def _operators(x: Tensor) -> bool:
 
 
 def _forward(x: Tensor, hardness: Tensor, base: str) -> Tensor:
-    fused = _fused(x, hardness)
+    fused = _fused(x, hardness, base)
     return eager.forward(x, hardness, get_base(base)) if fused is None else fused.forward(x, hardness, base)
 
 
 def _backward(grad: Tensor, x: Tensor, hardness: Tensor, base: str) -> tuple[Tensor, Tensor]:
-    fused = _fused(x, hardness)
+    fused = _fused(x, hardness, base)
     if fused is None:
         return eager.backward(grad, x, hardness, get_base(base))
     return fused.backward(grad, x, hardness, base)
 
 
-def _fused(x: Tensor, hardness: Tensor) -> Kernel | None:
-    """The module whose kernel takes these tensors, if the choice allows it."""
+def _fused(x: Tensor, hardness: Tensor, base: str) -> Kernel | None:
+    """The module whose kernel takes these tensors and knows the base, if the choice allows it."""
     if _choice == "torch":
         return None
     kernel = _kernel(x.device.type)
@@ -148,6 +148,8 @@ def _fused(x: Tensor, hardness: Tensor) -> Kernel | None:
         missing = f"there is no fused kernel for {x.device.type} devices"
     elif x.dtype not in kernel.DTYPES:
         missing = f"there is no fused kernel for {x.dtype} on {x.device.type}"
+    elif base not in BASE_NUMBERS:
+        missing = f"there is no fused kernel for the base {base!r}"
     elif hardness.numel() > 1 and view(_dense(x), hardness) is None:
         missing = f"no fused kernel takes λ of shape {tuple(hardness.shape)} over x of shape {tuple(x.shape)}"
     else:

@@ -13,7 +13,7 @@ from support.kernel_runs import OP, check, draw, run
 from support.processes import in_fork
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.activation.kernels import compiled, cpu, dispatch
+from hf_lambda_gelu.activation.kernels import compiled, cpu, dispatch, layout
 
 
 def test_hardness_that_no_view_takes() -> None:
@@ -30,6 +30,19 @@ def test_hardness_that_no_view_takes() -> None:
             OP.forward(x, hardness, "gelu")
         with pytest.raises(hlg.KernelUnavailable, match=r"no fused kernel for torch\.float64 on cpu"):
             hlg.lambda_gelu(x.double(), 2.0)
+    finally:
+        hlg.set_kernels(before)
+
+
+def test_a_base_that_no_kernel_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base that was added without a kernel runs on torch's operations, and not on another base's kernel."""
+    monkeypatch.delitem(layout.BASE_NUMBERS, "silu")
+    x, hardness = draw(4, 3), torch.tensor([2.0])
+    check(x, hardness, x, "silu", run(x, hardness, x, "silu"))
+    before = hlg.set_kernels("fused")
+    try:
+        with pytest.raises(hlg.KernelUnavailable, match=r"no fused kernel for the base 'silu'"):
+            hlg.lambda_gelu(x, 2.0, base="silu")
     finally:
         hlg.set_kernels(before)
 
