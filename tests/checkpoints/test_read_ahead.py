@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from support import tiny
 from support.folders import digests, same_tensors, stored
 from support.processes import killed
+from support.refit_folders import refit, save
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import hf_lambda_gelu as hlg
@@ -24,24 +23,12 @@ from hf_lambda_gelu.structure.read_ahead import NAME, ReadAhead
 from hf_lambda_gelu.surgery.refit import engine
 from hf_lambda_gelu.surgery.refit.refit_files import RefitFiles
 
-BLOCKS = 4
-
-
-def batches() -> list[dict[str, torch.Tensor]]:
-    model = tiny.build("llama", num_hidden_layers=BLOCKS)
-    torch.manual_seed(0)
-    return [tiny.inputs(model) for _ in range(2)]
-
-
-def refit(root: Path) -> hlg.CheckpointReport:
-    return hlg.relu_ize_checkpoint(root / "src", root / "dst", calibration=batches(), compensate="least_squares")
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source, and what is made of it where nothing is read ahead."""
     root = tmp_path_factory.mktemp("whole")
-    tiny.build("llama", num_hidden_layers=BLOCKS).save_pretrained(root / "src", max_shard_size="20KB")
+    save(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         patch.setattr(ReadAhead, "start", lambda *_: pytest.fail("something was read ahead for a CPU"))

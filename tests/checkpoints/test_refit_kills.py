@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from support import tiny
 from support.folders import digests, read, same_tensors, stored
 from support.processes import killed
+from support.refit_folders import batches, refit, save
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints import folders, on_disk_files
@@ -35,21 +34,11 @@ MOMENTS: list[tuple[Any, str, int, int]] = [
 ]
 
 
-def batches() -> list[dict[str, torch.Tensor]]:
-    model = tiny.build("llama", num_hidden_layers=4)
-    torch.manual_seed(0)
-    return [tiny.inputs(model) for _ in range(2)]
-
-
-def refit(root: Path) -> hlg.CheckpointReport:
-    return hlg.relu_ize_checkpoint(root / "src", root / "dst", calibration=batches(), compensate="least_squares")
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source, and what an uninterrupted run makes of it."""
     root = tmp_path_factory.mktemp("whole")
-    tiny.build("llama", num_hidden_layers=4).save_pretrained(root / "src", max_shard_size="20KB")
+    save(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         refit(root)

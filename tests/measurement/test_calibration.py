@@ -16,8 +16,8 @@ from scipy.special import ndtri
 from support import tiny
 from support.calibration import Probe, captured
 from support.models import converted
-from support.references import NUMPY_GATES
-from torch import Tensor, nn
+from support.references import NUMPY_GATES, Gate
+from torch import Tensor
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.measurement import calibration
@@ -58,16 +58,7 @@ def test_statistics_of_a_stock_model(base: str) -> None:
 
 
 def test_it_measures_the_present_hardness() -> None:
-    """λ = 4 and 5 instead of 1: against a stock model with x Φ(λx), written here, in place of its activations."""
-
-    class Gate(nn.Module):
-        def __init__(self, hardness: float) -> None:
-            super().__init__()
-            self.hardness = hardness
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x * torch.special.ndtr(self.hardness * x)
-
+    """λ = 4 and 5 instead of 1: against a stock model with x Φ(λx) in place of its activations."""
     model = converted("bert-classifier", 4.0, 1.0)
     batches = [tiny.inputs(model, seed) for seed in range(2)]
     sites = list(hlg.hardness_sites(model))

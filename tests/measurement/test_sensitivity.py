@@ -14,22 +14,12 @@ import torch
 from support import tiny
 from support.calibration import BAD_LOADERS, labelled, padded, watched
 from support.models import converted
+from support.references import Gate
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.measurement import calibration
-
-
-class Gate(nn.Module):
-    """x Φ(λx), written here."""
-
-    def __init__(self, hardness: float) -> None:
-        super().__init__()
-        self.hardness = hardness
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.special.ndtr(self.hardness * x)
 
 
 def stock(name: str, hard: str | None = None, hardness: dict[str, float] | None = None) -> PreTrainedModel:

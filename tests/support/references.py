@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import expit, ndtr
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
@@ -84,3 +84,14 @@ def assert_within(got: Tensor, expected: np.ndarray, scale: np.ndarray | float, 
     assert (error <= allowed).all(), (
         f"{(error - allowed).max():.3g} too far, {(error / allowed).max():.3g} times the tolerance"
     )
+
+
+class Gate(nn.Module):
+    """x Φ(λx) as a module, apart from the package."""
+
+    def __init__(self, hardness: float) -> None:
+        super().__init__()
+        self.hardness = hardness
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.special.ndtr(self.hardness * x)
