@@ -77,6 +77,17 @@ def test_reference_lists_every_name() -> None:
     assert sorted(listed) == sorted(hlg.__all__)
 
 
+def test_errors_are_what_the_reference_says() -> None:
+    """Those that the sentence beneath the table names are ValueErrors, the others RuntimeErrors."""
+    text = (DOCS / "reference" / "index.md").read_text(encoding="utf-8").partition("## Errors")[2]
+    table, _, beneath = text.rpartition("|\n")
+    sentence = beneath.partition("are `ValueError`s")[0]
+    errors = re.findall(r"^\| \[`(\w+)`\]", table, re.MULTILINE)
+    assert sorted(errors) == sorted(name for name in hlg.__all__ if name.endswith("Error") or name == "KernelUnavailable")
+    for name in errors:
+        assert issubclass(getattr(hlg, name), ValueError if f"`{name}`" in sentence else RuntimeError), name
+
+
 def test_blocks_that_do_not_run_are_counted() -> None:
     blocks = [match for page in pages() for match in BLOCK.finditer(page.read_text(encoding="utf-8"))]
     assert sum(bool(match["mark"]) for match in blocks) == NOT_RUN

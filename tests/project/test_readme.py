@@ -129,7 +129,7 @@ def pages() -> list[Path]:
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands(page: Path) -> None:
-    """Make targets and scripts that a page names, in code."""
+    """Make targets, scripts and files of the package and its tests that a page names."""
     text = page.read_text(encoding="utf-8")
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     code = "\n".join(re.findall(r"`+([^`]+)`+", text))
@@ -137,5 +137,6 @@ def test_commands(page: Path) -> None:
     for module in re.findall(r"-m (scripts\.[\w.]+)", code):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
-    for path in re.findall(r"\bscripts/[\w/]+\.\w+", text):
-        assert (ROOT / path).is_file(), path
+    rooms = "|".join(room.name for room in (ROOT / "hf_lambda_gelu").iterdir() if (room / "__init__.py").is_file())
+    for path in re.findall(rf"\b((?:hf_lambda_gelu|scripts|tests|{rooms})/[\w/]+\.\w+)", text):
+        assert (ROOT / path).is_file() or (ROOT / "hf_lambda_gelu" / path).is_file(), path
