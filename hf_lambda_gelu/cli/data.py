@@ -51,7 +51,7 @@ def examples(data: Data) -> Examples:
     if data.source is None:
         raise UsageError(
             "no calibration data: add --calibration with examples like those that the model will meet, such as a text file "
-            "with a line each. Some dozens do"
+            "with a line each. A few hundred do, without labels"
         )
     path = Path(data.source).expanduser()
     if path.is_file():

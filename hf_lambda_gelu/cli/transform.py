@@ -78,9 +78,10 @@ def relu_ize(
 ) -> None:
     """Make a ReLU checkpoint of a λ-GELU one.
 
-    Stock transformers loads it. Without --calibration the weights are not loaded, and gates must be hard. With it the
-    change of the outputs is measured, a GELU model converted first; --compensate refits the weights, so that gates may be
-    soft; --stream keeps one block of them in memory. With --hinges or --budget layers get wider, and nearer to the smooth.
+    Stock transformers loads it. Without --calibration gates must be hard, and the weights are not loaded. With it a GELU
+    model is converted first, and the change of the outputs is measured; --compensate refits the weights, so that gates may
+    be soft; --stream keeps one block of them in memory. --hinges and --budget make layers wider, and so nearer to the
+    smooth ones.
 
     \b
     Examples:
