@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from datasets import Dataset
 from PIL import Image
 from support import tiny
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -86,6 +88,20 @@ def test_errors_are_what_the_reference_says() -> None:
     assert sorted(errors) == sorted(name for name in hlg.__all__ if name.endswith("Error") or name == "KernelUnavailable")
     for name in errors:
         assert issubclass(getattr(hlg, name), ValueError if f"`{name}`" in sentence else RuntimeError), name
+
+
+def test_every_option_is_on_the_page_of_the_command_line() -> None:
+    """In the row of its command, or among the options of the data where the row has these."""
+    text = (DOCS / "how-to" / "command-line.md").read_text(encoding="utf-8").partition("## Arguments\n")[2]
+    arguments, _, data = text.partition("## Data\n")
+    of_data = {"--calibration", *re.findall(r"^\| `(--[\w-]+)` \|", data, re.MULTILINE)}
+    commands = dict(typer.main.get_command(app).commands)
+    commands["export onnx"] = commands.pop("export").commands["onnx"]
+    for name, command in commands.items():
+        (row,) = re.findall(rf"^\| `{name}(?: [A-Z[].*?)?` \| (.*) \|$", arguments, re.MULTILINE)
+        said = set(re.findall(r"--[\w-]+", row)) | (of_data if "data options" in row else set())
+        options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+        assert options - {"--json", "--debug", "--help"} <= said, name
 
 
 def test_blocks_that_do_not_run_are_counted() -> None:
