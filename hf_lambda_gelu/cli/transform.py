@@ -80,8 +80,7 @@ def relu_ize(
 
     Stock transformers loads it. Without --calibration gates must be hard, and the weights are not loaded. With it a GELU
     model is converted first, and the change of the outputs is measured; --compensate refits the weights, so that gates may
-    be soft; --stream keeps one block of them in memory. --hinges and --budget make layers wider, and so nearer to the
-    smooth ones.
+    be soft; --stream keeps one block of them in memory. --hinges and --budget make layers wider, and the network nearer.
 
     \b
     Examples:
