@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 from support import distilled as d
 from support.folders import load
+from support.hub_server import HubServer
 from support.processes import in_fresh_process
+from support.publishing import hub_with_a_cache
 from support.training import StopAfterSaving, logged
 from transformers import LlamaForCausalLM, PreTrainedModel
 
@@ -205,13 +207,22 @@ def test_mixed_precision(tmp_path: Path) -> None:
     assert losses["bf16"] != losses["fp32"]
 
 
-def test_a_folder_and_a_hub_name(tmp_path: Path, hub: Any) -> None:
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub from which teachers are downloaded into a cache of their own."""
+    yield from hub_with_a_cache(monkeypatch, tmp_path / "cache")
+
+
+def test_a_folder_and_a_hub_name(tmp_path: Path, hub: HubServer) -> None:
     """The teacher of a folder computes what the model in memory does; so does one on the Hub."""
     student, teacher = d.pair("bert-classifier")
     teacher.save_pretrained(tmp_path / "smooth")
+    hub.add_repo("someone/smooth", {path.name: path.read_bytes() for path in (tmp_path / "smooth").iterdir()})
     batch = d.stacked(d.texts(4))
     with torch.no_grad():
         expected = d.trainer(student, teacher, tmp_path).compute_loss(student, dict(batch))
-        named = d.trainer(student, tmp_path / "smooth", tmp_path)
-        assert torch.equal(named.compute_loss(student, dict(batch)), expected)
-    assert not named.teacher.training
+        for name in (tmp_path / "smooth", "someone/smooth"):
+            named = d.trainer(student, name, tmp_path)
+            assert torch.equal(named.compute_loss(student, dict(batch)), expected)
+            assert not named.teacher.training
+    assert any("/someone/smooth/resolve/" in request.path for request in hub.requests)
