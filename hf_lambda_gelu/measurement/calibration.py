@@ -192,16 +192,16 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any], *, processes: Process
 
 @transaction
 @torch.no_grad()
-def calibrate_by(model: nn.Module, dataloader: Iterable[Any], team: Team) -> CalibrationReport:
-    """`calibrate` by a team, of which each process has its own share of the batches."""
+def calibrate_by(model: nn.Module, dataloader: Iterable[Any], team: Team, in_run: bool = False) -> CalibrationReport:
+    """`calibrate` by a team, of which each process has its own share of the batches; `in_run` as for `evaluating`."""
     with team.whole():
         if team.size > 1:
             check_by_blocks(model, "processes='all'", "pass the same batches to each, and processes='one'")
         with whole_blocks(model, team) if team.size > 1 else contextlib.nullcontext():
-            return _measured(model, dataloader, team)
+            return _measured(model, dataloader, team, in_run)
 
 
-def _measured(model: nn.Module, dataloader: Iterable[Any], team: Team) -> CalibrationReport:
+def _measured(model: nn.Module, dataloader: Iterable[Any], team: Team, in_run: bool) -> CalibrationReport:
     sites, profile = calibration_sites(model), hardness_profile(model)
     called: set[str] = set()
     first: list[Mapping[str, Any]] = []
@@ -218,7 +218,7 @@ def _measured(model: nn.Module, dataloader: Iterable[Any], team: Team) -> Calibr
             running[name].add(piece)
 
     rows = SiteRows(model, sites, take)
-    with measuring(model):
+    with measuring(model, in_run):
         for index, batch in enumerate(_batches(model, dataloader, team)):
             with rows.counting(batch), counting_calls(model, called):
                 run_batch(model, batch, index)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..activation.module import hardness_sites
 from ..reports import progress
-from .batches import CalibrationError
+from ..structure.config import config_of
+from .batches import CalibrationError, rows, token_mask
 from .forward import main_output, run_batch, same_random_numbers
 from .in_effect import check_in_effect, counting_calls
 from .places import Places
@@ -64,7 +65,8 @@ def measure_change(
     """
     called: set[str] = set()
     first: tuple[Mapping[str, Any], Tensor] | None = None
-    comparison, zeros = _Comparison(keep_logits=compute_metrics is not None), _Zeros(model)
+    decoder = bool(getattr(config_of(model), "is_encoder_decoder", False))
+    comparison, zeros = _Comparison(decoder, keep_logits=compute_metrics is not None), _Zeros(model)
     for index, batch in enumerate(progress(batches, "measuring the change", total)):
         with before(), counting_calls(model, called), same_random_numbers(model):
             smooth = run_batch(model, batch, index)
@@ -94,8 +96,8 @@ def first_example(output: Mapping[str, Any]) -> Tensor:
 class _Comparison:
     """Sums over the batches of what two states of a model put out."""
 
-    def __init__(self, keep_logits: bool) -> None:
-        self.keep_logits = keep_logits
+    def __init__(self, decoder: bool, keep_logits: bool) -> None:
+        self.decoder, self.keep_logits = decoder, keep_logits
         self.change = self.norm = 0.0  # sums of squares
         self.losses: list[tuple[float, float]] = []  # an entry for each example
         self.logits: tuple[Tensor, Tensor] | None = None
@@ -110,7 +112,8 @@ class _Comparison:
                 f"{tuple(before.shape)}: "
                 "the change cannot be measured. Substitute without calibration, or pass inputs that fix the length"
             )
-        flat = before.reshape(-1), after.reshape(-1)
+        mask = token_mask(batch, self.decoder)  # what is put out at padding, nobody looks at, and no refit sees to
+        flat = [rows(side, mask).reshape(-1) if side.dim() else side.reshape(-1) for side in (before, after)]
         for first, second in zip(*(side.split(_PIECE) for side in flat), strict=True):  # a language model's logits are large
             self.change += float((second.float() - first.float()).square().sum(dtype=torch.float64))
             self.norm += float(first.float().square().sum(dtype=torch.float64))
@@ -144,7 +147,7 @@ class _Comparison:
                     self._keep(logits, labels)
 
     def relative_change(self) -> float:
-        """‖after − before‖ / ‖before‖ of all outputs; NaN if any of them is, infinite where they were 0 and are not now."""
+        """‖after − before‖ / ‖before‖ but at padding; NaN if any of them is, infinite where they were 0 and are not now."""
         if self.norm:
             return math.sqrt(self.change / self.norm)  # in this order NaN stays NaN
         return 0.0 if self.change == 0.0 else math.inf if self.change > 0.0 else math.nan

@@ -21,7 +21,7 @@ from .batches import FORWARD_ERRORS, CalibrationError, forward_failed, takes_a_m
 
 
 @contextlib.contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
+def measuring(model: nn.Module, in_run: bool = False) -> Iterator[None]:
     """`evaluating`, without key-value caches, as in training, and config.problem_type as it was.
 
     Into the last, classifiers write when they first see labels. A cache changes what some models compute: packed sequences
@@ -30,7 +30,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     config = config_of(model)
     before = None if config is None else vars(config).get("problem_type")
     try:
-        with evaluating(model), without_caches(model):
+        with evaluating(model, in_run), without_caches(model):
             yield
     finally:
         if config is not None and "problem_type" in vars(config):
@@ -91,16 +91,21 @@ def main_output(output: Mapping[str, Any]) -> Tensor:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, in_run: bool = False) -> Iterator[None]:
     """Within the block, `model` is in eval mode; afterwards every module is in the mode that it was in.
 
     What torch.compile made of it is not run within the block, but what it was made from: compiled code does not know hooks.
+    Nor is accelerate's autocast, which a training with bf16 leaves on the model's forward, and no file holds: in bf16, what
+    hard gates change is lost in rounding. A block of autocast around this one, a user's own, stays.
+
+    Args:
+        in_run: whether a training goes on around the block, in whose autocast the model then runs.
     """
     modes = {module: module.training for module in model.modules()}
     _forget_texts(model)
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), contextlib.nullcontext() if in_run else _without_accelerate(model):
             yield
     finally:
         _forget_texts(model)
@@ -118,16 +123,19 @@ def _forget_texts(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def in_own_precision(model: nn.Module) -> Iterator[None]:
-    """Within the block, `model` computes as it does when it is loaded anew: without autocast, accelerate's or a user's own.
+    """Within the block, `model` computes as when it is loaded anew: without accelerate's autocast or a user's own."""
+    with _without_accelerate(model), Autocast.now(model).off.entered():
+        yield
 
-    Training with bf16 leaves accelerate's wrapper on the model's forward.
-    """
+
+@contextlib.contextmanager
+def _without_accelerate(model: nn.Module) -> Iterator[None]:
+    """Within the block, the model's forward is the one that accelerate has wrapped in autocast, if it has."""
     wrapped, own = vars(model).get("forward"), forward_before_accelerate(model)
     if own is not None:
         vars(model)["forward"] = own
     try:
-        with Autocast.now(model).off.entered():
-            yield
+        yield
     finally:
         if own is not None:
             vars(model)["forward"] = wrapped

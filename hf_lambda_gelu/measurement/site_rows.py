@@ -141,7 +141,7 @@ def positions_first(
     def watch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         seen[module] = with_more(seen.get(module), args[0].shape[:-1])
 
-    with evaluating(model), random_state_kept(model), Hooks() as hooks:
+    with evaluating(model, in_run=True), random_state_kept(model), Hooks() as hooks:  # as the caller runs it
         for module in modules:
             hooks.before(module, watch)
         try:

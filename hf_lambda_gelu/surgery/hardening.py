@@ -129,7 +129,7 @@ def refit_for_hard_gates(
     wider = None if wanted is None else partial(HingeWork, wanted=wanted, examples=math.inf)
     hinges = None
     with compensation(model, batches, wider, team) as work:
-        with measuring(model):
+        with measuring(model, in_run=True):
             report = work.run(method, biases=False)
         if isinstance(work.wider, HingeWork):
             hinges = work.wider.finish()
@@ -151,5 +151,5 @@ def rehearse_refit(
         HingeError: as a refit in wider layers would.
     """
     wider = None if wanted is None else partial(HingeWork, wanted=wanted, examples=examples)
-    with measuring(model), compensation(model, batches, wider) as work:
+    with measuring(model, in_run=True), compensation(model, batches, wider) as work:
         return work.rehearse()

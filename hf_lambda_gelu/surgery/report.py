@@ -40,7 +40,7 @@ class SubstitutionReport:
     folded: dict[str, float] = field(default_factory=dict)  # site that no config can make ReLU → sup |f − ReLU| left
     hinges: HingeReport | None = None
     compensation: CompensationReport | None = None
-    relative_change: float | None = None
+    relative_change: float | None = None  # ‖after − before‖ / ‖before‖ of the outputs, padding left out
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)  # name → (before, after)
     zeros: dict[str, float] = field(default_factory=dict)  # site → fraction of what its ReLU puts out, padding left out
     unreached: list[str] = field(default_factory=list)  # sites that ran on none of the calibration batches

@@ -22,7 +22,7 @@ from .averaging import go_on_from, to_average
 from .console import refit_line, say, switch_lines
 from .divergence import LossWatch, check_finite
 from .optimizer import HardnessUpdate
-from .run_checks import attach_to_the_run, check_engine, check_gradient, warn_if_soft
+from .run_checks import attach_to_the_run, check_engine, check_gradient, check_on_ramp, warn_if_soft
 from .schedule import HardeningSchedule
 from .switch import SwitchData, calibrated_targets, check_calibratable, l1_targets, refit_at_switch, try_a_batch
 from .wider import check_once, check_optimizer, check_run, forget
@@ -59,6 +59,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self._clipping: HardnessUpdate | None = None
         self._gradient_seen = False
         self._floor: dict[str, float] = {}  # λ of a run that was resumed after its switch
+        self.ramped: bool | None = None  # whether λ follows a ramp from the switch on; None before
         self.refit: CompensationReport | None = None  # in this process; a resumed run has the weights, not the report
         self.hinges: HingeReport | None = None  # of layers that the switch made wider
 
@@ -76,6 +77,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
             "attributes": {
                 "at_switch": self.at_switch,
                 "calibrated": self.calibrated,
+                "ramped": self.ramped,
                 "processes": self.processes,
                 "hinges": None if self.hinges is None else asdict(self.hinges),
             },
@@ -88,7 +90,8 @@ class HardeningCallback(TrainerCallback, ExportableState):
         if wanted_hinges(self.settings(args)) is not None and not state.global_step:
             check_once(kwargs["model"], self.hinges)
         self.at_switch = attributes.get("at_switch")
-        self.calibrated = attributes.get("calibrated")  # absent in older checkpoints, as the next one
+        self.calibrated = attributes.get("calibrated")  # absent in older checkpoints, as the next ones
+        self.ramped = attributes.get("ramped")
         self.hinges = HingeReport.of(attributes["hinges"]) if attributes.get("hinges") else None
         self.losses, self.processes = LossWatch(), args.world_size
         self.check(run)
@@ -109,6 +112,8 @@ class HardeningCallback(TrainerCallback, ExportableState):
                 "with the model that was converted for this run"
             )
         self._floor = hardness_profile(kwargs["model"]) if self.at_switch is not None else {}
+        if self.ramped and run.hardness_compensate != "none":
+            check_on_ramp(self._floor, self.targets(run, kwargs["model"]), run.hardness_compensate)
         self._clipping = attach_to_the_run(kwargs["optimizer"], kwargs["model"])
         self._apply(run, state, **kwargs)
 
@@ -158,6 +163,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
             check_finite(model, state, args, self.losses, weights=True)
             to_average(optimizer)
             self.at_switch = hardness_profile(model)
+            self.ramped = ramp
         if args.hardness_target == "calibrated" and self.calibrated is None:
             self.calibrated = calibrated_targets(model, args, data)
         if switching and not ramp:

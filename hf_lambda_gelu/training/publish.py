@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
@@ -17,7 +18,9 @@ from ..checkpoints.card import CardDetails
 from ..checkpoints.hub import push_relu_to_hub
 from ..surgery.report import SubstitutionReport
 from ..surgery.substitution import relu_ize
+from .callback import as_it_is
 from .proof_inputs import own_examples
+from .resuming import step_of
 from .wider import narrower
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 # of a run's arguments, what a card states besides those of the hardness
 _STATED = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
+_TIMING = ("runtime", "_per_second", "preparation_time")
+_END = "train_runtime"  # in the last log of a training
 
 
 def push_relu(
@@ -76,7 +81,7 @@ def push_trained(
     """Publishes what a trainer has made as a ReLU network; the trainer's own model stays as it is.
 
     Args:
-        details: what the card shall say; training arguments and the last evaluation are added where it says nothing.
+        details: what the card shall say; training arguments and `own_evaluation` are added where it says nothing.
         report: of a model that is ReLU already, what `relu_ize` returned; by default what it left on the model.
         private, revision, token, trust_remote_code: as for `push_relu_to_hub`.
         inputs: a batch for the proof; by default a few of the trainer's own examples, see `own_examples`.
@@ -92,7 +97,7 @@ def push_trained(
         report = substitute_trained(trainer, model)
         if hasattr(model, "merge_and_unload"):
             model = model.merge_and_unload()
-    measured = _last_evaluation(trainer.state.log_history)
+    measured = own_evaluation(trainer)
     if measured and not details.results:
         details = dataclasses.replace(details, results={"ReLU": measured}, final="ReLU")
     assert trainer.hub_model_id is not None  # init_hf_repo has set it
@@ -131,7 +136,7 @@ def substitute_trained(trainer: LambdaGELUTrainer, model: nn.Module, force: bool
     targets = trainer.hardness_targets if args.hardness_target == "calibrated" else None
     sample = evaluation_sample(trainer)
     report = relu_ize(model, force, tolerance=args.hardness_tolerance, targets=targets or None, calibration=sample)
-    report.compensation = trainer.compensation
+    report.compensation = None if report.forced else trainer.compensation  # soft gates are of before the switch
     if trainer.hinges is not None and narrower(model, trainer.hinges) is None:  # not a checkpoint from before the switch
         report.hinges = trainer.hinges
     return report
@@ -153,12 +158,37 @@ def evaluation_sample(trainer: Trainer, batches: int = 4) -> list[dict[str, Any]
     """
     if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict) or trainer.args.world_size > 1:
         return None
-    return list(itertools.islice(trainer.get_eval_dataloader(), batches))
+    made = getattr(trainer, "calibration_inputs", as_it_is)
+    return [inputs for batch in itertools.islice(trainer.get_eval_dataloader(), batches) for inputs in made(batch)]
 
 
-def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, float]:
-    """The metrics of the last evaluation, of the ReLU network where both were measured; not the timing."""
-    last: dict[str, Any] = next((entry for entry in reversed(history) if any(key.startswith("eval_") for key in entry)), {})
-    prefix = "eval_relu_" if any(key.startswith("eval_relu_") for key in last) else "eval_"
-    timing = ("runtime", "_per_second", "preparation_time")
-    return {k.removeprefix(prefix): v for k, v in last.items() if k.startswith(prefix) and not k.endswith(timing)}
+def own_evaluation(trainer: Trainer) -> dict[str, float]:
+    """The metrics of the network that a trainer holds, as ReLU where that was measured too; empty if none are of it.
+
+    What is evaluated while it trains are the weights of that step: those of the last step count, or those of the best
+    checkpoint's where that was brought back at the end. What is evaluated after the end counts in any case.
+    """
+    history: list[dict[str, Any]] = trainer.state.log_history
+    ends = [index for index, entry in enumerate(history) if _END in entry]
+    after = {key: value for entry in history[ends[-1] :] for key, value in entry.items()} if ends else {}
+    held = _held_step(trainer, bool(ends))
+    then = {key: value for entry in history if entry.get("step") == held for key, value in entry.items()}
+    found: dict[str, float] = next((each for each in map(_metrics, (after, then)) if each), {})
+    # with several evaluation sets each has its name in between: eval_a_relu_loss, beside eval_a_loss
+    plain = {key: key.replace("_relu_", "_", 1) for key in found}
+    relu = {key: value for key, value in found.items() if plain[key] != key and plain[key] in found}
+    return {plain[key].removeprefix("eval_"): value for key, value in (relu or found).items()}
+
+
+def _held_step(trainer: Trainer, ended: bool) -> int:
+    """The step whose weights the trainer holds."""
+    best = trainer.state.best_model_checkpoint
+    if ended and trainer.args.load_best_model_at_end and best is not None:
+        return step_of(Path(best))
+    step: int = trainer.state.global_step
+    return step
+
+
+def _metrics(logs: dict[str, Any]) -> dict[str, float]:
+    """Those of an evaluation; not the timing."""
+    return {key: value for key, value in logs.items() if key.startswith("eval_") and not key.endswith(_TIMING)}

@@ -40,7 +40,7 @@ def checkpoint_to_resume(asked: str | bool | None, args: TrainingArguments) -> s
     if asked is not True:
         _check(Path(asked), args)
         return _told(Path(asked), asked)
-    found = {_step(folder): folder for folder in checkpoints(args.output_dir)}
+    found = {step_of(folder): folder for folder in checkpoints(args.output_dir)}
     broken: dict[int, str] = {}
     good: list[int] = []
     for step, folder in found.items():
@@ -89,11 +89,12 @@ def before_a_save(folder: str | os.PathLike[str], step: int, args: TrainingArgum
     """
     Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}", TRAINER_STATE_NAME).unlink(missing_ok=True)
     for each in list(checkpoints(folder)) if args.save_total_limit else ():
-        if _step(each) > step and fault(each) is not None:
+        if step_of(each) > step and fault(each) is not None:
             shutil.rmtree(each, ignore_errors=True)
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step of a folder `checkpoint-<step>`."""
     return int(folder.name.rpartition("-")[2])
 
 

@@ -84,6 +84,23 @@ def check_engine(args: TrainingArguments, model: nn.Module, optimizer: Any) -> N
         )
 
 
+def check_on_ramp(profile: Mapping[str, float], targets: Mapping[str, float], compensate: str) -> None:
+    """ValueError if a run that left its checkpoint on the ramp goes on without: the gates would be hard at once, and no map
+    refit, which belongs to the switch.
+
+    Args:
+        targets: empty where they are still to be calibrated.
+    """
+    soft = [name for name, value in profile.items() if not value >= 0.999 * targets.get(name, math.inf)]
+    if soft:
+        name = min(soft, key=lambda each: profile[each])
+        raise ValueError(
+            f"the checkpoint is on its way along hardness_ramp, with λ = {profile[name]:.4g} at {name}, and "
+            f"hardness_compensate={compensate!r} would make its gates hard at once, past the switch, which is when maps are "
+            "refit: set hardness_compensate='none', as in the run that wrote it"
+        )
+
+
 def _asked(argument: object, variable: str) -> bool:
     """By the training arguments, or by accelerate's own config."""
     return bool(argument) or os.environ.get(variable, "false").lower() == "true"

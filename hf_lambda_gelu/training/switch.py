@@ -89,7 +89,7 @@ def try_a_batch(model: nn.Module, args: LambdaGELUTrainingArguments, data: Switc
     left: dict[str, str] = {}
     try:
         with random_numbers_from(args.seed, args.device):
-            with measuring(model), torch.no_grad():
+            with measuring(model, in_run=True), torch.no_grad():
                 run_batch(model, next(model_batches(model, data.batches(args, args.per_device_train_batch_size))), 0)
             if args.hardness_compensate != "none":
                 count = min(refit_examples(args), len(cast("Sized", data.dataset)))
@@ -121,7 +121,7 @@ def calibrated_targets(model: nn.Module, args: LambdaGELUTrainingArguments, data
     """
     team = _team(model, args)
     with random_numbers_from(args.seed, args.device):
-        report = calibrate_by(model, data.share(args, CALIBRATION_EXAMPLES, team), team)
+        report = calibrate_by(model, data.share(args, CALIBRATION_EXAMPLES, team), team, in_run=True)
     targets = l1_targets(model, args)
     targets |= {site.name: site.target_hardness(args.hardness_relative_tolerance) for site in report.sites if site.count}
     return team.given(0, targets, "the targets of all sites")  # another device may round otherwise

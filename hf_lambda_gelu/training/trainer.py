@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..activation.module import hardness_profile, hardness_sites
@@ -96,6 +96,7 @@ class LambdaGELUTrainer(Trainer):
             check_run(args, engine)
         if self.model_init is None:
             self._layers = layers_of(self.model, args, give_biases=self.optimizer is None)  # which then gets them
+        self.add_callback(_HandsInputsOn(self))
         self.add_callback(HardeningCallback())
         self.add_callback(ProfilePictures(self))
         if has_adapters(self.model):
@@ -169,7 +170,6 @@ class LambdaGELUTrainer(Trainer):
             step = partial(self._penalty.step, step)
         if self._sites_run:
             return step()
-        self._hardening.inputs = self.calibration_inputs
         loader = cast("DataLoader[Any]", self.callback_handler.train_dataloader)  # while a Trainer runs
         self._hardening.try_a_batch(self.args, self.model, loader)
 
@@ -267,8 +267,8 @@ class LambdaGELUTrainer(Trainer):
 
         Args:
             blocking: only without `relu`, which always waits.
-            details: what the card of the ReLU network shall say; training arguments are added, and the last evaluation
-                where it has no results.
+            details: what the card of the ReLU network shall say; training arguments are added, and where it has no results
+                the evaluation of these very weights: after training, or at the last step, or the best checkpoint's.
             inputs: a batch of what the model's forward takes, for the proof; by default a few examples of the evaluation
                 set, or of the training set, by the trainer's collator and `calibration_inputs`; where forward does not take
                 these, as for `verify_relu_pretrained`.
@@ -322,3 +322,13 @@ class LambdaGELUTrainer(Trainer):
             self._layers.fit(stored)
         elif stored is not None:
             check_as_wide(self.model, stored, checkpoint)
+
+
+class _HandsInputsOn(TrainerCallback):
+    """Lets the callback that hardens have `calibration_inputs` before it may switch; one that is restored is made anew."""
+
+    def __init__(self, trainer: LambdaGELUTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._hardening.inputs = self.trainer.calibration_inputs

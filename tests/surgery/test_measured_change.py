@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import tiny
+from support.calibration import padded
 from support.models import hardened, stock_relu
 from torch import Tensor
 from transformers import EvalPrediction
@@ -88,6 +89,18 @@ def test_zeros(name: str, compensate: str | None) -> None:
     low, high, mean = (f(list(expected.values())) for f in (min, max, np.mean))
     assert f"zeros in what the ReLUs put out: {mean:.0%}, by site {low:.0%} to {high:.0%}" in str(report)
     assert hlg.relu_ize(hardened(name, 1.0), force=True).zeros == {}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_outputs_at_padding_do_not_count(name: str) -> None:
+    """What is behind a causal network's tokens changes nothing in them: the change is that without padding."""
+    whose = {"gpt2": ("input_ids", "attention_mask"), "t5": ("decoder_input_ids", "decoder_attention_mask")}[name]
+    changes = []
+    for more in (0, 9):
+        model = hardened(name, 1.0)
+        made = [padded(tiny.inputs(model, seed), *whose, more) for seed in range(3)]
+        changes.append(hlg.relu_ize(model, force=True, calibration=made).relative_change)
+    assert changes[1] == pytest.approx(changes[0], rel=1e-4)
 
 
 def batches(case: str, good: dict[str, Tensor]) -> Iterable[Any]:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.training import switch
+from hf_lambda_gelu.training.publish import evaluation_sample
 
 
 class Pairs(Dataset[dict[str, Tensor]]):
@@ -70,6 +71,31 @@ def test_made_into_what_forward_takes(tmp_path: Path) -> None:
     """All 32 queries of 6 and documents of 9 tokens are what the refit sees."""
     run = trainer(Made, tmp_path)
     run.train()
+    assert run.compensation is not None
+    assert [site.rows for site in run.compensation.sites] == [32 * (6 + 9)] * 2
+
+
+def test_made_for_what_a_substitution_changes(tmp_path: Path) -> None:
+    """That is measured on examples of the evaluation set, which forward does not take as they are either."""
+    run = trainer(Made, tmp_path)
+    run.eval_dataset = Pairs()
+    sample = evaluation_sample(run, 2)
+    assert [batch["input_ids"].shape[1] for batch in sample or ()] == [6, 9, 6, 9]
+
+
+def test_made_where_the_switch_comes_before_the_first_step(tmp_path: Path) -> None:
+    run = trainer(Made, tmp_path, hardness_switch_point=0.0)
+    run.train()
+    assert run.compensation is not None
+    assert [site.rows for site in run.compensation.sites] == [32 * (6 + 9)] * 2
+
+
+def test_made_after_callbacks_were_restored(tmp_path: Path) -> None:
+    """A second run of the same trainer, from before its switch, for which Trainer makes callbacks anew."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": True}
+    run = trainer(Made, tmp_path, **saving)
+    run.train()
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert run.compensation is not None
     assert [site.rows for site in run.compensation.sites] == [32 * (6 + 9)] * 2
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny
-from support.training import STEPS, Rows, arguments, converted, logged, stock_twin, trainer_of
+from support.training import STEPS, At, Rows, arguments, converted, logged, stock_twin, trainer_of
 from torch.nn import functional as F
 from transformers import EvalPrediction, PreTrainedModel
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.training.publish import own_evaluation
 
 
 @torch.no_grad()
@@ -94,6 +95,43 @@ def test_best_checkpoint_by_the_relu_loss(tmp_path: Path) -> None:
     assert all(torch.equal(value, saved[best][name]) for name, value in trainer.model.state_dict().items())
     both = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert all("eval_relu_loss" in entry for entry in both)  # one log line, hence one event for the callbacks
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_what_a_card_says_was_measured_on_what_is_held(tmp_path: Path, best: bool) -> None:
+    """The weights of the end, or the best checkpoint's, are evaluated once more; by then that evaluation counts."""
+    args = arguments(
+        tmp_path,
+        learning_rate=2e-2,
+        hardness_compensate="least_squares",
+        eval_strategy="steps",
+        eval_steps=5,
+        save_strategy="steps",
+        save_steps=5,
+        load_best_model_at_end=best,
+        metric_for_best_model="eval_relu_loss",
+    )
+    trainer = hlg.LambdaGELUTrainer(converted(), args, train_dataset=Rows(), eval_dataset=Rows(16, 1))
+    trainer.evaluate()
+    trainer.train()
+    assert trainer.state.best_global_step != trainer.state.global_step  # or both would be right
+    told = own_evaluation(trainer)
+    assert told == {"loss": pytest.approx(loss_and_accuracy(stock_twin(trainer.model, "relu"), Rows(16, 1))[0], rel=1e-4)}
+    again = trainer.evaluate(Rows(24, 2))["eval_relu_loss"]
+    assert own_evaluation(trainer) == {"loss": again}
+    assert again != told["loss"]
+
+
+def test_what_was_not_evaluated_is_not_told(tmp_path: Path) -> None:
+    """An evaluation of an earlier step is of another network; of several sets each is told, as ReLU."""
+    sets = {"a": Rows(16, 1), "b": Rows(16, 2)}
+    trainer = hlg.LambdaGELUTrainer(converted(), arguments(tmp_path, max_steps=2), train_dataset=Rows(), eval_dataset=sets)
+    trainer.add_callback(At(lambda model: trainer.evaluate(), 1))
+    trainer.train()
+    assert set(logged(trainer, "eval_a_relu_loss")) == {1}
+    assert own_evaluation(trainer) == {}
+    found = trainer.evaluate()
+    assert own_evaluation(trainer) == {"a_loss": found["eval_a_relu_loss"], "b_loss": found["eval_b_relu_loss"]}
 
 
 @pytest.mark.parametrize(

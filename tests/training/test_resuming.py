@@ -120,3 +120,19 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     state.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"was hardening \['elsewhere'\], the model has λ-GELU at"):
         trainer_of(converted(), tmp_path / "new").train(resume_from_checkpoint=str(state.parent))
+
+
+def test_a_ramp_that_goes_on_as_a_refit(tmp_path: Path) -> None:
+    """Past the switch nothing is refit any more: half-hard gates would be hard at once, and the network another."""
+    saving = {"save_strategy": "steps", "save_steps": 9}
+    first = trainer_of(converted(), tmp_path, **saving)
+    first.add_callback(StopAfterSaving(9))
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    reached = min(hlg.hardness_profile(first.model).values())
+    again = trainer_of(converted(), tmp_path, hardness_compensate="bias", **saving)
+    with pytest.raises(
+        ValueError, match=rf"along hardness_ramp, with λ = {reached:.4g} at bert.*hardness_compensate='none'"
+    ):
+        again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 9

@@ -156,6 +156,7 @@ def test_calibrated_targets_and_checkpoints(tmp_path: Path) -> None:
             "at_switch": trainer.learned_hardness,
             "calibrated": None if name == "l1" else trainer.hardness_targets,
             "hinges": None,
+            "ramped": True,
             "processes": 1,
         }
 
