@@ -46,6 +46,7 @@ __all__ = [
     "put_compile_stance",
     "put_mode_stack",
     "pytree",
+    "share_hooks",
     "view_base",
     "was_loaded",
     "without_torch_function",
@@ -126,6 +127,28 @@ def forward_before_accelerate(model: nn.Module) -> Callable[..., Any] | None:
     """The forward that accelerate has wrapped in autocast (`Accelerator.prepare` with bf16 or fp16), None if it has not."""
     found: Callable[..., Any] | None = vars(model).get("_original_forward")
     return found
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+# whose hooks belong to a module's weights
+_ENGINES = ("hf_lambda_gelu.", "torch.distributed.", "deepspeed.", "accelerate.")
+
+
+def share_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Lets `other` have the hooks that a user has on `module`, if any; what a handle removes is gone from both."""
+    found = {name: vars(module)[name] for name in _HOOKS if name in vars(module)}
+    hooks = [hook for each in found.values() if isinstance(each, dict) for hook in each.values()]
+    if hooks and not any(str(getattr(hook, "__module__", "")).startswith(_ENGINES) for hook in hooks):
+        vars(other).update(found)
 
 
 def was_loaded(parameter: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .._compat import share_hooks
 from .block_source import source_of
 from .config import LAMBDA_KEYS, activation_attributes, get_attribute, owner_of, set_attribute
 from .config_probe import config_places, copied_configs
@@ -38,10 +39,12 @@ def own_config(model: PreTrainedModel, within: nn.Module | None = None) -> None:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place called `name`, on the device and in the train/eval mode of what was there."""
+    """Put `new` in the place called `name`, on the device, in the train/eval mode and with the hooks of what was there."""
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    new.train(getattr(parent, leaf).training)
+    before: nn.Module = getattr(parent, leaf)
+    new.train(before.training)
+    share_hooks(before, new)
     tensor = next(parent.parameters(), None)
     device = next(model.parameters(), torch.empty(0)).device if tensor is None else tensor.device
     setattr(parent, leaf, new.to(device))

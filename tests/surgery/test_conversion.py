@@ -198,3 +198,21 @@ def test_modes_are_kept() -> None:
     hlg.convert(model)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert [site.training for site in hlg.hardness_sites(model).values()] == [False, True, True]
+
+
+def test_hooks_of_an_activation_go_along() -> None:
+    """What a user's hook makes of an activation's output is part of the function; his handle takes it off again."""
+    model = tiny.build("bert-classifier")
+    batch, place = tiny.inputs(model), "bert.encoder.layer.0.intermediate.intermediate_act_fn"
+    plain = tiny.outputs(model, batch)
+    handle = model.get_submodule(place).register_forward_hook(lambda module, args, output: 3.0 * output)
+    hooked = tiny.outputs(model, batch)
+    assert tiny.relative_difference(plain, hooked) > 0.1
+    hlg.convert(model)
+    assert tiny.relative_difference(hooked, tiny.outputs(model, batch)) < 1e-6
+    with hlg.gates_as_relu(model):
+        expected = tiny.outputs(model, batch)
+    hlg.relu_ize(model, force=True)
+    assert tiny.relative_difference(expected, tiny.outputs(model, batch)) < 1e-6
+    handle.remove()
+    assert tiny.relative_difference(expected, tiny.outputs(model, batch)) > 0.1
