@@ -86,7 +86,8 @@ class SubstitutionReport:
             names = list(self.folded)
             lines.append(
                 f"{len(names)} that the model's class hard-codes stay smooth, at λ = {FOLDED_HARDNESS:g} in the weights: "
-                f"within {max(self.folded.values()):.1g} of ReLU, in units of the pre-activation   {span(names)}"
+                f"within {max(self.folded.values()):.1g} of ReLU, in units of the pre-activation   {span(names)}. Load "
+                "it in float32 or bfloat16: what enters them then overflows in float16"
             )
         if self.left:
             lines += [f"{len(self.left)} smooth activations remain"] + [f"  {item}" for item in self.left]

@@ -124,6 +124,22 @@ def test_hard_coded_is_folded(compensate: str | None, tmp_path: Path, monkeypatc
     assert tiny.relative_difference(tiny.outputs(model, batch), stock) <= 1e-5
 
 
+def test_hard_coded_in_the_dtypes_that_it_is_loaded_in(tmp_path: Path) -> None:
+    """Its pre-activations are 2¹⁴ times as large as before: float16, which ends at 65504, is warned of where it is read."""
+    model = bloom()
+    tokens = torch.randint(3, 99, (8, 24), generator=torch.Generator().manual_seed(0))
+    hlg.convert(model, hard_coded=True)
+    report = hlg.relu_ize(model, force=True)
+    folder = hlg.save_relu_pretrained(model, tmp_path / "bloom")
+    finite = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits = type(model).from_pretrained(folder, dtype=dtype)(tokens).logits
+        finite[dtype] = bool(logits.isfinite().all())
+    assert finite == {torch.float32: True, torch.bfloat16: True, torch.float16: False}
+    assert "Load it in float32 or bfloat16" in str(report)
+    assert "Load it in float32 or bfloat16" in (folder / "README.md").read_text()
+
+
 def test_hard_coded_that_cannot_be_folded() -> None:
     """Half precision overflows at λ = 2¹⁴: refused, and λ and weights are as they were."""
     model = bloom().half()
