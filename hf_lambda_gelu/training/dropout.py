@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 _TORCH = "torch.nn.modules.dropout"
+_WITH_MODES = (_BatchNorm, nn.RNNBase)  # which learn in train mode alone
 
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Within the block no module of `model` drops anything; afterwards each does as before. The config stays as it is.
 
-    Probabilities are known by their names (`attention_dropout`, `drop_prob`, `layerdrop`), and `p` of torch's own modules.
-    The few models that read them from the config while they run (Falcon, GPT-J, GPT-Neo, Persimmon) go on dropping there.
+    Nor does one augment its inputs (SpecAugment, DINOv3's positions, a router's jitter): modules stay in eval mode whatever
+    mode the model is put into. In train mode are the model itself, batch norms, and what has gradient checkpointing.
+    There probabilities are known by their names (`attention_dropout`, `drop_prob`, `layerdrop`), and `p` of torch's own
+    modules. The few models that read them from the config there (Falcon, GPT-J, GPT-Neo, Persimmon) go on dropping.
     """
+    still = [
+        m
+        for m in model.modules()
+        if m is not model and not isinstance(m, _WITH_MODES) and not hasattr(m, "gradient_checkpointing")
+    ]
     found = [
         (module, name, value)
         for module in model.modules()
@@ -24,9 +34,22 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
         if isinstance(value, float) and ("drop" in name or (name == "p" and type(module).__module__ == _TORCH))
     ]
     try:
+        for module in still:
+            vars(module)["train"] = MethodType(_stay_in_eval, module)
         for module, name, _ in found:
             setattr(module, name, 0.0)
         yield
     finally:
+        for module in still:
+            vars(module).pop("train", None)
+            module.training = model.training
         for module, name, value in found:
             setattr(module, name, value)
+
+
+def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
+    """In the place of `train`: the modules inside get the mode, as far as they take it."""
+    for child in module.children():
+        child.train(mode)
+    module.training = False
+    return module

@@ -194,6 +194,20 @@ def test_nothing_is_dropped(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, learned[1][key]) for key, value in learned[0].items())
 
 
+def test_nothing_is_augmented(tmp_path: Path) -> None:
+    """SpecAugment masks what a student hears in train mode alone, which the teacher hears: a student learns as without."""
+    learned = []
+    for augmented in (False, True):
+        masks = {"mask_time_prob": 0.5, "mask_time_length": 2, "apply_spec_augment": augmented}
+        student, teacher = d.pair("wav2vec2", **masks)
+        rows = [{"input_values": torch.randn(400, generator=torch.Generator().manual_seed(i))} for i in range(12)]
+        d.trainer(student, teacher, tmp_path, rows, train_sampling_strategy="sequential").train()
+        assert "train" not in vars(student.wav2vec2)
+        assert student.wav2vec2.training == student.training
+        learned.append(student.state_dict())
+    assert all(torch.equal(value, learned[1][key]) for key, value in learned[0].items())
+
+
 def test_mixed_precision(tmp_path: Path) -> None:
     """Under bf16 both run in it, and the loss is fp32's to its precision; the weights stay fp32."""
     losses = {}
