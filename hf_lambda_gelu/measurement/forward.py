@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._compat import forward_before_accelerate, pytree
+from .._compat import attention_implementations, forward_before_accelerate, pytree
 from ..structure import random_state
 from ..structure.autocast import Autocast
 from ..structure.config import config_of
@@ -130,8 +130,8 @@ def in_own_precision(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_accelerate(model: nn.Module) -> Iterator[None]:
-    """Within the block, the model's forward is the one that accelerate has wrapped in autocast, if it has."""
-    wrapped, own = vars(model).get("forward"), forward_before_accelerate(model)
+    """Within the block, the model's forward is the one that accelerate has wrapped in autocast, if it runs without."""
+    wrapped, own = vars(model).get("forward"), None if _wants_half(model) else forward_before_accelerate(model)
     if own is not None:
         vars(model)["forward"] = own
     try:
@@ -139,6 +139,13 @@ def _without_accelerate(model: nn.Module) -> Iterator[None]:
     finally:
         if own is not None:
             vars(model)["forward"] = wrapped
+
+
+def _wants_half(model: nn.Module) -> bool:
+    """Whether its attention takes half precision alone, which its weights do not have."""
+    weight = next((parameter for parameter in model.parameters() if parameter.dim() > 1), None)
+    whole = weight is not None and weight.dtype in (torch.float32, torch.float64)
+    return whole and any("flash" in name for name in attention_implementations(model).values())
 
 
 def random_state_kept(model: nn.Module | None) -> contextlib.AbstractContextManager[None]:

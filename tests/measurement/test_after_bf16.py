@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.measurement.forward import evaluating
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +60,18 @@ def test_as_llama() -> None:
     model = Qwen2ForCausalLM(Qwen2Config(num_attention_heads=4, num_key_value_heads=2, **sizes))
     Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
     assert type(hlg.as_llama(model)).__name__ == "LlamaForCausalLM"
+
+
+def test_attention_that_takes_half_precision_alone() -> None:
+    """A model with flash attention and weights in fp32 runs in autocast or not at all: it keeps what it has."""
+    model = classifier()
+    Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    wrapped = model.forward
+    with evaluating(model):
+        assert model.forward != wrapped
+    model.config._attn_implementation = "flash_attention_2"
+    with evaluating(model):
+        assert model.forward == wrapped
 
 
 def test_the_switch_computes_as_its_run(tmp_path: Path) -> None:
