@@ -82,6 +82,17 @@ def _check_adapters(args: LambdaGELUTrainingArguments, model: nn.Module) -> None
         )
 
 
+def check_reference(args: TrainingArguments) -> None:
+    """Raises ValueError where TRL takes its reference from the model by switching adapters off: that has the run's λ."""
+    beta = getattr(args, "beta", 0.0)
+    if beta and not getattr(args, "precompute_ref_log_probs", False):
+        raise ValueError(
+            f"beta={beta:g} holds the model against a reference, which is the model itself without its adapters, and so has "
+            "its λ: it would harden in the course of the run, without a training. Set precompute_ref_log_probs=True, pass a "
+            "ref_model of its own, or set beta=0.0, whichever of these the trainer takes"
+        )
+
+
 def _check_alike(model: nn.Module, reference: nn.Module) -> None:
     """TRL mixes parameters by their order, after hundreds of steps: then it is late to see that there are others."""
     if [p.shape for p in model.parameters()] != [p.shape for p in reference.parameters()]:

@@ -31,7 +31,7 @@ from .resuming import before_a_save, checkpoint_to_resume
 from .run_checks import check_name
 from .second_evaluation import evaluate_twice, without_a_trace
 from .sparsity_penalty import SparsityPenalty, loss_is_scaled
-from .start_checks import check_arguments, check_same_sites, check_trainable
+from .start_checks import check_arguments, check_reference, check_same_sites, check_trainable
 from .wider import check_as_wide, check_run, layers_of, stored_hinges
 
 
@@ -92,6 +92,8 @@ class LambdaGELUTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)  # by name: subclasses' bases order theirs otherwise
         engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
         check_trainable(args, self.model, getattr(self, "ref_model", None), engine)
+        if has_adapters(self.model) and getattr(self, "ref_model", self) is None:  # TRL's take the model without them
+            check_reference(args)
         if wanted_hinges(args) is not None:
             check_run(args, engine)
         if self.model_init is None:

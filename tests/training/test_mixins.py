@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from support.training import At, StopAfterSaving, logged
@@ -137,6 +139,16 @@ def test_what_cannot_work(name: str, changes: dict[str, Any], message: str, tmp_
     """Refused when the trainer is made."""
     with pytest.raises(ValueError, match=message):
         joined(name, matrix.ours(TASKS[name].model()), tmp_path, **changes)
+
+
+def test_a_reference_that_would_harden(tmp_path: Path) -> None:
+    """With adapters TRL's reference is the model without them, λ included; what is computed beforehand has the first λ."""
+    ramp = {"hardness_compensate": "none", "hardness_switch_point": 0.25}
+    for how in ({}, {"precompute_ref_log_probs": True}):
+        model = get_peft_model(TASKS["DPOTrainer"].model(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+        hlg.convert(model)
+        with nullcontext() if how else pytest.raises(ValueError, match=r"has its λ: .*precompute_ref_log_probs=True"):
+            assert joined("DPOTrainer", model, tmp_path, **ramp, **how).ref_model is None
 
 
 def test_a_reference_that_follows(tmp_path: Path) -> None:
