@@ -1,4 +1,4 @@
-"""Training without dropout: a student with it would learn to be another function than its teacher, which has none."""
+"""Training without dropout or augmentation: with them a student would learn to be another function than its teacher."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import EvalPrediction, PreTrainedModel
 
 import hf_lambda_gelu as hlg
-from hf_lambda_gelu.training.publish import own_evaluation
+from hf_lambda_gelu.training.publish import own_evaluation, substitute_trained
 
 
 @torch.no_grad()
@@ -120,6 +120,16 @@ def test_what_a_card_says_was_measured_on_what_is_held(tmp_path: Path, best: boo
     again = trainer.evaluate(Rows(24, 2))["eval_relu_loss"]
     assert own_evaluation(trainer) == {"loss": again}
     assert again != told["loss"]
+
+
+def test_a_best_checkpoint_from_before_the_switch_was_not_refit(tmp_path: Path) -> None:
+    """As finetuning does with one that is best as ReLU: the refit that came later is not in its weights."""
+    trainer = trainer_of(converted(), tmp_path, max_steps=4, hardness_compensate="bias")
+    trainer.train()
+    assert trainer.compensation is not None
+    soft = converted(hardness=1.2)
+    assert substitute_trained(trainer, soft, force=True).compensation is None
+    assert substitute_trained(trainer, trainer.model).compensation is trainer.compensation
 
 
 def test_what_was_not_evaluated_is_not_told(tmp_path: Path) -> None:
