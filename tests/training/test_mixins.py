@@ -148,7 +148,7 @@ def test_a_reference_that_would_harden(tmp_path: Path) -> None:
         model = get_peft_model(TASKS["DPOTrainer"].model(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
         hlg.convert(model)
         with nullcontext() if how else pytest.raises(ValueError, match=r"has its λ: .*precompute_ref_log_probs=True"):
-            assert joined("DPOTrainer", model, tmp_path, **ramp, **how).ref_model is None
+            assert joined("DPOTrainer", model, tmp_path, {"ref_model": None}, **ramp, **how).ref_model is None
 
 
 def test_a_reference_that_follows(tmp_path: Path) -> None:
