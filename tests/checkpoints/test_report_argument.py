@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import CommitOperationAdd
 from support.publishing import not_proven
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, TrainerState
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.training import publish
@@ -175,11 +175,12 @@ def test_a_model_with_adapters_is_told_what_to_do(monkeypatch: pytest.MonkeyPatc
 def trainer_of(model: nn.Module) -> Any:
     """As much of a LambdaGELUTrainer as publishing reads."""
     arguments = hlg.LambdaGELUTrainingArguments("unused", report_to="none", use_cpu=True)
+    evaluation = {"eval_relu_accuracy": 0.75, "eval_accuracy": 0.5, "eval_runtime": 1.0}
     return SimpleNamespace(
         args=arguments,
         model=model,
         accelerator=SimpleNamespace(unwrap_model=lambda model: model),
-        state=SimpleNamespace(log_history=[{"eval_relu_accuracy": 0.75, "eval_accuracy": 0.5, "eval_runtime": 1.0}]),
+        state=TrainerState(global_step=3, log_history=[evaluation | {"step": 3}]),
         hub_model_id="me/m",
         processing_class=None,
         eval_dataset=None,

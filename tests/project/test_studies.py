@@ -194,7 +194,7 @@ def test_the_tables_of_the_full_size(tmp_path: Path) -> None:
         "| the paper's | – |",
     ]
     assert protocol.tasks(FULL[-1:], tuned=True).splitlines()[2:] == [
-        "| `newsgroups` | MiniLM-L6, 20 Newsgroups | 3,000 × 3 | 48 tokens | 2,000 | 5e-05, 0.0001, 0.0002 |"
+        "| `newsgroups` | MiniLM-L6, 20 Newsgroups | 3,000 × 3 | 48 tokens | 2,000 | 0.0002, 0.0004, 0.0008 |"
     ]
 
 
