@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
+from functools import partial
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,11 +22,11 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     There probabilities are known by their names (`attention_dropout`, `drop_prob`, `layerdrop`), and `p` of torch's own
     modules. The few models that read them from the config there (Falcon, GPT-J, GPT-Neo, Persimmon) go on dropping.
     """
-    still = [
-        m
-        for m in model.modules()
-        if m is not model and not isinstance(m, _WITH_MODES) and not hasattr(m, "gradient_checkpointing")
-    ]
+    asked = {  # module that stays in eval mode → the mode that it was put into
+        module: module.training
+        for module in model.modules()
+        if module is not model and not isinstance(module, _WITH_MODES) and not hasattr(module, "gradient_checkpointing")
+    }
     found = [
         (module, name, value)
         for module in model.modules()
@@ -34,21 +34,22 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
         if isinstance(value, float) and ("drop" in name or (name == "p" and type(module).__module__ == _TORCH))
     ]
     try:
-        for module in still:
-            vars(module)["train"] = MethodType(_stay_in_eval, module)
+        for module in asked:
+            vars(module)["train"] = partial(_stay_in_eval, module, asked)
         for module, name, _ in found:
             setattr(module, name, 0.0)
         yield
     finally:
-        for module in still:
+        for module, mode in asked.items():
             vars(module).pop("train", None)
-            module.training = model.training
+            module.training = mode
         for module, name, value in found:
             setattr(module, name, value)
 
 
-def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
+def _stay_in_eval(module: nn.Module, asked: dict[nn.Module, bool], mode: bool = True) -> nn.Module:
     """In the place of `train`: the modules inside get the mode, as far as they take it."""
+    asked[module] = mode
     for child in module.children():
         child.train(mode)
     module.training = False

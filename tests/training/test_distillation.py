@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from support.training import StopAfterSaving, logged
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.training.dropout import without_dropout
 
 DROPOUT = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
 NO_DROPOUT = dict.fromkeys(DROPOUT, 0.0)
@@ -206,6 +208,17 @@ def test_nothing_is_augmented(tmp_path: Path) -> None:
         assert student.wav2vec2.training == student.training
         learned.append(student.state_dict())
     assert all(torch.equal(value, learned[1][key]) for key, value in learned[0].items())
+
+
+def test_modes_are_those_that_were_asked_for() -> None:
+    """Whatever is put into train or eval mode within is in it afterwards, and the rest as it was: as of a twin."""
+    student, twin = (d.pair("bert-classifier")[0] for _ in range(2))
+    for model, block in ((student, without_dropout(student)), (twin, nullcontext())):
+        model.train()
+        model.bert.embeddings.eval()
+        with block:
+            model.bert.encoder.layer[0].eval()
+    assert [module.training for module in student.modules()] == [module.training for module in twin.modules()]
 
 
 def test_mixed_precision(tmp_path: Path) -> None:
