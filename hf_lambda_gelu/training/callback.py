@@ -22,7 +22,8 @@ from .averaging import go_on_from, to_average
 from .console import refit_line, say, switch_lines
 from .divergence import LossWatch, check_finite
 from .optimizer import HardnessUpdate
-from .run_checks import attach_to_the_run, check_engine, check_gradient, check_on_ramp, warn_if_soft
+from .retries import batch_size_now, check_not_begun_anew, not_begun_anew
+from .run_checks import attach_to_the_run, check_engine, check_gradient, check_on_ramp, warn_if_hard, warn_if_soft
 from .schedule import HardeningSchedule
 from .switch import SwitchData, calibrated_targets, check_calibratable, l1_targets, refit_at_switch, try_a_batch
 from .wider import check_once, check_optimizer, check_run, forget
@@ -59,6 +60,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self._clipping: HardnessUpdate | None = None
         self._gradient_seen = False
         self._floor: dict[str, float] = {}  # λ of a run that was resumed after its switch
+        self._set: dict[str, float] = {}  # λ as last set, while a run is past its switch
         self.ramped: bool | None = None  # whether λ follows a ramp from the switch on; None before
         self.refit: CompensationReport | None = None  # in this process; a resumed run has the weights, not the report
         self.hinges: HingeReport | None = None  # of layers that the switch made wider
@@ -89,6 +91,10 @@ class HardeningCallback(TrainerCallback, ExportableState):
         attributes = stored_attributes(state)
         if wanted_hinges(self.settings(args)) is not None and not state.global_step:
             check_once(kwargs["model"], self.hinges)
+        if self._set:
+            check_not_begun_anew(hardness_profile(kwargs["model"]), self._set, args, state)
+        wanted = (self.targets(run, kwargs["model"]) if self.at_switch else {}) or l1_targets(kwargs["model"], run)
+        self._set = {}
         self.at_switch = attributes.get("at_switch")
         self.calibrated = attributes.get("calibrated")  # absent in older checkpoints, as the next ones
         self.ramped = attributes.get("ramped")
@@ -114,6 +120,8 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self._floor = hardness_profile(kwargs["model"]) if self.at_switch is not None else {}
         if self.ramped and run.hardness_compensate != "none":
             check_on_ramp(self._floor, self.targets(run, kwargs["model"]), run.hardness_compensate)
+        if self.at_switch is None:
+            warn_if_hard(hardness_profile(kwargs["model"]), wanted, state)
         self._clipping = attach_to_the_run(kwargs["optimizer"], kwargs["model"])
         self._apply(run, state, **kwargs)
 
@@ -138,6 +146,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._clipping is not None:
             self._clipping.remove()
+        self._set = {}
         check_finite(kwargs["model"], state, args, weights=True)
         cast("dict[str, Any]", state.stateful_callbacks)[type(self).__name__] = self.state()  # for trainer.save_state()
         targets = self.targets(self.settings(args), kwargs["model"])
@@ -157,7 +166,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         schedule = HardeningSchedule(state.max_steps, args.hardness_switch_point, hold, args.hardness_ramp)
         if schedule.learning(state.global_step) and self.at_switch is None:
             return  # a run that goes on for more steps than were meant does not learn again
-        data = SwitchData(train_dataloader.dataset, train_dataloader.collate_fn, self.inputs)
+        data = self._data(args, state, train_dataloader)
         switching = self.at_switch is None
         if self.at_switch is None:
             check_finite(model, state, args, self.losses, weights=True)
@@ -165,9 +174,11 @@ class HardeningCallback(TrainerCallback, ExportableState):
             self.at_switch = hardness_profile(model)
             self.ramped = ramp
         if args.hardness_target == "calibrated" and self.calibrated is None:
-            self.calibrated = calibrated_targets(model, args, data)
+            with not_begun_anew(args):
+                self.calibrated = calibrated_targets(model, args, data)
         if switching and not ramp:
-            refit = refit_at_switch(model, args, data)
+            with not_begun_anew(args):
+                refit = refit_at_switch(model, args, data)
             self.refit, self.hinges = refit.report, refit.hinges
             forget(optimizer, refit.reshaped)
             logger.info(str(self.refit) if self.hinges is None else f"{self.hinges}\n{self.refit}")
@@ -179,14 +190,20 @@ class HardeningCallback(TrainerCallback, ExportableState):
         for name, site in hardness_sites(model).items():
             start = self.at_switch[name]
             ramped = schedule.hardness(state.global_step, start, targets[name]) if ramp else targets[name]
-            site.set_hardness(max(start, ramped, self._floor.get(name, 1.0)))
+            self._set[name] = max(start, ramped, self._floor.get(name, 1.0))
+            site.set_hardness(self._set[name])
         sites = hardness_sites(model).values()
         go_on_from(optimizer, None if switching else [site.unclipped_hardness for site in sites])
 
-    def try_a_batch(self, args: LambdaGELUTrainingArguments, model: nn.Module, loader: DataLoader[Any]) -> None:
+    def try_a_batch(
+        self, args: LambdaGELUTrainingArguments, state: TrainerState, model: nn.Module, loader: DataLoader[Any]
+    ) -> None:
         """CalibrationError if the switch is still to come and could not use a batch; see `switch.try_a_batch`."""
         if self.at_switch is None:
-            try_a_batch(model, args, SwitchData(loader.dataset, loader.collate_fn, self.inputs))
+            try_a_batch(model, args, self._data(args, state, loader))
+
+    def _data(self, args: TrainingArguments, state: TrainerState, loader: DataLoader[Any]) -> SwitchData:
+        return SwitchData(loader.dataset, loader.collate_fn, self.inputs, batch_size_now(args, state))
 
     def targets(self, args: LambdaGELUTrainingArguments, model: nn.Module) -> dict[str, float]:
         """{module name: the λ to ramp to}; empty while it is still to be calibrated."""

@@ -18,7 +18,7 @@ from ..surgery.refit.report import CompensationReport
 from .arguments import Hardening, LambdaGELUTrainingArguments, check_hardening
 from .callback import HardeningCallback, as_it_is, stored_attributes
 from .first_step import FirstUpdate
-from .start_checks import check_generation
+from .start_checks import check_generation, warn_if_frozen
 from .wider import layers_of
 
 _REMEDY = "optimizers=(torch.optim.AdamW(hlg.parameter_groups(model), lr=…), None)"
@@ -143,7 +143,7 @@ class HardnessCallback(HardeningCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if self.at_switch is None:
             layers_of(model, self.settings(args), give_biases=False)
-        self.try_a_batch(self.settings(args), model, kwargs["train_dataloader"])
+        self.try_a_batch(self.settings(args), state, model, kwargs["train_dataloader"])
         self._watch = FirstUpdate(model)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -195,6 +195,7 @@ class HardnessCallback(HardeningCallback):
                 "place of yours: leave it False, HardnessCallback reads its state by itself"
             )
         check_generation(args)
+        warn_if_frozen(model)
         _check_groups(optimizer, model)
 
 

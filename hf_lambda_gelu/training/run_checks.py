@@ -111,6 +111,22 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [site.unclipped_hardness for site in sites if site.unclipped_hardness.requires_grad]
 
 
+def warn_if_hard(profile: Mapping[str, float], targets: Mapping[str, float], state: TrainerState) -> None:
+    """Says so if a run that is to learn λ begins with every λ at its target: there is nothing left to learn.
+
+    Args:
+        targets: of the earlier run of this trainer; without one, of this one.
+    """
+    if not profile or any(value < 0.999 * targets.get(name, math.inf) for name, value in profile.items()):
+        return
+    if state.is_world_process_zero:
+        name = min(profile, key=lambda each: profile[each])
+        logger.warning(
+            f"every λ is at its target already (an earlier run, or harden), the softest {profile[name]:.4g} at {name}: "
+            "the gates are hard from the first step of this run, and it learns nothing of λ"
+        )
+
+
 def warn_if_soft(model: nn.Module, targets: Mapping[str, float], state: TrainerState, switched: bool) -> None:
     """Says so if the run has ended before λ reached its targets.
 

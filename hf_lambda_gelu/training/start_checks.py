@@ -60,6 +60,7 @@ def check_trainable(
         )
     if has_adapters(model):
         _check_adapters(args, model)
+    warn_if_frozen(model)
     if getattr(args, "sync_ref_model", False) and reference is not None:
         _check_alike(model, reference)
     if args.sparsity_penalty:
@@ -74,12 +75,19 @@ def _check_adapters(args: LambdaGELUTrainingArguments, model: nn.Module) -> None
             "do not hold: set hardness_compensate='none', for a ramp, or merge after training and substitute by "
             "relu_ize(model, calibration=…, compensate='least_squares')"
         )
+
+
+def warn_if_frozen(model: nn.Module) -> None:
+    """Says which λ are not learned, as a backbone is frozen after `convert`, and what to do."""
     frozen = [name for name, site in hardness_sites(model).items() if not site.unclipped_hardness.requires_grad]
     if frozen:
-        logger.warning(
-            f"λ of {len(frozen)} sites is frozen, {frozen[0]} the first: PEFT freezes what is there when it wraps a "
-            "model. To learn λ, call convert after it"
+        way = (
+            "PEFT freezes what is there when it wraps a model. To learn λ, call convert after it"
+            if has_adapters(model)
+            else "it is not learned there, and goes to its target at the switch all the same. To learn λ where weights are "
+            "frozen: for site in hlg.hardness_sites(model).values(): site.requires_grad_(True)"
         )
+        logger.warning(f"λ of {len(frozen)} sites is frozen, {frozen[0]} the first: {way}")
 
 
 def check_reference(args: TrainingArguments) -> None:

@@ -29,6 +29,7 @@ from ..structure.transaction import transaction
 from ..surgery.hardening import HardRefit, refit_for_hard_gates, rehearse_refit
 from ..surgery.refit.report import Compensate
 from .arguments import LambdaGELUTrainingArguments, wanted_hinges
+from .retries import wants_smaller_batches
 
 logger = logging.get_logger(__name__)
 
@@ -57,22 +58,24 @@ class SwitchData:
         dataset: with length and index, its columns reduced to those that the model takes.
         collate: makes a batch of examples.
         inputs: batch → the batches of what the model's forward takes, see `LambdaGELUTrainer.calibration_inputs`.
+        batch_size: examples in a batch.
     """
 
     dataset: Dataset[Any]
     collate: Callable[[list[Any]], Any]
     inputs: Callable[[Any], Iterable[Any]]
+    batch_size: int
 
-    def share(self, args: LambdaGELUTrainingArguments, examples: int, team: Team) -> Iterator[Any]:
+    def share(self, examples: int, team: Team) -> Iterator[Any]:
         """This process's share of `batches`; each process makes them all, as collators may draw random numbers."""
-        return itertools.islice(self.batches(args, examples), team.rank, None, team.size)
+        return itertools.islice(self.batches(examples), team.rank, None, team.size)
 
-    def batches(self, args: LambdaGELUTrainingArguments, examples: int) -> Iterator[Any]:
+    def batches(self, examples: int) -> Iterator[Any]:
         """Batches of up to so many examples, spread evenly over the data set."""
         length = len(cast("Sized", self.dataset))  # `check_calibratable` has seen to it
         count = min(examples, length)
         chosen = Subset(self.dataset, [i * length // count for i in range(count)])
-        for batch in DataLoader(chosen, args.per_device_train_batch_size, collate_fn=_own_copy(self.collate)):
+        for batch in DataLoader(chosen, self.batch_size, collate_fn=_own_copy(self.collate)):
             yield from self.inputs(batch)
 
 
@@ -90,12 +93,13 @@ def try_a_batch(model: nn.Module, args: LambdaGELUTrainingArguments, data: Switc
     try:
         with random_numbers_from(args.seed, args.device):
             with measuring(model, in_run=True), torch.no_grad():
-                run_batch(model, next(model_batches(model, data.batches(args, args.per_device_train_batch_size))), 0)
+                run_batch(model, next(model_batches(model, data.batches(data.batch_size))), 0)
             if args.hardness_compensate != "none":
                 count = min(refit_examples(args), len(cast("Sized", data.dataset)))
-                batches = data.batches(args, args.per_device_train_batch_size)
-                left = rehearse_refit(model, batches, wanted_hinges(args), count)
+                left = rehearse_refit(model, data.batches(data.batch_size), wanted_hinges(args), count)
     except CalibrationError as error:
+        if wants_smaller_batches(args, error.__cause__):
+            raise cast(Exception, error.__cause__) from None  # nothing has changed yet
         raise CalibrationError(
             f"the switch at {args.hardness_switch_point:g} of the run will measure or refit the model on training batches, "
             f"and cannot: {error}. Override LambdaGELUTrainer.calibration_inputs, or give HardnessCallback one, which makes "
@@ -121,7 +125,7 @@ def calibrated_targets(model: nn.Module, args: LambdaGELUTrainingArguments, data
     """
     team = _team(model, args)
     with random_numbers_from(args.seed, args.device):
-        report = calibrate_by(model, data.share(args, CALIBRATION_EXAMPLES, team), team, in_run=True)
+        report = calibrate_by(model, data.share(CALIBRATION_EXAMPLES, team), team, in_run=True)
     targets = l1_targets(model, args)
     targets |= {site.name: site.target_hardness(args.hardness_relative_tolerance) for site in report.sites if site.count}
     return team.given(0, targets, "the targets of all sites")  # another device may round otherwise
@@ -141,7 +145,7 @@ def refit_at_switch(model: nn.Module, args: LambdaGELUTrainingArguments, data: S
     """
     team, method = _team(model, args), cast("Compensate", args.hardness_compensate)
     with random_numbers_from(args.seed, args.device), team.whole():
-        return refit_for_hard_gates(model, data.share(args, refit_examples(args), team), method, wanted_hinges(args), team)
+        return refit_for_hard_gates(model, data.share(refit_examples(args), team), method, wanted_hinges(args), team)
 
 
 def _team(model: nn.Module, args: LambdaGELUTrainingArguments) -> Team:

@@ -173,7 +173,7 @@ class LambdaGELUTrainer(Trainer):
         if self._sites_run:
             return step()
         loader = cast("DataLoader[Any]", self.callback_handler.train_dataloader)  # while a Trainer runs
-        self._hardening.try_a_batch(self.args, self.model, loader)
+        self._hardening.try_a_batch(self.args, self.state, self.model, loader)
 
         def rerun() -> Any:
             with without_a_trace(self):

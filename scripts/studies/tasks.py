@@ -188,7 +188,7 @@ _FULL = {  # training and test examples, all there are but of the pictures, and 
     "movies": (6041, 2000, (5e-5, 1e-4, 2e-4)),
     "amazon": (1421, 1006, (5e-5, 1e-4, 2e-4)),
     "r8": (4980, 2189, (1e-4, 2e-4, 4e-4)),
-    "fashion": (6000, 5000, (2e-5, 5e-5, 1e-4)),
+    "fashion": (6000, 5000, (1e-5, 2e-5, 5e-5)),
 }
 _NEWSGROUPS = ("minilm", "newsgroups")
 FULL = (

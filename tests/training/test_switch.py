@@ -183,9 +183,9 @@ def compared(model, args, data):  # with one process on all batches, which no ot
     report = refit(model, args, data)
     targets = callback.calibrated_targets(model, args, data)
     engine.decide = decide
-    found = hlg.calibrate(model, data.batches(args, 64)).targets(args.hardness_relative_tolerance)
+    found = hlg.calibrate(model, data.batches(64)).targets(args.hardness_relative_tolerance)
     targets_apart.append(max(abs(targets[site] / found[site] - 1) for site in found))
-    refit_for_hard_gates(alone, data.batches(args, 300), "least_squares")
+    refit_for_hard_gates(alone, data.batches(300), "least_squares")
     for a, b in zip(alone.parameters(), model.parameters()):
         apart.append(float((a - b).double().norm() / a.double().norm()))
     return report

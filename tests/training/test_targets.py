@@ -112,7 +112,7 @@ def test_calibrated_targets_do_not_depend_on_the_random_state() -> None:
         model.train(seed == 2)
         args = hlg.LambdaGELUTrainingArguments(use_cpu=True)
         wrapped = RemoveColumnsCollator(collator, ["input_ids", "labels"])
-        found.append(calibrated_targets(model, args, SwitchData(NoisyRows(), wrapped, lambda batch: [batch])))
+        found.append(calibrated_targets(model, args, SwitchData(NoisyRows(), wrapped, lambda batch: [batch], 8)))
     assert found[0] == found[1]
     assert torch.equal(collator.generator.get_state(), Masking().generator.get_state())
 
