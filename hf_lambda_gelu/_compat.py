@@ -38,7 +38,6 @@ __all__ = [
     "function_modes",
     "functorch_active",
     "generation_config_in_config",
-    "has_peft_config",
     "is_compiled",
     "jit_traces",
     "mode_stack",
@@ -154,11 +153,6 @@ def share_hooks(module: nn.Module, other: nn.Module) -> None:
 def was_loaded(parameter: Tensor) -> bool:
     """Whether `from_pretrained` found the parameter in the checkpoint."""
     return bool(getattr(parameter, "_is_hf_initialized", False))
-
-
-def has_peft_config(model: nn.Module) -> bool:
-    """Whether transformers has put PEFT's adapters into the model (`load_adapter`, `add_adapter`)."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def attention_implementations(model: nn.Module) -> dict[str, str]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..activation.module import hardness_sites
 from ..structure.config_probe import hard_coded_sites
-from ..structure.modules import has_adapters
+from ..structure.modules import has_adapters, how_to_merge
 from ..structure.own_code import LAMBDA_CODE, auto_classes
 from ..structure.transaction import transaction
 from .folders import check_new, whole_folder
@@ -49,7 +49,7 @@ def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str], *, ov
     if not hardness_sites(model):
         raise ValueError(f"{name} has no λ-GELU: save_pretrained does, without any code")
     if has_adapters(model):
-        raise ValueError(f"{name} has adapters: model = model.merge_and_unload() first")
+        raise ValueError(f"{name} has adapters: {how_to_merge(model)}")
     free = hard_coded_sites(model)
     if free:
         raise ValueError(f"a reload cannot build λ-GELU at {free[0]}, which the class hard-codes: fold(model) instead")

@@ -15,7 +15,7 @@ from ..activation.module import hardness_sites
 from ..measurement.plots import plot_hardness
 from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import governed_modules, other_activations
-from ..structure.modules import has_adapters
+from ..structure.modules import adapted_layer, has_adapters, how_to_merge
 from ..structure.offloading import check_not_offloaded
 from ..structure.other_runtimes import runtime_warnings
 from ..structure.sharding import check_whole
@@ -129,7 +129,7 @@ def _check_not_loaded_compressed(model: PreTrainedModel) -> None:
         )
 
 
-def report_left_on(model: PreTrainedModel) -> SubstitutionReport | None:
+def report_left_on(model: nn.Module) -> SubstitutionReport | None:
     """The report that `relu_ize` left on the model itself; None where the model did not come from it."""
     return getattr(model, "_relu_report", None)
 
@@ -169,9 +169,10 @@ def write_card(
 def check_relu(model: PreTrainedModel) -> None:
     """Raises ValueError unless the gates of `model` that its config governs are ReLU, and every tensor is finite."""
     if has_adapters(model):
+        layer = adapted_layer(model)
         raise ValueError(
-            f"{type(model).__name__} has adapters, without which stock transformers would load it: model = "
-            "model.merge_and_unload() first"
+            f"{type(model).__name__} has adapters or prompts{f' ({layer}, for one)' if layer else ''}, without which stock "
+            f"transformers would load it: {how_to_merge(model)}"
         )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(

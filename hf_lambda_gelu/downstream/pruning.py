@@ -19,9 +19,9 @@ from ..structure.feed_forward import Blocks, FeedForward
 from ..structure.feed_forward_search import feed_forwards
 from ..structure.linear_calls import Key, LinearCall
 from ..structure.linear_maps import watch_linears
-from ..structure.modules import has_adapters, joined, quantised_weight, transformers_parts
+from ..structure.modules import joined, quantised_weight, transformers_parts
 from ..structure.transaction import transaction
-from ..structure.usable import check_usable
+from ..structure.usable import check_base_alone, check_usable
 from ..structure.widths import misfit, set_width, widths
 from .relu_sites import relu_sites
 
@@ -129,8 +129,7 @@ def prune_dead_units(model: nn.Module, batches: Iterable[Any]) -> PruningReport:
     sites = relu_sites(model)
     if (quantised := quantised_weight(model)) is not None:
         raise ValueError(f"{quantised} is quantised, so that no units can be taken out of it: prune first, then quantise")
-    if has_adapters(model):
-        raise ValueError("the model has adapters, which share the units of its maps: merge_and_unload() them first")
+    check_base_alone(model, "pruning")
     stream = model_batches(model, progress(batches, "looking for dead units"))
     with measuring(model):
         first = next(stream)

@@ -20,7 +20,7 @@ from transformers.activations import ACT2CLS, ACT2FN
 
 from ..activation.module import hardness_sites
 from .config import LAMBDA_KEYS, STOCK_KEYS, activation_attributes, owner_of, reloaded_value
-from .modules import joined, named_modules, transformers_parts
+from .modules import held_names, joined, named_modules, transformers_parts
 
 _PIECEWISE_LINEAR = ("relu", "relu6", "leaky_relu", "prelu", "linear")
 _PROBES = itertools.count()  # each probe has a key of its own: another thread may be probing too
@@ -141,7 +141,7 @@ def _governed(model: PreTrainedModel, path: str, value: str) -> Governed:
         if holders:  # Mamba's convolutions: kernels that know the name "silu", and something else for any other
             failure = f"{holders[0]} keeps its name, for code that may do something else than look it up"
             return Governed(path, value, (), failure, kept=True)
-        return Governed(path, value, tuple(names))
+        return Governed(path, value, tuple(held_names(model, names)))
     except (MemoryError, OSError):  # says nothing of the modelling code
         raise
     except Exception as error:  # modelling code of its own kind (openai-gpt has its own table): not ours to crash on

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 from transformers import PreTrainedModel, activations
 
-from .._compat import has_peft_config
 from ..activation.module import LambdaGELU
 from .computed_base import computed_base
 from .config import STOCK_KEYS
@@ -56,8 +55,55 @@ def transformers_parts(model: nn.Module) -> dict[str, PreTrainedModel]:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether PEFT has put adapters into the model: its checkpoints then hold these alone."""
-    return hasattr(model, "merge_and_unload") or has_peft_config(model)
+    """Whether PEFT has put adapters into the model, or prompts before it: its checkpoints then hold these alone.
+
+    Known by modules of PEFT's, however they came there: `get_peft_model`, `inject_adapter_in_model`, `add_adapter`.
+    """
+    return _of_peft(model) is not None
+
+
+def adapted_layer(model: nn.Module) -> str | None:
+    """The first layer with an adapter, by name and class; None where base weights alone compute: prompts stand before them."""
+    return _of_peft(model.get_base_model() if hasattr(model, "get_base_model") else model)  # type: ignore[operator]
+
+
+def how_to_merge(model: nn.Module) -> str:
+    """What to do where a model must be without adapters."""
+    if hasattr(model, "merge_and_unload"):
+        return "model = model.merge_and_unload() first"
+    return (
+        "first model = PeftModel.from_pretrained(base, folder of the adapters).merge_and_unload(). Prompts cannot be merged: "
+        "do it with the base, without them, and then PeftModel.from_pretrained(base, folder of the prompts)"
+    )
+
+
+def _of_peft(model: nn.Module) -> str | None:
+    for name, module in model.named_modules():
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+            return f"{name or 'the model'}, a {type(module).__name__}"
+    return None
+
+
+def held_names(model: nn.Module, built: Iterable[str]) -> list[str]:
+    """The names under which the model holds what its class builds under the names `built`.
+
+    Of what an adapter trains whole, `modules_to_save`, PEFT keeps the original and a copy for each adapter.
+    """
+    names = list(built)
+    for wrapper, module in model.named_modules():
+        copies = getattr(module, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict):
+            inside = ("original_module", *(f"modules_to_save.{adapter}" for adapter in copies))
+            names = [
+                held
+                for name in names
+                for held in (
+                    [f"{wrapper}.{place}{name.removeprefix(wrapper)}" for place in inside]
+                    if name.startswith(f"{wrapper}.")
+                    else [name]
+                )
+            ]
+    return names
 
 
 def quantised_weight(model: nn.Module) -> str | None:

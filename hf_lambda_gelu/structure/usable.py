@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .modules import adapted_layer, how_to_merge
+
 
 def check_usable(model: nn.Module, error: type[ValueError] = ValueError) -> None:
     """Raises `error` where a model cannot be edited or refit, before anything is changed.
@@ -23,3 +25,17 @@ def check_usable(model: nn.Module, error: type[ValueError] = ValueError) -> None
                 f"{name} was made within torch.inference_mode(), so it can be neither trained nor changed in place: load or "
                 f"build the model outside of it, or replace its tensors by clones made outside"
             )
+
+
+def check_base_alone(model: nn.Module, what: str, error: type[ValueError] = ValueError) -> None:
+    """Raises `error` where adapters stand in the layers whose weights are to be changed.
+
+    The base is shared by all adapters, and is what is left when they are off. Weights that suit those in effect are wrong
+    for the others and for none, and adapters' files do not hold them.
+    """
+    layer = adapted_layer(model)
+    if layer is not None:
+        raise error(
+            f"the model has adapters in its layers ({layer}, for one), and {what} changes base weights, which adapters' files "
+            f"do not hold, and which are wrong for other adapters or none: {how_to_merge(model)}"
+        )

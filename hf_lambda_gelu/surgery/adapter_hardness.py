@@ -14,6 +14,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from ..activation.module import hardness_sites
+from ..structure.modules import has_adapters
 from ..structure.transaction import keep, transaction
 
 FILE = "lambda_gelu_hardness.safetensors"
@@ -22,8 +23,8 @@ logger = logging.get_logger(__name__)
 
 
 def save_hardness_with_adapters(model: nn.Module) -> None:
-    """Lets this model's `save_pretrained`, and what calls it, write λ too; twice is once."""
-    if "save_pretrained" not in vars(model) and hasattr(model, "save_pretrained"):
+    """Lets `save_pretrained` of a model with adapters, and what calls it, write λ too; twice is once."""
+    if has_adapters(model) and "save_pretrained" not in vars(model) and hasattr(model, "save_pretrained"):
         vars(model)["save_pretrained"] = types.MethodType(_save_pretrained, model)  # a copy's is bound to the copy
 
 
@@ -33,7 +34,13 @@ def _save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], *
         Path(save_directory, FILE).unlink(missing_ok=True)  # a stop leaves no λ there, rather than that of other adapters
     saved = cls.save_pretrained(model, save_directory, *args, **kwargs)
     sites = hardness_sites(model)
-    if sites and kwargs.get("is_main_process", True):
+    if not sites:
+        logger.warning_once(
+            "the adapters' files do not hold what has become of their base, which has no λ-GELU any more: on the base as it is "
+            "loaded they are part of another network. Save the whole: merge_and_unload(), then save_relu_pretrained; of "
+            "prompts, which cannot be merged, the base too"
+        )
+    elif kwargs.get("is_main_process", True):
         save_file(
             {name: site.hardness.detach().cpu().contiguous() for name, site in sites.items()},
             Path(save_directory, FILE),
@@ -75,3 +82,4 @@ def load_hardness(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     for name, site in sites.items():
         keep(site.unclipped_hardness)
         site.set_hardness(found[name].item())
+    save_hardness_with_adapters(model)

@@ -17,7 +17,7 @@ from ..structure.config_probe import Governed, governed_modules
 from ..structure.edits import replace_module, set_activation
 from ..structure.forwards import bypassed_by_code, has_foreign_forwards, refusal
 from ..structure.kept_functions import function_of_torch_layer, stock_module
-from ..structure.modules import base_of, has_adapters, is_activation, joined, named_modules, probed_base, transformers_parts
+from ..structure.modules import base_of, is_activation, joined, named_modules, probed_base, transformers_parts
 from ..structure.offloading import check_not_offloaded
 from ..structure.smooth_activations import Unconverted, smooth_activations
 from ..structure.transaction import transaction
@@ -117,8 +117,7 @@ def convert(
         for attribute in governed[prefix]:
             conversion.governed(prefix, part, attribute)
     conversion.free(() if hard_coded else tuple(parts))
-    if has_adapters(model):
-        save_hardness_with_adapters(model)
+    save_hardness_with_adapters(model)
     return conversion.finished()
 
 

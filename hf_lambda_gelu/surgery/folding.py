@@ -29,7 +29,8 @@ from ..structure.modules import joined, quantised_weight, transformers_parts
 from ..structure.offloading import check_not_offloaded
 from ..structure.sharding import check_whole
 from ..structure.transaction import keep, transaction
-from ..structure.usable import check_usable
+from ..structure.usable import check_base_alone, check_usable
+from .adapter_hardness import save_hardness_with_adapters
 from .fold_plan import plan_fold
 from .fold_scales import Fold, Scale
 
@@ -104,6 +105,7 @@ def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None =
         for path, key in list(activation_attributes(part.config)):
             if key in LAMBDA_KEYS:
                 report.attributes[joined(prefix, path)] = _to_stock(model, part, path, key, sites.values())
+    save_hardness_with_adapters(model)
     return report
 
 
@@ -122,6 +124,7 @@ def _foldable_sites(model: nn.Module, only: Collection[str] | None) -> dict[str,
         sites = {name: site for name, site in sites.items() if name in only}
     if not sites:
         raise ValueError(f"{type(model).__name__} has no λ-GELU to fold: call convert(model) first")
+    check_base_alone(model, "fold", FoldError)
     check_not_offloaded(model)
     if any(tensor.is_meta for tensor in model.parameters()):
         raise ValueError("the model is on the meta device, where weights have no values: load them first")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from ..measurement.forward import call, main_output, measuring
-from ..structure.modules import has_adapters, quantised_weight
+from ..structure.modules import has_adapters, how_to_merge, quantised_weight
 from ..structure.offloading import check_not_offloaded
 from ..structure.transaction import transaction
 
@@ -85,7 +85,7 @@ def _class(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 def _check_weights(model: PreTrainedModel) -> None:
     if has_adapters(model):
-        raise ValueError(f"{type(model).__name__} has adapters: model = model.merge_and_unload() first")
+        raise ValueError(f"{type(model).__name__} has adapters: {how_to_merge(model)}")
     quantised = quantised_weight(model)
     if quantised is not None:
         raise ValueError(f"{quantised} is quantised: make a Llama of the model first, then quantise that")

@@ -17,7 +17,7 @@ from ..structure.modules import quantised_weight
 from ..structure.offloading import check_not_offloaded
 from ..structure.sharding import check_by_blocks, check_whole, is_cut_by_fsdp2, is_sharded
 from ..structure.smooth_activations import smooth_activations
-from ..structure.usable import check_usable
+from ..structure.usable import check_base_alone, check_usable
 from .gates import SoftGateError
 from .refit.report import Compensate
 from .report import SubstitutedSite
@@ -80,6 +80,8 @@ def check_substitutable(
     """The sites with their λ; ValueError if this model cannot be substituted, or not as it is asked for."""
     check_usable(model)
     check_options(calibration, compensate)
+    if compensate is not None:
+        check_base_alone(model, f"compensate={compensate!r}")
     quantised = quantised_weight(model)
     if compensate is not None and quantised is not None:
         raise ValueError(f"{quantised} is quantised and cannot be refit: substitute first, then quantise the ReLU model")

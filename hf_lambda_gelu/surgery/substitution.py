@@ -23,9 +23,10 @@ from ..reports import length
 from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import hard_coded_sites
 from ..structure.edits import replace_everywhere, set_activation
-from ..structure.modules import has_adapters, joined, transformers_parts
+from ..structure.modules import joined, transformers_parts
 from ..structure.smooth_activations import smooth_activations
 from ..structure.transaction import keep, transaction
+from .adapter_hardness import save_hardness_with_adapters
 from .folding import fold
 from .gates import SoftGateError, gates_as_relu
 from .hinges.wanted import Wanted, check_hinges
@@ -136,6 +137,7 @@ def _relu_ized(
         _measure(model, report, asked, [] if force else [site.name for site in soft])
     check_same_weights(team, model)
     _attach_report(model, report)
+    save_hardness_with_adapters(model)
     return report
 
 
@@ -161,7 +163,7 @@ def _refit(
                 name, reason = next(iter(report.compensation.uncompensated.items()))
                 raise SoftGateError(
                     f"{refused} gates are soft, and the map after none of the sites can be refit ({name}: {reason}). "
-                    f"{'Merge adapters before; else ' if has_adapters(model) else ''}force=True substitutes all the same"
+                    "force=True substitutes all the same"
                 )
             change = _changed_by(work.networks, asked.compute_metrics)
             _note(report, change)

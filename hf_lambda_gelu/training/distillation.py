@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..checkpoints.folders import check_writable
+from ..checkpoints.save import report_left_on
 from ..measurement.forward import call, random_state_kept
 from ..structure.edits import without_caches
+from ..surgery.adapter_hardness import save_hardness_with_adapters
 from .divergence import LossWatch, check_finite
 from .dropout import without_dropout
 from .predictions import Comparison
@@ -86,6 +88,8 @@ class DistillationTrainer(Trainer):
         student_model(model)  # type: ignore[arg-type]  # which it refuses
         self.teacher = found_teacher(teacher, model, trust_remote_code)  # type: ignore[arg-type]
         super().__init__(model=model, args=args, **kwargs)
+        if report_left_on(self.model) is not None:  # the base is not what it was loaded as
+            save_hardness_with_adapters(self.model)
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if any(getattr(parallel, name, 1) > 1 for name in _PARALLEL):
             raise ValueError(

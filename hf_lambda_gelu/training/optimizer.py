@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..activation.copies import change
 from ..activation.module import LambdaGELU, hardness_sites
+from ..surgery.adapter_hardness import save_hardness_with_adapters
 from .averaging import clip, optimizers_in
 from .movement import Movement
 from .zero import deepspeed_in, groups_of
@@ -72,6 +73,8 @@ def attach_hardness_update(optimizer: Any, model: nn.Module | Iterable[LambdaGEL
         >>> round(gate.hardness.item(), 3)  # from 1, by 0.5 in λ
         1.5
     """
+    if isinstance(model, nn.Module):
+        save_hardness_with_adapters(model)
     found = hardness_sites(model).values() if isinstance(model, nn.Module) else model
     trained = [module.unclipped_hardness for module in dict.fromkeys(found) if module.unclipped_hardness.requires_grad]
     if not trained:

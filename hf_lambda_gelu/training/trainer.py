@@ -101,8 +101,7 @@ class LambdaGELUTrainer(Trainer):
         self.add_callback(_HandsInputsOn(self))
         self.add_callback(HardeningCallback())
         self.add_callback(ProfilePictures(self))
-        if has_adapters(self.model):
-            save_hardness_with_adapters(self.model)
+        save_hardness_with_adapters(self.model)
 
     @property
     def learned_hardness(self) -> dict[str, float]:

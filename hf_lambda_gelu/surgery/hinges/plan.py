@@ -18,7 +18,8 @@ from ...structure.feed_forward_search import feed_forwards
 from ...structure.hooks import Hooks
 from ...structure.linear_calls import LinearCall
 from ...structure.linear_maps import LinearMap, Parameters, watch_linears
-from ...structure.modules import has_adapters, joined, transformers_parts
+from ...structure.modules import joined, transformers_parts
+from ...structure.usable import check_base_alone
 from ...structure.widths import Width, following, rebuild, widths
 from .biases import unbiased
 from .wanted import Wanted
@@ -77,8 +78,7 @@ def plan_hinges(model: nn.Module, sites: Mapping[str, LambdaGELU], forward: Call
     Raises:
         HingeError: a layer whose width cannot be set, or none that can be wider.
     """
-    if has_adapters(model):
-        raise HingeError("the model has adapters, whose shapes follow its maps': merge_and_unload() them first")
+    check_base_alone(model, "hinges=… or budget=…", HingeError)
     blocks = feed_forwards(model, sites, forward)
     plan = Plan(single=dict(blocks.obstacles))
     found = dict(blocks.found)
