@@ -63,7 +63,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def adapted_layer(model: nn.Module) -> str | None:
-    """The first layer with an adapter, by name and class; None where base weights alone compute: prompts stand before them."""
+    """The first layer with an adapter, by name and class; None where base weights alone compute, perhaps behind prompts."""
     return _of_peft(model.get_base_model() if hasattr(model, "get_base_model") else model)  # type: ignore[operator]
 
 
@@ -72,8 +72,8 @@ def how_to_merge(model: nn.Module) -> str:
     if hasattr(model, "merge_and_unload"):
         return "model = model.merge_and_unload() first"
     return (
-        "first model = PeftModel.from_pretrained(base, folder of the adapters).merge_and_unload(). Prompts cannot be merged: "
-        "do it with the base, without them, and then PeftModel.from_pretrained(base, folder of the prompts)"
+        "first model = PeftModel.from_pretrained(base, folder of the adapters).merge_and_unload(). Prompts cannot be "
+        "merged: do it with the base, without them, and then PeftModel.from_pretrained(base, folder of the prompts)"
     )
 
 

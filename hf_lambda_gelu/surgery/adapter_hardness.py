@@ -36,8 +36,8 @@ def _save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], *
     sites = hardness_sites(model)
     if not sites:
         logger.warning_once(
-            "the adapters' files do not hold what has become of their base, which has no λ-GELU any more: on the base as it is "
-            "loaded they are part of another network. Save the whole: merge_and_unload(), then save_relu_pretrained; of "
+            "the adapters' files do not hold what has become of their base, which has no λ-GELU any more: on the base as it "
+            "is loaded they are part of another network. Save the whole: merge_and_unload(), then save_relu_pretrained; of "
             "prompts, which cannot be merged, the base too"
         )
     elif kwargs.get("is_main_process", True):

@@ -84,8 +84,8 @@ def fold(model: nn.Module, inputs: Any = None, *, only: Collection[str] | None =
 
     Raises:
         ValueError: no λ-GELU in the model, the model is on the meta device or offloaded, or no inputs can be made for it.
-        FoldError: called in torch.inference_mode, outputs that are NaN, at some site λ has nowhere to go, or the outputs
-            would change by more than 1e-5 of their largest.
+        FoldError: called in torch.inference_mode, adapters in its layers, outputs that are NaN, at some site λ has nowhere
+            to go, or the outputs would change by more than 1e-5 of their largest.
 
     In every case the model is as it was.
 

@@ -171,7 +171,7 @@ def test_base_weights_are_not_changed_under_adapters(tmp_path: Path, way: Callab
     hlg.relu_ize(model, force=True)
     with pytest.raises(ValueError, match=r"has adapters or prompts \(.*merge_and_unload"):
         hlg.save_relu_pretrained(model, tmp_path / "relu")
-    with pytest.raises(ValueError, match="has adapters in its layers.*pruning changes base weights"):
+    with pytest.raises(ValueError, match=r"has adapters in its layers.*pruning changes base weights"):
         hlg.prune_dead_units(model, batches())
     assert not list(tmp_path.iterdir())
 
@@ -184,7 +184,7 @@ def test_a_refit_under_prompts(tmp_path: Path, kind: str) -> None:
     report = hlg.relu_ize(model, calibration=batches(12), compensate="least_squares")
     assert report.compensation is not None
     assert len(report.compensation.sites) == 2
-    with pytest.raises(ValueError, match="has adapters or prompts.*Prompts cannot be merged: do it with the base"):
+    with pytest.raises(ValueError, match=r"has adapters or prompts.*Prompts cannot be merged: do it with the base"):
         hlg.save_relu_pretrained(model, tmp_path / "relu")
     hlg.save_relu_pretrained(model.get_base_model(), tmp_path / "base")
     model.save_pretrained(tmp_path / "prompts")
