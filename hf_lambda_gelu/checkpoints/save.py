@@ -171,7 +171,7 @@ def check_relu(model: PreTrainedModel) -> None:
     if has_adapters(model):
         layer = adapted_layer(model)
         raise ValueError(
-            f"{type(model).__name__} has adapters or prompts{f' ({layer}, for one)' if layer else ''}, without which stock "
+            f"{type(model).__name__} has adapters or prompts{f' ({layer})' if layer else ''}, without which stock "
             f"transformers would load it: {how_to_merge(model)}"
         )
     if not isinstance(model, PreTrainedModel):

@@ -63,7 +63,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def adapted_layer(model: nn.Module) -> str | None:
-    """The first layer with an adapter, by name and class; None where base weights alone compute, perhaps behind prompts."""
+    """The first layer with an adapter ("… is PEFT's Linear"); None where base weights alone compute, if behind prompts."""
     return _of_peft(model.get_base_model() if hasattr(model, "get_base_model") else model)  # type: ignore[operator]
 
 
@@ -79,21 +79,24 @@ def how_to_merge(model: nn.Module) -> str:
 
 def _of_peft(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
-        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
-            return f"{name or 'the model'}, a {type(module).__name__}"
+        if _is_of_peft(module):
+            return f"{name or 'the model'} is PEFT's {type(module).__name__}"
     return None
 
 
-def held_names(model: nn.Module, built: Iterable[str]) -> list[str]:
-    """The names under which the model holds what its class builds under the names `built`.
+def _is_of_peft(module: nn.Module) -> bool:
+    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
 
-    Of what an adapter trains whole, `modules_to_save`, PEFT keeps the original and a copy for each adapter.
+
+def held_names(model: nn.Module, built: Iterable[str]) -> list[str]:
+    """The names under which the model holds what its class builds under the names `built`, within what PEFT puts around it.
+
+    Of what an adapter trains whole, `modules_to_save`, that is the original and a copy for each adapter.
     """
     names = list(built)
     for wrapper, module in model.named_modules():
-        copies = getattr(module, "modules_to_save", None)
-        if isinstance(copies, nn.ModuleDict):
-            inside = ("original_module", *(f"modules_to_save.{adapter}" for adapter in copies))
+        inside = _held_inside(module)
+        if inside:
             names = [
                 held
                 for name in names
@@ -104,6 +107,16 @@ def held_names(model: nn.Module, built: Iterable[str]) -> list[str]:
                 )
             ]
     return names
+
+
+def _held_inside(module: nn.Module) -> list[str]:
+    """Where a module of PEFT's holds the one in whose place it stands; none of another module."""
+    if not _is_of_peft(module):
+        return []
+    copies = dict(module.named_children()).get("modules_to_save")
+    if isinstance(copies, nn.ModuleDict):
+        return ["original_module", *(f"modules_to_save.{adapter}" for adapter in copies)]
+    return [name for name, _ in module.named_children() if name == "base_layer"]
 
 
 def quantised_weight(model: nn.Module) -> str | None:

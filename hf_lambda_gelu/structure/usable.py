@@ -36,6 +36,6 @@ def check_base_alone(model: nn.Module, what: str, error: type[ValueError] = Valu
     layer = adapted_layer(model)
     if layer is not None:
         raise error(
-            f"the model has adapters in its layers ({layer}, for one), and {what} changes base weights, which adapters' "
+            f"the model has adapters in its layers ({layer}), and {what} changes base weights, which adapters' "
             f"files do not hold, and which are wrong for other adapters or none: {how_to_merge(model)}"
         )

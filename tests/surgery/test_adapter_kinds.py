@@ -26,7 +26,7 @@ from peft import (
 )
 from support import tiny
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.surgery.adapter_hardness import _save_pretrained
@@ -165,7 +165,7 @@ def test_base_weights_are_not_changed_under_adapters(tmp_path: Path, way: Callab
     tiny.set_hardness(model, 7.0)
     before = tiny.snapshot(model)
     for verb in VERBS.values():
-        with pytest.raises(ValueError, match=r"has adapters in its layers \(.*, a .*\), .*merge_and_unload"):
+        with pytest.raises(ValueError, match=r"has adapters in its layers \(.* is PEFT's .*\), .*merge_and_unload"):
             verb(model)
         assert tiny.snapshot(model) == before
     hlg.relu_ize(model, force=True)
@@ -229,33 +229,57 @@ def test_a_loop_that_trains_what_was_converted_before(tmp_path: Path) -> None:
     assert set(hlg.hardness_profile(model).values()) == {3.0}
 
 
+def head(**overrides: Any) -> PreTrainedModel:
+    return tiny.build("modernbert", **overrides)
+
+
+def experts(**overrides: Any) -> PreTrainedModel:
+    values = {**tiny.GATED, "intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mixtral", **values, **overrides)
+    return tiny.enliven(AutoModelForCausalLM.from_config(config)).eval()
+
+
+# what PEFT wraps → the model, the adapters, the names that sites have then, what makes stock transformers build ReLU
+WRAPPED: dict[str, tuple[Callable[..., PreTrainedModel], PeftConfig, list[str], dict[str, Any]]] = {
+    "a head": (
+        head,
+        LoraConfig(r=4, target_modules=["Wqkv"], modules_to_save=["head"]),
+        [
+            "model.layers.0.mlp.act",
+            "model.layers.1.mlp.act",
+            "head.original_module.act",
+            "head.modules_to_save.default.act",
+        ],
+        tiny.relu_overrides("modernbert"),
+    ),
+    "experts": (
+        experts,
+        LoraConfig(r=8, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]),
+        [f"model.layers.{layer}.mlp.experts.base_layer.base_layer.act_fn" for layer in (0, 1)],
+        {"hidden_act": "relu"},
+    ),
+}
+
+
 @pytest.mark.parametrize("converted_before", [False, True])
-def test_sites_in_modules_to_save(converted_before: bool) -> None:
-    """PEFT keeps such a module and a copy for each adapter: the config governs the activations of both."""
-    base = tiny.build("modernbert")
-    config = LoraConfig(r=4, target_modules=["Wqkv"], modules_to_save=["head"])
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_sites_in_what_peft_wraps(wrapped: str, converted_before: bool) -> None:
+    """The config governs them under the names that they have within: of a trained head, PEFT keeps the original too."""
+    build, config, names, overrides = WRAPPED[wrapped]
+    base = build()
     if converted_before:
         hlg.convert(base)
     model = adapted(base, config)
     if not converted_before:
         expected = tiny.outputs(model, batches()[0])
-        report = hlg.convert(model)
-        assert {site.attribute for site in report.sites} == {
-            "base_model.model.hidden_activation",
-            "base_model.model.classifier_activation",
-        }
+        assert all(site.attribute for site in hlg.convert(model).sites)
         assert tiny.relative_difference(expected, tiny.outputs(model, batches()[0])) <= 1e-5
-    assert {n.removeprefix("base_model.model.") for n in hlg.hardness_sites(model)} == {
-        "model.layers.0.mlp.act",
-        "model.layers.1.mlp.act",
-        "head.original_module.act",
-        "head.modules_to_save.default.act",
-    }
+    assert [name.removeprefix("base_model.model.") for name in hlg.hardness_sites(model)] == names
     plain = copy.deepcopy(model).merge_and_unload().state_dict()
-    stock = tiny.build("modernbert", **tiny.relu_overrides("modernbert"))
+    stock = build(**overrides)
     stock.load_state_dict({name: value for name, value in plain.items() if "hardness" not in name})
     assert not hlg.relu_ize(model, force=True).folded
-    merged = model.merge_and_unload()
-    assert merged.config.classifier_activation == merged.config.hidden_activation == "relu"
     expected = tiny.outputs(stock, batches()[0])
-    assert tiny.relative_difference(expected, tiny.outputs(merged, batches()[0])) <= 1e-5
+    assert tiny.relative_difference(expected, tiny.outputs(model.merge_and_unload(), batches()[0])) <= 1e-5
+    assert {key: getattr(model.config, key) for key in overrides} == overrides
