@@ -21,6 +21,7 @@ from support.training import StopAfterSaving, logged
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.surgery.adapter_hardness import _save_pretrained
 from hf_lambda_gelu.training.dropout import without_dropout
 
 DROPOUT = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
@@ -140,8 +141,11 @@ def test_a_resumed_run_is_the_uninterrupted_run(wrap: Callable[[Any], Any], tmp_
     assert logged(again) == logged(twin)
 
 
-def test_adapters_are_merged_and_stock_loads_them(tmp_path: Path) -> None:
-    """Only adapters move; merged into the weights they compute the same, and stock transformers loads the folder."""
+def test_adapters_are_merged_and_stock_loads_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Only adapters move; merged into the weights they compute the same, and stock transformers loads the folder.
+
+    Saved by themselves, they name the base that `relu_ize` has made another of since: that is said.
+    """
     student, teacher = d.pair("llama")
     base = {name: value.clone() for name, value in student.state_dict().items()}
     model = d.adapted(student)
@@ -150,6 +154,9 @@ def test_adapters_are_merged_and_stock_loads_them(tmp_path: Path) -> None:
     assert all(torch.equal(moved[name], value) for name, value in base.items())
     batch = d.stacked(d.texts(4))
     model.eval()
+    _save_pretrained.__globals__["logger"].warning_once.cache_clear()
+    model.save_pretrained(tmp_path / "adapters")
+    assert "do not hold what has become of their base" in caplog.text
     with torch.no_grad():
         outputs = model(**batch).logits
         merged = model.merge_and_unload()
