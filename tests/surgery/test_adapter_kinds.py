@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import (
     IA3Config,
     LNTuningConfig,
@@ -27,6 +29,7 @@ from peft import (
 from support import tiny
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.surgery.adapter_hardness import _save_pretrained
@@ -147,7 +150,9 @@ def a_trained_head(base: PreTrainedModel) -> nn.Module:
     return get_peft_model(base, config)
 
 
-WAYS = [by_get_peft_model, the_model_inside, injected, by_transformers, merged_in_place]
+OLD = Version(peft.__version__) < Version(MIN_PEFT_VERSION)
+WAYS = [by_get_peft_model, the_model_inside, injected, merged_in_place]
+WAYS += [pytest.param(by_transformers, marks=pytest.mark.skipif(OLD, reason=f"add_adapter wants peft {MIN_PEFT_VERSION}"))]
 WAYS += [switched_off, one_of_two, scaled_activations, a_trained_head]
 VERBS: dict[str, Callable[[nn.Module], Any]] = {
     "fold": lambda model: hlg.fold(model, batches()[0]),
