@@ -22,6 +22,7 @@ from ..structure.sharding import check_whole
 from ..structure.smooth_activations import smooth_activations, smooth_modules
 from ..structure.transaction import transaction
 from ..surgery.report import SubstitutionReport
+from .as_saved import check_as_saved
 from .card import PLOT_NAME, CardDetails, card_record, package_versions, render_card, write_record
 from .carried_code import check_code_may_go, loading_lines, settle_code
 from .compression import compression, pruned_maps
@@ -67,7 +68,8 @@ def save_relu_pretrained(
 
     Raises:
         ValueError: smooth gates left in model or config, tensors that are not finite, an existing or unwritable folder,
-            a model from compressed weights or saved with another config, code that is not trusted. Nothing is written.
+            a model from compressed weights or saved with another config, one that stock transformers would build otherwise
+            (another head, weight norm), code that is not trusted. Nothing is written.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -90,7 +92,7 @@ def save_relu_pretrained(
     pruned = pruned_maps(model)
     with whole_folder(folder, overwrite) as temporary:
         model.save_pretrained(temporary)
-        _check_saved_config(model, temporary)
+        check_as_saved(model, temporary)
         _save_processors(processors, temporary)
         settle_code(temporary, trust_remote_code)
         write_card(model, temporary, model_name or folder.name, report, details or CardDetails(), learned, history, pruned)
@@ -101,20 +103,6 @@ def _save_processors(processors: Sequence[Any], folder: Path) -> None:
     for item in processors:
         if item is not None:
             item.save_pretrained(folder)
-
-
-def _check_saved_config(model: PreTrainedModel, folder: Path) -> None:
-    """ValueError where the saved config names other activations than the model's: llm-compressor writes the config of the
-    folder that a model was loaded from, in which it may have been smooth."""
-    saved = type(model.config).from_pretrained(folder)
-    smooth = set(activation_attributes(saved)) - set(activation_attributes(model.config))
-    if smooth:
-        path, value = min(smooth)
-        raise ValueError(
-            f"the model's own save_pretrained wrote config.{path} = {value!r}, which is not what the model is: "
-            "llm-compressor writes the config of the folder that a model was loaded from. Save the ReLU model first, load "
-            "that folder, and compress what was loaded"
-        )
 
 
 def _check_not_loaded_compressed(model: PreTrainedModel) -> None:

@@ -66,7 +66,7 @@ def trace(model: nn.Module, forward: Callable[[], Any], *others: Callable[[], An
         if len(seen.reached) == len(sites):
             break
     result.leading, result.rows = seen.leading, seen.rows
-    return _read(model, parameters, sites.values(), seen, result)
+    return _read(parameters, sites.values(), seen, result)
 
 
 def with_more(before: Sequence[int] | None, leading: Sequence[int]) -> Sequence[int]:
@@ -93,6 +93,7 @@ class _Seen:
         reached: site → the linear maps that took its output up, by weight, in the order in which sites were called; None
             where it is no parameter's.
         leading, rows: as in `Trace`.
+        computed: site → why a map's weight or bias is no parameter.
         unread: site → an operation with a weight that takes its output up and is no map that can be refit.
         elsewhere: parameter → what else it is used for.
         ways: a weight → whether it is used as (d, k), as (k, d), or both.
@@ -101,6 +102,7 @@ class _Seen:
     reached: dict[str, dict[Key, LinearMap | None]] = field(default_factory=dict)
     leading: dict[str, Sequence[int]] = field(default_factory=dict)
     rows: Counter[str] = field(default_factory=Counter)
+    computed: dict[str, str] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[nn.Parameter, str] = field(default_factory=dict)
     ways: dict[Key, set[bool]] = field(default_factory=dict)
@@ -112,6 +114,7 @@ class _Seen:
         for key, both in other.ways.items():
             self.ways.setdefault(key, set()).update(both)
         self.leading, self.rows = other.leading | self.leading, Counter({**other.rows, **self.rows})
+        self.computed |= other.computed
         self.unread |= other.unread
         self.elsewhere |= other.elsewhere
 
@@ -144,7 +147,9 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
         place = parameters.place(call)
         seen.ways.setdefault(place, set()).add(call.lies_transposed)
         for site in sources(call.input):
-            seen.reached[site][place] = parameters.find(call)
+            seen.reached[site][place] = found = parameters.find(call)
+            if found is None:
+                seen.computed[site] = why_no_parameter(model, (call.weight, call.bias))
             seen.rows[site] += math.prod(call.leading)
         return leaf(call.output, None)
 
@@ -208,7 +213,7 @@ def ancestors(start: Any) -> Iterator[Any]:
         stack += [parent for parent, _ in node.next_functions]
 
 
-def _read(model: nn.Module, parameters: Parameters, names: Iterable[str], seen: _Seen, result: Trace) -> Trace:
+def _read(parameters: Parameters, names: Iterable[str], seen: _Seen, result: Trace) -> Trace:
     consumed: dict[str, set[str]] = {}  # parameter → the sites whose output it consumes
     for site, found in seen.reached.items():
         held = {m.name for m in found.values() if m is not None}
@@ -217,7 +222,7 @@ def _read(model: nn.Module, parameters: Parameters, names: Iterable[str], seen: 
         elif not found:
             result.obstacles[site] = "no linear map takes up its output"
         elif any(m is None for m in found.values()):
-            result.obstacles[site] = why_no_parameter(model)
+            result.obstacles[site] = seen.computed[site]
         elif len(held) > 1:
             result.obstacles[site] = f"it feeds several linear maps: {', '.join(sorted(held))}"
         elif shared := parameters.other_names(next(iter(held))):
