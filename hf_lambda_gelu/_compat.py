@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils import _device as device_mode
 from torch.utils import _pytree as pytree
@@ -46,6 +47,8 @@ __all__ = [
     "put_mode_stack",
     "pytree",
     "share_hooks",
+    "stacked",
+    "transformed",
     "view_base",
     "was_loaded",
     "without_torch_function",
@@ -55,6 +58,9 @@ __all__ = [
 # Whether torch.func (grad, vmap, jvp …) transforms the code that runs. Not wrapped: it runs at every call of an activation.
 functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
+# Whether a tensor is a stack of gradients, of torch.autograd.grad(…, is_grads_batched=True), which has no memory of its own.
+stacked: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
 # How many function modes are on, each of which sees every operation. Not wrapped either.
 function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 
@@ -63,6 +69,12 @@ dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 # Whether torch.jit.trace records what runs.
 jit_traces: Callable[[], bool] = torch._C._is_tracing
+
+
+def transformed() -> bool:
+    """Whether torch's operations alone are to run: within torch.func (grad, vmap, jvp …), forward-mode AD, or torch.jit.trace,
+    but for ONNX."""
+    return functorch_active() or forward_ad._current_level >= 0 or (jit_traces() and not torch.onnx.is_in_onnx_export())
 
 
 def without_torch_function() -> AbstractContextManager[Any]:

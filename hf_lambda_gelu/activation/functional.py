@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
-from .._compat import functorch_active
+from .._compat import transformed
 from .bases import get_base
 from .hardness import check_hardness
 from .kernels.dispatch import LambdaGELUFunction
@@ -30,8 +31,9 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
         base: "gelu" (erf), "gelu_tanh" (`gelu_new`, `gelu_pytorch_tanh`), "quick_gelu" or "silu" (λ is Swish's β).
 
     Returns:
-        Same shape and dtype as `x`, laid out as `x`; differentiable in x and λ, twice. Under torch.func (grad, vmap, jvp …)
-        and in a compiler torch's own operations run, elsewhere the kernel that `set_kernels` tells of.
+        Same shape and dtype as `x`, laid out as `x`; differentiable in x and λ, twice, and forwards. Under torch.func (grad,
+        vmap, jvp …), forward-mode AD, torch.jit.trace and in a compiler torch's own operations run, elsewhere the kernel that
+        `set_kernels` tells of. torch.fx traces it as one function.
 
     Raises:
         ValueError: unknown base, a number λ that is below 1 or not finite, or a tensor λ that does not broadcast to `x` or
@@ -49,6 +51,8 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
     """
     member = get_base(base)
     if not _dense(x):
+        if not isinstance(x, Tensor) and has_torch_function((x,)):  # torch.fx's
+            return handle_torch_function(lambda_gelu, (x,), x, hardness, base)  # type: ignore[no-any-return]
         raise TypeError(f"lambda_gelu expects a floating point tensor, got {_kind(x)}: {_remedy(x)}. {_EXPECTED}")
     if not isinstance(hardness, Tensor):
         hardness = torch.full((), check_hardness(hardness), dtype=torch.float64, device=x.device)
@@ -64,7 +68,7 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
         )
     if hardness.dim() > x.dim():
         hardness = hardness.reshape(())  # shape (1,) would broadcast a zero-dim x
-    if torch.compiler.is_compiling() or functorch_active():
+    if torch.compiler.is_compiling() or transformed():
         # Torch's operations are what transforms know and compilers fuse. What a compiler derives from them saves x and λ
         # alone too, and takes F.gelu's time (scripts.benchmarks.run --only compile), where derivatives by hand fused worse.
         return value(x, hardness, member)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .._compat import functorch_active, was_loaded
+from .._compat import transformed, was_loaded
 from .bases import get_base
 from .copies import change, is_here, whole
 from .functional import lambda_gelu
@@ -75,7 +75,8 @@ class LambdaGELU(nn.Module):
     def hardness(self) -> Tensor:
         """λ = max(`unclipped_hardness`, 1), shape (1,), with a derivative of 1 everywhere."""
         free = self.unclipped_hardness
-        if torch.compiler.is_compiling() or functorch_active():  # which know torch's operations
+        # which know torch's operations; torch.fx traces with what is no tensor
+        if torch.compiler.is_compiling() or transformed() or not isinstance(free, Tensor):
             return free.detach().clamp(min=1.0) + (free - free.detach())
         clipped: Tensor = _Clipped.apply(free)  # type: ignore[no-untyped-call]
         return clipped

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -91,8 +92,8 @@ def convert(
 
     Raises:
         ValueError: `init_hardness` is no finite number ≥ 1.
-        ConversionError: called in torch.inference_mode, nothing to convert, already converted, offloaded weights, config and
-            modules disagree, a fused kernel's forward that calls no activation, or `only` takes no module, or some of those
+        ConversionError: called in torch.inference_mode, nothing to convert, already converted, offloaded weights, made by
+            torch.jit, config and modules disagree, a fused kernel's forward that calls no activation, or `only` takes no module, or some of those
             that one config attribute governs. The model is unchanged.
 
     Examples:
@@ -131,12 +132,24 @@ def _convertible_parts(model: nn.Module, init_hardness: float) -> dict[str, PreT
     except ValueError as error:
         raise ConversionError(str(error)) from None
     check_usable(model, ConversionError)
+    _check_no_script(model)
     if hardness_sites(model):
         raise ConversionError(
             f"the model is converted already: it has {len(hardness_sites(model))} λ-GELU modules; "
             "change their hardness with set_hardness, or load the original checkpoint again"
         )
     return transformers_parts(model)
+
+
+def _check_no_script(model: nn.Module) -> None:
+    """ConversionError where TorchScript has compiled a module with activations: what is in it cannot be replaced."""
+    for name, module in model.named_modules():
+        inside = [part for part in module.modules() if part is not module] if isinstance(module, torch.jit.ScriptModule) else []
+        if any(probed_base(part) is not None for part in inside):
+            raise ConversionError(
+                f"{name or 'the model'} was made by torch.jit, and what is in it cannot be replaced: convert the module that "
+                "it was made from, and call torch.jit.trace afterwards"
+            )
 
 
 class _Chosen:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support import tiny
@@ -64,6 +66,22 @@ def test_hard_coded_converted_when_asked() -> None:
         ("transformer.h.1.mlp.gelu_impl", "gelu_tanh", ""),
     ]
     assert tiny.relative_difference(expected, tiny.outputs(model, batch)) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("inside", [False, True], ids=["model", "part"])
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(1, 8))], ids=["script", "trace"])
+def test_of_torch_jit(make: Callable[[nn.Module], nn.Module], inside: bool) -> None:
+    """Its activations cannot be replaced: said at once, and the model is as it was. An activation by itself can be."""
+    compiled = make(nn.Sequential(nn.Linear(8, 8), nn.GELU()))
+    model = nn.Sequential(nn.GELU(), compiled) if inside else compiled
+    expected = model(torch.ones(1, 8))
+    with pytest.raises(hlg.ConversionError, match=f"^{'1' if inside else 'the model'} was made by torch.jit.* made from"):
+        hlg.convert(model)
+    assert torch.equal(model(torch.ones(1, 8)), expected)
+    assert not hlg.hardness_sites(model)
+    single = nn.Sequential(nn.Linear(8, 8), make(nn.GELU()))
+    assert [site.name for site in hlg.convert(single).sites] == ["1"]
 
 
 def test_name_that_a_module_keeps() -> None:

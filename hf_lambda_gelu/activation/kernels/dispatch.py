@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..._compat import dispatch_modes, function_modes, jit_traces
+from ..._compat import dispatch_modes, function_modes, jit_traces, stacked, transformed
 from ..bases import get_base
 from . import cpu, eager
 from .layout import BASE_NUMBERS, view
@@ -102,7 +102,7 @@ class LambdaGELUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, hardness = ctx.saved_tensors
-        if torch.is_grad_enabled() or not _operators(x):
+        if torch.is_grad_enabled() or not _operators(x) or stacked(grad) or transformed():
             return *eager.gradients(grad, x, hardness, get_base(ctx.base)), None
         backward = _backward if _unseen() else torch.ops.hf_lambda_gelu.backward
         return *backward(grad, x, hardness, ctx.base), None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from support.kernel_runs import OP, draw
 from support.references import TOLERANCE, assert_within, each_base, formula, grid
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import hf_lambda_gelu as hlg
 
@@ -41,6 +45,23 @@ def test_functorch(base: str) -> None:
     np.testing.assert_allclose(torch.func.hessian(loss)(hardness, x).item(), second, rtol=1e-6)
 
 
+@each_base
+def test_forwards_and_stacks(base: str) -> None:
+    """Forward-mode AD of the value and of its gradient, and stacks of gradients, in float32, against numpy in float64."""
+    x, hardness = draw(7).requires_grad_(), torch.tensor([2.5], requires_grad=True)
+    _, by_x, by_hardness, _ = formula(x.detach().double().numpy(), 2.5, base)
+    close = lambda got, wanted: np.testing.assert_allclose(got.detach().numpy(), wanted, rtol=1e-5, atol=1e-6)  # noqa: E731
+    out = hlg.lambda_gelu(x, hardness, base)
+    stacked = torch.autograd.grad(out, (x, hardness), torch.eye(7), is_grads_batched=True, retain_graph=True)
+    close(stacked[0], np.diag(by_x))
+    close(stacked[1][:, 0], by_hardness)
+    with forward_ad.dual_level():
+        pair = [forward_ad.make_dual(t.detach(), torch.ones_like(t)) for t in (x, hardness)]
+        close(forward_ad.unpack_dual(hlg.lambda_gelu(*pair, base)).tangent, by_x + by_hardness)
+        (grad,) = torch.autograd.grad(out, x, forward_ad.make_dual(torch.ones(7), torch.full((7,), 3.0)))
+        close(forward_ad.unpack_dual(grad).tangent, 3.0 * by_x)
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -48,6 +69,23 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(x)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traces(tmp_path: Path) -> None:
+    """torch.fx and torch.jit.trace take λ as a parameter: one that is set later, or that has a gradient, is the module's."""
+    net = Net().eval()
+    x = draw(3, 8)
+    graph, script = torch.fx.symbolic_trace(net), torch.jit.trace(net, x)
+    net.act.set_hardness(5.0)
+    for traced in (graph, script):
+        (grad,) = torch.autograd.grad(traced(x).sum(), net.act.unclipped_hardness)
+        (wanted,) = torch.autograd.grad(net(x).sum(), net.act.unclipped_hardness)
+        torch.testing.assert_close(traced(x), net(x))
+        torch.testing.assert_close(grad, wanted)
+    torch.jit.save(script, tmp_path / "net.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "net.pt")(x), net(x))
+    torch.testing.assert_close(copy.deepcopy(graph)(x), net(x))
 
 
 def test_export() -> None:
