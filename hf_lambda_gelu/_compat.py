@@ -72,8 +72,8 @@ jit_traces: Callable[[], bool] = torch._C._is_tracing
 
 
 def transformed() -> bool:
-    """Whether torch's operations alone are to run: within torch.func (grad, vmap, jvp …), forward-mode AD, or torch.jit.trace,
-    but for ONNX."""
+    """Whether torch's operations alone are to run: within torch.func (grad, vmap, jvp …), forward-mode AD, or
+    torch.jit.trace, but for ONNX."""
     return functorch_active() or forward_ad._current_level >= 0 or (jit_traces() and not torch.onnx.is_in_onnx_export())
 
 

@@ -32,8 +32,8 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
 
     Returns:
         Same shape and dtype as `x`, laid out as `x`; differentiable in x and λ, twice, and forwards. Under torch.func (grad,
-        vmap, jvp …), forward-mode AD, torch.jit.trace and in a compiler torch's own operations run, elsewhere the kernel that
-        `set_kernels` tells of. torch.fx traces it as one function.
+        vmap, jvp …), forward-mode AD, torch.jit.trace and in a compiler torch's own operations run, elsewhere the kernel
+        that `set_kernels` tells of. torch.fx traces it as one function.
 
     Raises:
         ValueError: unknown base, a number λ that is below 1 or not finite, or a tensor λ that does not broadcast to `x` or
@@ -52,7 +52,7 @@ def lambda_gelu(x: Tensor, hardness: Tensor | float, base: str = "gelu") -> Tens
     member = get_base(base)
     if not _dense(x):
         if not isinstance(x, Tensor) and has_torch_function((x,)):  # torch.fx's
-            return handle_torch_function(lambda_gelu, (x,), x, hardness, base)  # type: ignore[no-any-return]
+            return handle_torch_function(lambda_gelu, (x,), x, hardness, base)
         raise TypeError(f"lambda_gelu expects a floating point tensor, got {_kind(x)}: {_remedy(x)}. {_EXPECTED}")
     if not isinstance(hardness, Tensor):
         hardness = torch.full((), check_hardness(hardness), dtype=torch.float64, device=x.device)

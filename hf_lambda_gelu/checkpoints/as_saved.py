@@ -32,8 +32,8 @@ def check_as_saved(model: PreTrainedModel, folder: Path) -> None:
         _check_tensors(model, folder, config)
     elif getattr(model, "hf_quantizer", None) is None and quantised_weight(model) is None:
         raise ValueError(
-            f"config.quantization_config says how weights are quantised, and those of {type(model).__name__} are not, so that "
-            "stock transformers would not load them: del model.config.quantization_config"
+            f"config.quantization_config says how weights are quantised, and those of {type(model).__name__} are not, so "
+            "that stock transformers would not load them: del model.config.quantization_config"
         )
 
 
@@ -55,7 +55,8 @@ def _check_tensors(model: PreTrainedModel, folder: Path, config: Any) -> None:
     found += [f"{key[0]} of another shape" for key in sorted(loaded[1]["mismatched_keys"], key=str)[:1]]
     if found:
         raise ValueError(
-            f"stock transformers makes another {name} of its config: it would have {', and '.join(found)}. {_why(model, missing)} "
+            f"stock transformers makes another {name} of its config: it would have {', and '.join(found)}. "
+            f"{_why(model, missing)} "
             "model.save_pretrained writes it all the same, for code that builds such a model before it loads the weights"
         )
 

@@ -17,6 +17,7 @@ from ..structure import random_state
 from ..structure.autocast import Autocast
 from ..structure.config import config_of
 from ..structure.edits import without_caches
+from ..structure.observers import observers_off
 from .batches import FORWARD_ERRORS, CalibrationError, forward_failed, takes_a_mapping
 
 
@@ -96,7 +97,8 @@ def evaluating(model: nn.Module, in_run: bool = False) -> Iterator[None]:
 
     What torch.compile made of it is not run within the block, but what it was made from: compiled code does not know hooks.
     Nor is accelerate's autocast, which a training with bf16 leaves on the model's forward, and no file holds: in bf16, what
-    hard gates change is lost in rounding. A block of autocast around this one, a user's own, stays.
+    hard gates change is lost in rounding. A block of autocast around this one, a user's own, stays. Fake
+    quantisation notes no ranges.
 
     Args:
         in_run: whether a training goes on around the block, in whose autocast the model then runs.
@@ -105,7 +107,11 @@ def evaluating(model: nn.Module, in_run: bool = False) -> Iterator[None]:
     _forget_texts(model)
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"), contextlib.nullcontext() if in_run else _without_accelerate(model):
+        with (
+            torch.compiler.set_stance("force_eager"),
+            contextlib.nullcontext() if in_run else _without_accelerate(model),
+            observers_off(model),
+        ):
             yield
     finally:
         _forget_texts(model)

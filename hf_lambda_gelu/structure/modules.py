@@ -124,8 +124,8 @@ def quantised_weight(model: nn.Module) -> str | None:
 
     Known by its elements (float8, integers) or its class (bitsandbytes, torchao, quanto), by the buffer that GPTQ and AWQ
     pack it into, by the package that its module is of (HQQ can view packed integers as floats), by the module that torch's
-    own quantisation put in the place of a linear one, which has no parameter, by the scheme that compressed-tensors leaves on
-    the module, whose weight may be floating point with rounded values (as BitNet's is), or by what loaded the model.
+    own quantisation put in the place of a linear one, which has no parameter, by the scheme that compressed-tensors leaves
+    on the module, whose weight may be floating point with rounded values, as BitNet's is, or by what loaded the model.
     """
     for name, module in model.named_modules():
         if getattr(getattr(module, "quantization_scheme", None), "weights", None) is not None:

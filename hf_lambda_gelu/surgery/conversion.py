@@ -93,8 +93,8 @@ def convert(
     Raises:
         ValueError: `init_hardness` is no finite number ≥ 1.
         ConversionError: called in torch.inference_mode, nothing to convert, already converted, offloaded weights, made by
-            torch.jit, config and modules disagree, a fused kernel's forward that calls no activation, or `only` takes no module, or some of those
-            that one config attribute governs. The model is unchanged.
+            torch.jit, config and modules disagree, a fused kernel's forward that calls no activation, or `only` takes no
+            module, or some of those that one config attribute governs. The model is unchanged.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -144,11 +144,11 @@ def _convertible_parts(model: nn.Module, init_hardness: float) -> dict[str, PreT
 def _check_no_script(model: nn.Module) -> None:
     """ConversionError where TorchScript has compiled a module with activations: what is in it cannot be replaced."""
     for name, module in model.named_modules():
-        inside = [part for part in module.modules() if part is not module] if isinstance(module, torch.jit.ScriptModule) else []
-        if any(probed_base(part) is not None for part in inside):
+        compiled = isinstance(module, torch.jit.ScriptModule)
+        if compiled and any(probed_base(part) is not None for part in module.modules() if part is not module):
             raise ConversionError(
-                f"{name or 'the model'} was made by torch.jit, and what is in it cannot be replaced: convert the module that "
-                "it was made from, and call torch.jit.trace afterwards"
+                f"{name or 'the model'} was made by torch.jit, and what is in it cannot be replaced: convert the module "
+                "that it was made from, and call torch.jit.trace afterwards"
             )
 
 

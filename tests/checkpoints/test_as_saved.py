@@ -39,7 +39,7 @@ CHANGES: dict[str, tuple[Change, Change, str]] = {
     "weight norm by hooks": (
         lambda m: utils.weight_norm(m.classifier),
         lambda m: utils.remove_weight_norm(m.classifier, "weight"),
-        r"classifier\.weight drawn .* from weight_g and weight_v: call torch\.nn\.utils\.remove_weight_norm\(module, 'weight'",
+        r"classifier\.weight drawn .* from weight_g and weight_v: call torch\.nn\.utils\.remove_weight_norm\(module",
     ),
     "spectral norm by hooks": (
         lambda m: utils.spectral_norm(m.classifier),

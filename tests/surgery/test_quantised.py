@@ -1,0 +1,155 @@
+"""Weights that are quantised, in the forms of several libraries: convert and substitute, and are not refit or folded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support import tiny
+from torch import Tensor, nn
+from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+from transformers.integrations.bitnet import AutoBitLinear
+
+import hf_lambda_gelu as hlg
+
+
+class Packed(Tensor):
+    """As quanto and torchao keep a weight: a float tensor to look at, whose elements are integers in another one."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, weight: Tensor) -> Packed:
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+        made.scale = weight.detach().abs().max() / 127
+        made.codes = (weight.detach() / made.scale).round().to(torch.int8)
+        return made  # type: ignore[no-any-return]
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        whole = lambda x: x.codes.to(x.scale.dtype) * x.scale if isinstance(x, Packed) else x  # noqa: E731
+        return func(*pytree.tree_map(whole, args), **pytree.tree_map(whole, kwargs or {}))
+
+
+class PackedLinear(nn.Module):
+    """As HQQ packs integers into floats; the product is a function of its own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.scale = linear.weight.detach().abs().max() / 127
+        codes = (linear.weight.detach() / self.scale).round().to(torch.int8).flatten()
+        self.W_q = nn.Parameter(F.pad(codes, (0, -len(codes) % 4)).view(torch.float32), requires_grad=False)
+        self.shape, self.bias = linear.weight.shape, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = self.W_q.data.view(torch.int8)[: self.shape.numel()].view(self.shape)
+        return F.linear(x, codes * self.scale, self.bias)
+
+
+def wrapped(model: PreTrainedModel) -> None:
+    for layer in model.bert.encoder.layer:
+        layer.output.dense.weight = nn.Parameter(Packed(layer.output.dense.weight), requires_grad=False)
+
+
+def packed(model: PreTrainedModel, package: str) -> None:
+    kind: Any = type("PackedLinear", (PackedLinear,), {"__module__": package})
+    for layer in model.bert.encoder.layer:
+        layer.output.dense = kind(layer.output.dense)
+
+
+def loaded_by(model: PreTrainedModel, method: str) -> None:
+    """What from_pretrained leaves of the quantiser that has loaded a model."""
+    model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method=method))
+    model.is_quantized = True
+
+
+def bitnet(model: PreTrainedModel) -> None:
+    """Weights of −1, 0 and 1 in float32, in nn.Linear's own place, and a scale of the output."""
+    for layer in model.bert.encoder.layer:
+        before = layer.output.dense
+        layer.output.dense = AutoBitLinear(before.in_features, before.out_features)
+        with torch.no_grad():
+            layer.output.dense.weight.copy_(before.weight.sign())
+            layer.output.dense.bias.copy_(before.bias)
+            layer.output.dense.weight_scale.fill_(0.05)
+    loaded_by(model, "bitnet")
+
+
+KINDS: dict[str, tuple[Callable[[PreTrainedModel], None], str]] = {
+    "a tensor of its own class": (wrapped, r"layer\.0\.output\.dense\.weight"),
+    "HQQ": (lambda m: packed(m, "hqq.core.quantize"), r"layer\.0\.output\.dense\.weight"),
+    "quanto, not frozen": (lambda m: packed(m, "optimum.quanto.nn.qlinear"), r"layer\.0\.output\.dense\.weight"),
+    "BitNet": (bitnet, "BertForSequenceClassification as bitnet loads it"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_named(kind: str) -> None:
+    """What needs the weights says which one is quantised, and changes none; the rest works."""
+    quantise, name = KINDS[kind]
+    model = tiny.build("bert-classifier")
+    batch = tiny.inputs(model)
+    quantise(model.eval())
+    expected = tiny.outputs(model, batch)
+    hlg.convert(model)
+    assert tiny.relative_difference(expected, tiny.outputs(model, batch)) <= 1e-5
+    for refit in (
+        lambda: hlg.relu_ize(model, calibration=[batch], compensate="least_squares"),
+        lambda: hlg.relu_ize(model, calibration=[batch], compensate="bias"),
+        lambda: hlg.harden(model, [batch]),
+        lambda: hlg.fold(model, batch),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is quantised"):
+            refit()
+    assert tiny.relative_difference(expected, tiny.outputs(model, batch)) <= 1e-5
+    assert len(hlg.relu_ize(model, force=True, calibration=[batch]).sites) == 2
+
+
+def test_gguf_that_was_unpacked() -> None:
+    """transformers unpacks what it has no packed form for, and keeps the quantiser: these weights are floats."""
+    model = tiny.build("bert-classifier")
+    loaded_by(model, "gguf")
+    hlg.convert(model)
+    report = hlg.relu_ize(model, calibration=[tiny.inputs(model)] * 3, compensate="least_squares")
+    assert report.compensation is not None
+    assert len(report.compensation.sites) == 2
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_fake_quantisation_notes_nothing() -> None:
+    """Its observers would move with every pass, in eval mode too, and with gates that are not those that are trained."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4))
+    hlg.convert(model.train())
+    model[0].qconfig = model[2].qconfig = get_default_qat_qconfig("fbgemm")
+    prepare_qat(model, inplace=True)
+    generator = torch.Generator().manual_seed(0)
+    model(torch.randn(64, 8, generator=generator))
+    data = [10.0 * torch.randn(64, 8, generator=generator) for _ in range(4)]  # far out of the range that was noted
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for measure in (hlg.calibrate, hlg.sensitivity, hlg.audit):
+        measure(model, data[0] if measure is hlg.audit else data)
+        changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+        assert changed == [], measure
+    report = hlg.relu_ize(model, calibration=data, compensate="least_squares")
+    assert report.compensation is not None
+    assert [site.weight for site in report.compensation.sites] == ["4.weight"]
+    assert list(report.compensation.uncompensated) == ["1"]
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if "post_process" in name)
+    model(data[0])  # in training it goes on
+    assert not torch.equal(
+        model.state_dict()["0.activation_post_process.activation_post_process.max_val"],
+        before["0.activation_post_process.activation_post_process.max_val"],
+    )
