@@ -287,7 +287,7 @@ def _publish(
         hlg.plot_hardness(learned, output / "hardness.png", trainer.state.log_history)
     print(f"saved in {folder}; stock transformers reproduces it to {difference:g}")
     if arguments.push_to_hub:
-        private, revision = bool(arguments.hub_private_repo), arguments.hub_revision
+        private, revision = arguments.hub_private_repo, arguments.hub_revision
         target = {"private": private, "revision": revision, "trust_remote_code": trusted}
         commit = hlg.push_relu_to_hub(folder, trainer.hub_model_id, processor=(), token=arguments.hub_token, **target)
         print(commit.commit_url)

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but imported there lazily
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,8 +28,9 @@ from .manifest import FileEntry, Manifest
 from .processors import has_processor
 from .published_files import published_files
 from .save import check_relu, save_relu_pretrained
+from .stale_files import stale_files
 from .stock_process import VerificationError
-from .verify import prove
+from .verify import check_inputs, prove
 
 logger = logging.get_logger(__name__)
 
@@ -58,7 +59,7 @@ def push_relu_to_hub(
     report: SubstitutionReport | None = None,
     folder: str | os.PathLike[str] | None = None,
     inputs: dict[str, Tensor] | None = None,
-    private: bool = False,
+    private: bool | None = None,
     revision: str | None = None,
     tag: str | None = None,
     create_pr: bool = False,
@@ -69,24 +70,27 @@ def push_relu_to_hub(
 ) -> CommitInfo:
     """Publishes a ReLU-ized model: saves it, proves by `verify_relu_pretrained` that stock transformers computes the same
     without this package, and only then uploads, in one commit, whose `CommitInfo` it returns. Only what the model's and its
-    processor's own saves and this package wrote goes up; the rest is named in a warning.
+    processor's own saves and this package wrote goes up; the rest is named in a warning. Weights of a former network that
+    the repository holds, its adapters among them, go in the same commit: stock transformers would load them instead.
 
     Args:
         model: a model after `relu_ize`, or the folder of one that `save_relu_pretrained` wrote, uploaded as it is.
-        repo_id: "name" or "owner/name".
+        repo_id: "name", of whose token it is, or "owner/name".
         processor: tokenizer, image processor or feature extractor, a list for several; `()` for none.
         details, learned, history, report: as for `save_relu_pretrained`; not for a folder, which has them. Where the details
             name a base model and no licence, the licence is asked of the Hub.
         folder: where to keep the saved model; by default a temporary folder, which stays only where the upload failed.
         inputs: a batch for the comparison; by default a small one, as for `verify_relu_pretrained`.
-        private: create the repository as private; an existing one keeps its visibility.
-        revision, tag, create_pr: branch to commit to; name to give the commit, such as "v1"; open a pull request instead.
+        private: create the repository as private, or as public; by default as its owner has it. An existing one keeps its
+            visibility.
+        revision, tag, create_pr: branch to commit to, made if need be; name to give the commit, such as "v1"; open a pull
+            request instead.
         token, api: by default what `hf auth login` saved, and the Hub. A token is never stored or shown.
         trust_remote_code: run the model's own code to prove it, and upload it; without it such a model is refused.
 
     Raises:
         ValueError: bad repo id, no token, offline, no processor, no finite ReLU network, code that is not trusted, a card
-            that holds a token or hides that the weights are quantised.
+            that holds a token or hides that the weights are quantised, inputs that are no tensors.
         VerificationError: stock transformers computes something else. Nothing is uploaded.
         PushError: the upload failed; the folder is kept. Or the model is up and the tag was refused; the message says so.
 
@@ -95,9 +99,10 @@ def push_relu_to_hub(
         >>> hlg.push_relu_to_hub(model, "you/bert-relu", processor=tokenizer).commit_url  # doctest: +SKIP
     """
     api = api or HfApi(token=token)
-    upload = _Upload(api, repo_id, token, commit_message, private, revision, tag, create_pr, trust_remote_code)
-    check_target(api, repo_id, token, tag, create_pr)
+    check_inputs(inputs)
     check_processor(model, processor)
+    repo_id = check_target(api, repo_id, token, tag, create_pr)
+    upload = _Upload(api, repo_id, token, commit_message, private, revision, tag, create_pr, trust_remote_code)
     if isinstance(model, (str, os.PathLike)):
         _check_alone(processor, details, learned, history, report, folder)
         return upload.set_tag(upload.send(Path(model), _proven(Path(model), inputs, trust_remote_code)))
@@ -117,7 +122,7 @@ class _Upload:
     repo_id: str
     token: str | None = field(repr=False)  # in no traceback
     commit_message: str | None
-    private: bool
+    private: bool | None
     revision: str | None
     tag: str | None
     create_pr: bool
@@ -131,11 +136,13 @@ class _Upload:
             PushError: the upload failed, whatever the reason is.
         """
         files = published_files(folder, self.trust_remote_code)
-        operations = _operations(folder, files.names, proven)
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [*_operations(folder, files.names, proven)]
         if files.left_out:
             logger.warning(f"Not uploaded of {str(folder)!r}: {files}")
         try:
             self.api.create_repo(self.repo_id, private=self.private, exist_ok=True, token=self.token)
+            stale = stale_files(self._files_there(), files.names)
+            operations += [CommitOperationDelete(name) for name in stale.loaded]
             commit = self.api.create_commit(  # upload_folder may make several
                 repo_id=self.repo_id,
                 operations=operations,
@@ -149,7 +156,19 @@ class _Upload:
                 f"the upload to {self.repo_id} failed: {error}. The model is saved and verified in {str(folder)!r}; to go "
                 f"on: {shlex.join(self.command(folder))}" + (f". Not for upload: {files}" if files.left_out else "")
             ) from error
+        if str(stale):
+            logger.warning(f"{self.repo_id} held other weights. {stale}")
         return commit
+
+    def _files_there(self) -> list[str]:
+        """What the branch holds now; one that there is not is made, as transformers does."""
+        try:
+            return self.api.list_repo_files(self.repo_id, revision=self.revision, token=self.token)
+        except RevisionNotFoundError:
+            if self.create_pr or self.revision is None:
+                raise
+        self.api.create_branch(self.repo_id, branch=self.revision, token=self.token)
+        return self.api.list_repo_files(self.repo_id, revision=self.revision, token=self.token)
 
     def set_tag(self, commit: CommitInfo) -> CommitInfo:
         """Gives the commit its tag, if it is to have one; PushError, which says that the model is up, where that fails."""
@@ -220,8 +239,8 @@ def _place_to_save(folder: str | os.PathLike[str] | None, repo_id: str) -> Itera
         yield scratch / repo_id.rpartition("/")[2]
 
 
-def check_target(api: HfApi, repo_id: str, token: str | None, tag: str | None, create_pr: bool) -> None:
-    """Raises ValueError for what can be known to fail before the model is saved."""
+def check_target(api: HfApi, repo_id: str, token: str | None, tag: str | None, create_pr: bool) -> str:
+    """The repository's name with its owner's; raises ValueError for what can be known to fail before the model is saved."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -235,6 +254,12 @@ def check_target(api: HfApi, repo_id: str, token: str | None, tag: str | None, c
         )
     if not (token or api.token or (api.token is None and get_token())):
         raise ValueError("no token for the Hub: run `hf auth login`, or set HF_TOKEN")
+    if "/" in repo_id:
+        return repo_id
+    try:
+        return f"{api.whoami(token=token)['name']}/{repo_id}"
+    except Exception as error:  # refused, or no network
+        raise ValueError(f"{repo_id!r} names no owner, and the Hub does not say whose token it is: {error}") from error
 
 
 def _licensed(api: HfApi, details: CardDetails, token: str | None) -> CardDetails:

@@ -55,7 +55,7 @@ def verify_relu_pretrained(
     Raises:
         VerificationError: it does not load, keys do not fit, or outputs differ by more than 1e-6 of their scale.
         CheckpointError: the folder's lambda_gelu.json is damaged, or it has code that is not trusted.
-        ValueError: weights are offloaded, or no batch can be made for such a model: pass inputs.
+        ValueError: weights are offloaded, inputs that are no tensors, or no batch can be made for such a model: pass inputs.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -86,6 +86,7 @@ def prove(
         VerificationError: also where a file changes meanwhile.
     """
     check_not_offloaded(model)
+    check_inputs(inputs)
     if not folder.is_dir():
         raise VerificationError(f"there is no folder {str(folder)!r}: save_relu_pretrained makes one")
     check_trusted(folder, trust_remote_code)
@@ -115,6 +116,19 @@ def prove(
         checks["code_that_was_trusted"] = [name for name in files if name.endswith(".py")]
         write_record(folder, record | {"checks": {**checks, "files": files}})
     return Proof(difference, files)
+
+
+def check_inputs(inputs: object) -> None:
+    """Raises ValueError unless they are None, or a mapping of tensors."""
+    if inputs is None:
+        return
+    given = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"inputs{[name] if name else ''}: got a {type(value).__name__}, expected a batch of tensors, {{name: "
+                "tensor}, as tokenizers and processors make it with return_tensors='pt'"
+            )
 
 
 def check_as_proven(folder: Path) -> bool:

@@ -94,8 +94,9 @@ def pushed(batch: Batch, target: dict[str, Any], collection: str | None, dry_run
     names, kept, trust_remote_code = batch.names(), batch.kept(), batch.trust_remote_code
     api = HfApi()
     if not dry_run:
-        for repo_id in names.values():
-            check_target(api, repo_id, None, target["tag"], target["create_pr"])
+        owned = {name: check_target(api, name, None, target["tag"], target["create_pr"]) for name in names.values()}
+        names = {folder: owned[name] for folder, name in names.items()}
+        kept = {owned[name]: path for name, path in kept.items()}
     with scratch_folder(kept_on=(hlg.PushError,)) as scratch:  # its message names a folder in there
         saved: dict[str, Path] = {}
         for index, (folder, repo_id) in enumerate(names.items()):
@@ -126,7 +127,7 @@ def pushed(batch: Batch, target: dict[str, Any], collection: str | None, dry_run
         value["urls"] = urls = upload(saved, api, {**target, "trust_remote_code": trust_remote_code})
         text += "".join(f"\n{url}" for url in urls.values()) + stays(value["left_out"])
     if collection:
-        value["collection"] = collect(api, collection, list(names.values()), target["private"])
+        value["collection"] = collect(api, collection, list(names.values()), bool(target["private"]))
         text += f"\n{value['collection']}"
     return value, text
 
@@ -190,9 +191,7 @@ def stays(left_out: dict[str, dict[str, str]]) -> str:
 
 def collect(api: HfApi, title: str, repo_ids: list[str], private: bool) -> str:
     """Put the repositories into the collection of that title, which is made if need be; its address."""
-    owner = api.whoami()["name"]
-    ids = [repo_id if "/" in repo_id else f"{owner}/{repo_id}" for repo_id in repo_ids]
-    made = api.create_collection(title, namespace=ids[0].partition("/")[0], private=private, exists_ok=True)
-    for repo_id in ids:
+    made = api.create_collection(title, namespace=repo_ids[0].partition("/")[0], private=private, exists_ok=True)
+    for repo_id in repo_ids:
         api.add_collection_item(made.slug, repo_id, "model", exists_ok=True)
     return str(made.url)

@@ -108,5 +108,5 @@ def push(
 
         details = {"base_model": base_model, "dataset": dataset, "license": license}
         batch = Batch(folders, repo_id, save_to, no_processor, details, tolerance, force, trust_remote_code)
-        target = {"private": private, "revision": revision, "tag": tag, "create_pr": create_pr}
+        target = {"private": private or None, "revision": revision, "tag": tag, "create_pr": create_pr}
         result.set(*pushed(batch, target, collection, dry_run))

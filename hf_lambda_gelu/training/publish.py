@@ -52,7 +52,7 @@ def push_relu(
     if not trainer.is_world_process_zero():
         return None
     finish_current_push(trainer)
-    private = bool(private if private is not None else args.hub_private_repo)
+    private = private if private is not None else args.hub_private_repo
     revision = revision or args.hub_revision
     return push_trained(
         trainer,
@@ -72,7 +72,7 @@ def push_trained(
     details: CardDetails,
     *,
     report: SubstitutionReport | None = None,
-    private: bool = False,
+    private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
     inputs: dict[str, Tensor] | None = None,

@@ -78,7 +78,8 @@ def _create(hub: HubServer, call: Call) -> Reply:
     about = {"url": f"{hub.url}/{repo_id}", "name": repo_id}
     if repo_id in hub.repos:
         return Reply(about | {"error": "You already created this model repo"}, 409)
-    hub.add_repo(repo_id, private=asked.get("visibility") == "private")
+    asked.setdefault("visibility", "private" if hub.private_by_default else "public")
+    hub.add_repo(repo_id, private=asked["visibility"] == "private")
     return Reply(about)
 
 

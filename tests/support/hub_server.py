@@ -49,6 +49,7 @@ class HubServer:
         self.token, self.user = token, user
         self.repos: dict[str, Repo] = {}
         self.collections: dict[str, Collection] = {}
+        self.private_by_default = False  # as an organisation may have it
         self.requests: list[Request] = []
         self._faults: list[Fault] = []
         self.blobs: dict[str, bytes] = {}  # LFS objects by SHA-256
