@@ -70,27 +70,23 @@ def push_relu_to_hub(
 ) -> CommitInfo:
     """Publishes a ReLU-ized model: saves it, proves by `verify_relu_pretrained` that stock transformers computes the same
     without this package, and only then uploads, in one commit, whose `CommitInfo` it returns. Only what the model's and its
-    processor's own saves and this package wrote goes up; the rest is named in a warning. Weights of a former network that
-    the repository holds, its adapters among them, go in the same commit: stock transformers would load them instead.
+    processor's own saves and this package wrote goes up, and a former network's weights and adapters go: both are named.
 
     Args:
         model: a model after `relu_ize`, or the folder of one that `save_relu_pretrained` wrote, uploaded as it is.
-        repo_id: "name", of whose token it is, or "owner/name".
+        repo_id: "owner/name", or "name", of whose token it is.
         processor: tokenizer, image processor or feature extractor, a list for several; `()` for none.
-        details, learned, history, report: as for `save_relu_pretrained`; not for a folder, which has them. Where the details
-            name a base model and no licence, the licence is asked of the Hub.
+        details, learned, history, report: as for `save_relu_pretrained`; a folder has them. The base's licence is looked up.
         folder: where to keep the saved model; by default a temporary folder, which stays only where the upload failed.
         inputs: a batch for the comparison; by default a small one, as for `verify_relu_pretrained`.
-        private: create the repository as private, or as public; by default as its owner has it. An existing one keeps its
-            visibility.
-        revision, tag, create_pr: branch to commit to, made if need be; name to give the commit, such as "v1"; open a pull
-            request instead.
+        private: make the repository private or public; by default as its owner has it. An existing one stays as it is.
+        revision, tag, create_pr: branch, made if need be; name for the commit, such as "v1"; open a pull request instead.
         token, api: by default what `hf auth login` saved, and the Hub. A token is never stored or shown.
         trust_remote_code: run the model's own code to prove it, and upload it; without it such a model is refused.
 
     Raises:
         ValueError: bad repo id, no token, offline, no processor, no finite ReLU network, code that is not trusted, a card
-            that holds a token or hides that the weights are quantised, inputs that are no tensors.
+            with a token in it or that hides quantised weights, inputs that are no tensors.
         VerificationError: stock transformers computes something else. Nothing is uploaded.
         PushError: the upload failed; the folder is kept. Or the model is up and the tag was refused; the message says so.
 

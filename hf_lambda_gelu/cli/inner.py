@@ -14,8 +14,9 @@ from ..checkpoints.published_files import published_files
 from ..checkpoints.save import check_relu
 from ..checkpoints.verify import check_as_proven
 from ..downstream.onnx.files import check_new_file
-from ..measurement.batches import model_batches, rows, token_mask
+from ..measurement.batches import model_batches
 from ..measurement.forward import call, main_output
+from ..measurement.output_rows import output_rows
 from ..structure.loading import check_trusted, load_saved
 from ..structure.own_code import references
 from ..structure.scratch import scratch_folder
@@ -35,13 +36,12 @@ __all__ = [
     "load_saved",
     "main_output",
     "model_batches",
+    "output_rows",
     "published_files",
     "references",
-    "rows",
     "scratch_folder",
     "settle_code",
     "smooth_modules",
-    "token_mask",
     "unfinished_folder",
     "whole_folder",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .inner import call, main_output, model_batches, rows, token_mask
+from .inner import call, main_output, model_batches, output_rows
 
 
 @torch.no_grad()
@@ -20,8 +20,7 @@ def outputs(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> lis
     """The main output on each batch, (rows, features) without padding, fp64."""
     found = []
     for batch in model_batches(model, batches):
-        mask = token_mask(batch, decoder=bool(model.config.is_encoder_decoder))
-        found.append(rows(main_output(call(model, batch)), mask).double())
+        found.append(output_rows(main_output(call(model, batch)), batch, model).double())
     return found
 
 

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.utils import logging
 
 from ..structure.block_source import device_of
+from .batch_faults import input_fault, loader_fault, pads_that_count, shapes, tuple_fault
 from .deal import digest, repeated, same_share
 from .team import ALONE, Team
-from .towers import decoder_mask
+
+logger = logging.get_logger(__name__)
 
 
 class CalibrationError(ValueError):
@@ -33,12 +36,13 @@ _MAPPING = re.compile(r"(typing\.|collections\.abc\.)?([Dd]ict|(Mutable)?Mapping
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
 
-def forward_failed(model: nn.Module, index: int, error: Exception) -> Exception:
+def forward_failed(model: nn.Module, index: int, error: Exception, batch: Mapping[str, Any]) -> Exception:
     """The error to raise when the model's forward raised `error` on a calibration batch."""
     if isinstance(error, CalibrationError):
         return error
     return CalibrationError(
-        f"calibration batch {index}: {type(model).__name__}.forward raised {type(error).__name__}: {error}"
+        f"calibration batch {index}: {type(model).__name__}.forward raised {type(error).__name__}: {error}. It was given "
+        f"{shapes(batch)}"
     )
 
 
@@ -53,43 +57,40 @@ def model_batches(model: nn.Module, loader: Iterable[Any], team: Team = ALONE) -
         team: of which each process has a loader with its own share. A share may be empty. Its end is a meeting.
 
     Raises:
-        CalibrationError: a batch that holds no tensor that the model takes, or has another dtype or device than the first;
-            a loader that yields nothing, or nothing but padding; of a team the same share twice.
+        CalibrationError: a batch that holds no tensor that the model takes, or a tuple of more than it needs, or has another
+            dtype or device than the first; a loader that is no batches, or yields none, or nothing but padding; of a team
+            the same share twice.
     """
+    fault = loader_fault(loader)
+    if fault is not None:
+        raise CalibrationError(fault)
     mapping, accepted = takes_a_mapping(model), accepted_names(model)
     main = getattr(model, "main_input_name", None)
     device = device_of(model)
     first: dict[str, tuple[torch.dtype, torch.device]] = {}
-    count, seen, digests = 0, False, list[str]()
+    count, seen, pads, digests = 0, False, 0, list[str]()
     for count, batch in enumerate(loader, 1):
         where = f"calibration batch {count - 1}"
-        if main is None and not mapping and isinstance(batch, (Tensor, tuple, list)):
-            batch = dict(zip(accepted or (), [batch] if isinstance(batch, Tensor) else batch, strict=False))
+        if main is None and not mapping:
+            batch = _named(model, batch, accepted or (), where)
         if not isinstance(batch, Mapping):
             raise CalibrationError(f"{where} is a {type(batch).__name__}: expected a mapping of the model's inputs")
         kept = {name: value for name, value in batch.items() if accepted is None or name in accepted}
-        tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
-        if not any(value.numel() for name, value in tensors.items() if name != "labels"):
-            takes = repr(main or next(iter(accepted or ()), "nothing"))
-            takes = "one mapping with tensors in it" if mapping else takes
-            raise CalibrationError(
-                f"{where} holds {', '.join(map(repr, batch)) or 'nothing'}: no tensor in it is an input of "
-                f"{type(model).__name__}.forward, which takes {takes}"
-            )
-        for name, value in tensors.items():
-            dtype, place = first.setdefault(name, (value.dtype, value.device))
-            if (value.dtype, value.device) != (dtype, place):
-                raise CalibrationError(
-                    f"{where}: {name} is {value.dtype} on {value.device}, in an earlier batch it was {dtype} on {place}. "
-                    "Let the loader yield one dtype on one device"
-                )
-        for name, value in kept.items():
-            if isinstance(value, Cache):
-                raise CalibrationError(f"{where}: {name} is a cache, which grows from run to run. Leave it out of the batch")
+        takes = "one mapping with tensors in it" if mapping else repr(main or next(iter(accepted or ()), "nothing"))
+        fault = input_fault(model, batch, kept, takes)
+        if fault is not None:
+            raise CalibrationError(f"{where} {fault}")
+        _check_alike(kept, first, where)
         seen = seen or any_token(kept)
+        pads += pads_that_count(model, kept, accepted)
         if team.size > 1 and not team.dealt:
             digests.append(digest(kept))
         yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kept.items()}
+    if pads:
+        logger.warning(
+            f"{pads} rows of input_ids begin or end with the padding token, and no attention_mask tells: padding counts as "
+            "text here. Give the attention_mask that the tokenizer makes"
+        )
     shares = team.gathered((count, seen, digests), "the batches of all")
     _check_shares([share for *_, share in shares])
     if not any(count for count, *_ in shares):
@@ -98,6 +99,31 @@ def model_batches(model: nn.Module, loader: Iterable[Any], team: Team = ALONE) -
         )
     if not any(seen for _, seen, _ in shares):
         raise CalibrationError("the calibration set holds only padding: its attention mask is 0 everywhere")
+
+
+def _named(model: nn.Module, batch: Any, accepted: Sequence[str], where: str) -> Any:
+    """A tensor, or the tensors of a tuple, by the names of forward's arguments; CalibrationError if not clear."""
+    if not isinstance(batch, (Tensor, tuple, list)):
+        return batch
+    fault = None if isinstance(batch, Tensor) else tuple_fault(model, batch, accepted)
+    if fault is not None:
+        raise CalibrationError(f"{where} {fault}")
+    return dict(zip(accepted, [batch] if isinstance(batch, Tensor) else batch, strict=False))
+
+
+def _check_alike(batch: Mapping[str, Any], first: dict[str, tuple[torch.dtype, torch.device]], where: str) -> None:
+    """CalibrationError for a tensor of another dtype or device than the `first` of its name, or for a cache."""
+    for name, value in batch.items():
+        if isinstance(value, Cache):
+            raise CalibrationError(f"{where}: {name} is a cache, which grows from run to run. Leave it out of the batch")
+        if not isinstance(value, Tensor):
+            continue
+        dtype, place = first.setdefault(name, (value.dtype, value.device))
+        if (value.dtype, value.device) != (dtype, place):
+            raise CalibrationError(
+                f"{where}: {name} is {value.dtype} on {value.device}, in an earlier batch it was {dtype} on {place}. "
+                "Let the loader yield one dtype on one device"
+            )
 
 
 def check_dealt(loader: Iterable[Any], team: Team) -> None:
@@ -145,33 +171,7 @@ def accepted_names(model: nn.Module) -> list[str] | None:
 def any_token(batch: Mapping[str, Any]) -> bool:
     """Whether a batch has anything but padding in it."""
     mask = batch.get("attention_mask")
-    return not isinstance(mask, Tensor) or bool(mask.any())
-
-
-def token_mask(batch: Mapping[str, Any], decoder: bool = False) -> Tensor | None:
-    """(batch, length), True at tokens that are not padding; None if the batch does not say.
-
-    Args:
-        decoder: of the decoder's input of an encoder-decoder model; see `towers.decoder_mask`.
-    """
-    if decoder:
-        return decoder_mask(None, batch)
-    mask = batch.get("attention_mask")
-    return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """(…, features) as (rows, features), without the rows of padding where the mask fits the tensor's leading shape.
-
-    It does not fit where a model works on something other than tokens (image patches, or sequences that it unpadded
-    itself): then every row counts.
-    """
-    flat = tensor.reshape(-1, tensor.shape[-1])
-    if mask is None or bool(mask.all()):
-        return flat
-    if tensor.shape[:-1] == mask.shape or (tensor.dim() == 2 and len(flat) == mask.numel()):
-        return flat[mask.reshape(-1).to(flat.device)]
-    return flat
+    return not isinstance(mask, Tensor) or mask.is_floating_point() or bool(mask.any())  # additive masks are 0 at tokens
 
 
 def batch_size(model: nn.Module, batch: Mapping[str, Any]) -> int:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..activation.module import hardness_sites
 from ..reports import progress
-from ..structure.config import config_of
-from .batches import CalibrationError, rows, token_mask
+from .batches import CalibrationError
 from .forward import main_output, run_batch, same_random_numbers
 from .in_effect import check_in_effect, counting_calls
+from .output_rows import output_rows
 from .places import Places
 from .site_rows import SiteRows
 from .team import ALONE, Team
@@ -65,8 +65,7 @@ def measure_change(
     """
     called: set[str] = set()
     first: tuple[Mapping[str, Any], Tensor] | None = None
-    decoder = bool(getattr(config_of(model), "is_encoder_decoder", False))
-    comparison, zeros = _Comparison(decoder, keep_logits=compute_metrics is not None), _Zeros(model)
+    comparison, zeros = _Comparison(model, keep_logits=compute_metrics is not None), _Zeros(model)
     for index, batch in enumerate(progress(batches, "measuring the change", total)):
         with before(), counting_calls(model, called), same_random_numbers(model):
             smooth = run_batch(model, batch, index)
@@ -96,8 +95,8 @@ def first_example(output: Mapping[str, Any]) -> Tensor:
 class _Comparison:
     """Sums over the batches of what two states of a model put out."""
 
-    def __init__(self, decoder: bool, keep_logits: bool) -> None:
-        self.decoder, self.keep_logits = decoder, keep_logits
+    def __init__(self, model: nn.Module, keep_logits: bool) -> None:
+        self.model, self.keep_logits = model, keep_logits
         self.change = self.norm = 0.0  # sums of squares
         self.losses: list[tuple[float, float]] = []  # an entry for each example
         self.logits: tuple[Tensor, Tensor] | None = None
@@ -112,8 +111,8 @@ class _Comparison:
                 f"{tuple(before.shape)}: "
                 "the change cannot be measured. Substitute without calibration, or pass inputs that fix the length"
             )
-        mask = token_mask(batch, self.decoder)  # what is put out at padding, nobody looks at, and no refit sees to
-        flat = [rows(side, mask).reshape(-1) if side.dim() else side.reshape(-1) for side in (before, after)]
+        both = [output_rows(side, batch, self.model) if side.dim() else side for side in (before, after)]
+        flat = [side.reshape(-1) for side in both]  # but for padding, which no refit sees to
         for first, second in zip(*(side.split(_PIECE) for side in flat), strict=True):  # a language model's logits are large
             self.change += float((second.float() - first.float()).square().sum(dtype=torch.float64))
             self.norm += float(first.float().square().sum(dtype=torch.float64))

@@ -45,7 +45,7 @@ def run_batch(model: nn.Module, batch: Mapping[str, Any], index: int) -> Any:
     except CalibrationError:
         raise
     except FORWARD_ERRORS as error:
-        raise forward_failed(model, index, error) from error
+        raise forward_failed(model, index, error, batch) from error
 
 
 def call(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:

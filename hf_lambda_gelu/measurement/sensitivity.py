@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ..activation.module import LambdaGELU, hardness_profile
 from ..reports import length, progress, table, to_dict
-from ..structure.config import config_of
 from ..structure.transaction import transaction
-from .batches import CalibrationError, batch_size, model_batches, rows, token_mask
+from .batches import CalibrationError, batch_size, model_batches
 from .calibration import calibration_sites, pieces
 from .forward import main_output, measuring, run_batch, same_random_numbers
+from .output_rows import output_rows
 
 
 @dataclass(frozen=True)
@@ -116,19 +116,17 @@ def sensitivity(model: nn.Module, dataloader: Iterable[Any]) -> SensitivityRepor
         >>> print(hlg.sensitivity(model, [batch]))
     """
     sites, profile = calibration_sites(model), hardness_profile(model)
-    decoder = bool(getattr(config_of(model), "is_encoder_decoder", False))
     costs = _Costs(sites)
     batches = length(dataloader)
     total = None if batches is None else batches * (len(sites) + 1)
     with measuring(model):
         passes = _passes(model_batches(model, dataloader), sites)
         for index, batch, name in progress(passes, "sensitivity", total):
-            mask = token_mask(batch, decoder=decoder)
             if name is None:
-                costs.start(batch_size(model, batch), *_measured(model, batch, mask, index))
+                costs.start(batch_size(model, batch), *_measured(model, batch, index))
             else:
                 with _as_relu(sites[name]):
-                    costs.add(name, *_measured(model, batch, mask, index, f" with {name} as ReLU"))
+                    costs.add(name, *_measured(model, batch, index, f" with {name} as ReLU"))
     return costs.report(profile)
 
 
@@ -188,13 +186,11 @@ def _as_relu(site: LambdaGELU) -> Iterator[None]:
         site.as_relu = before
 
 
-def _measured(
-    model: nn.Module, batch: Mapping[str, Any], mask: Tensor | None, index: int, how: str = ""
-) -> tuple[Tensor, float | None]:
+def _measured(model: nn.Module, batch: Mapping[str, Any], index: int, how: str = "") -> tuple[Tensor, float | None]:
     """The main output without padding, (rows, features), and the loss; with the same random numbers at every call."""
     with same_random_numbers(model):
         result = run_batch(model, batch, index)
-    output = rows(main_output(result), mask)
+    output = output_rows(main_output(result), batch, model)
     loss = None if result.get("loss") is None else float(result["loss"])
     if not (math.isfinite(loss or 0.0) and bool(torch.isfinite(output).all())):
         raise CalibrationError(

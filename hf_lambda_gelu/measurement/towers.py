@@ -187,7 +187,7 @@ class Towers:
         size = self._base.size
         if "decoder_input_ids" in self._names[module]:  # what is around both has its heads after the decoder
             return Tower(size, self._decoder_mask)
-        mask = next((m for m in map(partial(_key_mask, given, size), (*_MASKS, *_INVERTED_MASKS)) if m is not None), None)
+        mask = next((m for m in map(partial(key_mask, given, size), (*_MASKS, *_INVERTED_MASKS)) if m is not None), None)
         if mask is not None:
             mask = _without_past(mask, given)
             return Tower(size, mask, _is_mixed(given), partial(frame_mask, self.model, mask))
@@ -249,7 +249,7 @@ def _at_the_end(marked: Tensor) -> Tensor:
     return marked.flip(1).int().cumprod(1).flip(1).bool()
 
 
-def _key_mask(given: Mapping[str, Any], size: int, name: str) -> Tensor | None:
+def key_mask(given: Mapping[str, Any], size: int, name: str) -> Tensor | None:
     """The padding mask of that name, (batch, length), True at tokens; None if there is none or it is of another kind."""
     mask = given.get(name)
     if not isinstance(mask, Tensor):

@@ -45,6 +45,11 @@ def with_int32(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 BAD_LOADERS: dict[str, tuple[Callable[[], Iterable[Any]], str]] = {
     "empty": (lambda: [], "yielded no batch"),
     "consumed": (lambda: iter(()), "yielded no batch"),
+    "a batch": (labelled, "is one dict: expected several, pass a list of such batches"),
+    "a name": (lambda: "reviews.txt", "is a str: expected batches"),
+    "no tensors": (lambda: [{"input_ids": [[5, 6]]}], r"batch 0 has input_ids as a list: .*return_tensors='pt'"),
+    "an empty batch": (lambda: [labelled(), labelled(size=0)], "batch 1 is empty: input_ids 0 × 11"),
+    "a row": (lambda: [{"input_ids": torch.arange(3, 14)}], r"batch 0: .*It was given input_ids 11$"),
     "a list": (lambda: [labelled(), [1, 2]], "batch 1 is a list: expected a mapping"),
     "no usable tensor": (lambda: [labelled(), {"text": "good"}], "batch 1 holds 'text': no tensor in it"),
     "other dtype": (lambda: [labelled(), with_int32(labelled())], "batch 1: input_ids is torch.int32"),

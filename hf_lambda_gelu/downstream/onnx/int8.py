@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...measurement.batches import rows, token_mask
+from ...measurement.output_rows import output_rows
 from ...reports import progress
 from .comparison import in_a_line, shapes_of
 from .files import run, session, size_of
@@ -127,7 +127,7 @@ def _main(ready: Any, batch: dict[str, Tensor], index: int, what: str) -> Tensor
             f"onnxruntime fails on {what} with calibration batch {index} of {shapes_of(batch)}: {in_a_line(error)}"
         ) from error
     main = next(value for value in outputs if value.is_floating_point())
-    return rows(main, token_mask(batch)).double() if main.dim() > 1 else main.double()
+    return output_rows(main, batch).double() if main.dim() > 1 else main.double()
 
 
 class _Reader:

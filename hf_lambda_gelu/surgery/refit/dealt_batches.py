@@ -6,13 +6,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..._compat import pytree
 from ...measurement.batches import batch_size
-from ...measurement.deal import Deal
+from ...measurement.deal import Deal, digest
 from ...measurement.team import Team
 from .held_out import Examples
 from .store import Store
+
+logger = logging.get_logger(__name__)
 
 
 class DealtBatches:
@@ -28,15 +31,31 @@ class DealtBatches:
     def __init__(self, model: nn.Module, store: Store, team: Team) -> None:
         self.model, self.store, self.team = model, store, team
         self.sizes: list[int] = []
+        self._places: list[int] = []  # in the loader, of each own batch
         self.deal = Deal([[]])
         self._starts: list[int] = []
         self._shown: set[int] = set()
 
     def keep(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Keep the share on disk: it is iterated once."""
-        for batch in batches:
+        """Keep the share on disk: it is iterated once.
+
+        A batch that was there before is left out: half of it would be held out to judge what the other half has fitted.
+        """
+        known, repeated = set[str](), 0
+        for place, batch in enumerate(batches):
+            key = digest(batch)
+            if key in known:
+                repeated += 1
+                continue
+            known.add(key)
             self.store.put(f"batch-{self.count}", dict(batch))
             self.sizes.append(batch_size(self.model, batch))
+            self._places.append(place)
+        if repeated:
+            logger.warning(
+                f"{repeated} of {repeated + self.count} calibration batches are the same as earlier ones and were left out: "
+                "they say nothing new. Does each worker of a DataLoader give the whole of an IterableDataset?"
+            )
         self.deal = Deal(self.team.gathered(self.sizes, "the sizes of all batches"))
         self._starts = self.deal.starts(self.team.rank)
 
@@ -49,6 +68,10 @@ class DealtBatches:
         """One of the own batches."""
         batch: dict[str, Any] = self.store.get(f"batch-{index}")
         return batch
+
+    def called(self, number: int) -> int:
+        """By which number a person knows one of the batches of all: its place in the loader, where there is a single one."""
+        return self._places[number] if self.team.size == 1 else number
 
     def examples(self, index: int) -> Examples:
         """Which examples of all those of an own batch are."""

@@ -261,13 +261,13 @@ class TwoNetworks:
 
         It runs in the autocast in which the refit was asked for, and `towers` follows it.
         """
-        return self._forward(self.batches.get(index), self.batches.sizes[index], index)
+        return self._forward(self.batches.get(index), self.batches.sizes[index], self.batches.called(index))
 
     def forward_of_all(self, number: int) -> Callable[[], Any]:
         """`forward` on a batch of all: each process runs it, on the same batch."""
 
         def run() -> Any:
-            return self._forward(self.batches.shown(number), self.batches.deal.size(number), number)()
+            return self._forward(self.batches.shown(number), self.batches.deal.size(number), self.batches.called(number))()
 
         return run
 
@@ -282,6 +282,6 @@ class TwoNetworks:
                     with self.towers.following(size, batch):
                         return call(self.model, {**batch, **extra})
                 except FORWARD_ERRORS as error:
-                    raise forward_failed(self.model, index, error) from error
+                    raise forward_failed(self.model, index, error, batch) from error
 
         return run
