@@ -53,12 +53,12 @@ def save_relu_pretrained(
 
     Args:
         model: a model after `relu_ize`, in any floating point dtype; or one that was saved, loaded and compressed by
-            llm-compressor, of which the card then says how.
+            llm-compressor, as the card then says.
         folder: the folder to make. An existing one that is not empty is refused unless `overwrite`, which replaces it.
         processor: tokenizer, image processor or feature extractor to save beside the weights; a list for several.
         details: what the card should say, see `CardDetails`.
         model_name: the name in the card, e.g. the Hub id; by default the folder's.
-        learned: λ per site as learned, before the ramp (`trainer.learned_hardness`): plotted and kept in `lambda_gelu.json`.
+        learned: λ per site as learned (`trainer.learned_hardness`): plotted and kept in `lambda_gelu.json`.
         history: `trainer.state.log_history`, for the plot of λ over training.
         report: what `relu_ize` returned; by default what it left on the model. Merged adapters make another, without one.
         trust_remote_code: write also the code of its own that model, tokenizer or processor has; else that is refused.
@@ -67,9 +67,9 @@ def save_relu_pretrained(
         The folder.
 
     Raises:
-        ValueError: smooth gates left in model or config, tensors that are not finite, an existing or unwritable folder,
-            a model from compressed weights or saved with another config, one that stock transformers would build otherwise
-            (another head, weight norm), code that is not trusted. Nothing is written.
+        ValueError: smooth gates in model or config, tensors that are not finite, an existing or unwritable folder, a model
+            from compressed weights or that stock transformers would build otherwise (another head, weight norm), code that
+            is not trusted. Nothing is written.
 
     Examples:
         >>> import hf_lambda_gelu as hlg
@@ -86,8 +86,7 @@ def save_relu_pretrained(
     check_code_may_go([model, model.config, *processors], trust_remote_code)
     check_new(folder, overwrite)
     report = report or report_left_on(model)
-    smooth = smooth_modules(model)
-    if report is None and smooth:
+    if report is None and (smooth := smooth_modules(model)):
         raise ValueError(f"the model did not come from relu_ize and has smooth modules, from {smooth[0]} on")
     pruned = pruned_maps(model)
     with whole_folder(folder, overwrite) as temporary:

@@ -77,13 +77,12 @@ def relu_ize(
             batches, and all end with the same bits. "one" works alone. Weights that `fully_shard` has cut up want "all".
 
     Returns:
-        Per site λ and the bound on what changes; what was refit; the measured changes; the smooth activations that remain.
+        Per site λ and the bound on what changes; what was refit; the measured changes; smooth activations that remain.
 
     Raises:
         ValueError: called in torch.inference_mode, no λ-GELU in the model, offloaded weights, a `compensate` that is unknown
-            or lacks a calibration set, or is of a model with adapters in its layers, or, where several processes run,
-            `processes`; weights cut up by other engines; a fused kernel in the place of sites or ReLUs, to be switched off.
-            What one raises of processes that join, all do.
+            or lacks a calibration set, or `processes` where several run, or is of a model with adapters in its layers;
+            weights cut up by other engines; a fused kernel in the place of sites or ReLUs. What one process raises, all do.
         RuntimeError: processes that work together and have not the same model, or of which one has ended.
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`, nor `hinges` in their layers.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,20 @@ _TIMING = ("runtime", "_per_second", "preparation_time")
 _END = "train_runtime"  # in the last log of a training
 
 
+@contextlib.contextmanager
+def visibility(args: TrainingArguments, private: bool | None) -> Iterator[None]:
+    """Within the block, transformers makes a repository private or public as is asked for; None leaves it to `args`.
+
+    The parameter `private` of its own methods is newer than what runs on Python 3.10.
+    """
+    before = args.hub_private_repo
+    args.hub_private_repo = before if private is None else private
+    try:
+        yield
+    finally:
+        args.hub_private_repo = before
+
+
 def push_relu(
     trainer: LambdaGELUTrainer,
     commit_message: str | None,
@@ -48,7 +64,8 @@ def push_relu(
     args = trainer.args
     token = token if token is not None else args.hub_token
     if trainer.hub_model_id is None:
-        trainer.init_hf_repo(token=token, private=private)
+        with visibility(args, private):
+            trainer.init_hf_repo(token=token)
     if not trainer.is_world_process_zero():
         return None
     finish_current_push(trainer)

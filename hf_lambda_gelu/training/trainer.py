@@ -26,7 +26,7 @@ from .divergence import check_finite
 from .first_step import first_step
 from .optimizer import own_group
 from .pictures import ProfilePictures
-from .publish import push_relu
+from .publish import push_relu, visibility
 from .resuming import before_a_save, checkpoint_to_resume
 from .run_checks import check_name
 from .second_evaluation import evaluate_twice, without_a_trace
@@ -282,7 +282,8 @@ class LambdaGELUTrainer(Trainer):
         if not relu:
             tags = kwargs.pop("tags", None) or []
             tags = [*([tags] if isinstance(tags, str) else tags), "lambda-gelu", f"arxiv:{PAPER}"]
-            return super().push_to_hub(commit_message, blocking, token, revision, private, tags=tags, **kwargs)
+            with visibility(self.args, private):
+                return super().push_to_hub(commit_message, blocking, token, revision, tags=tags, **kwargs)
         if kwargs:
             raise TypeError(f"{', '.join(kwargs)}: the card of a ReLU network takes details=CardDetails(…)")
         return push_relu(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from support import tiny
 from support.models import converted
 
@@ -18,6 +19,7 @@ def test_proof_within_autocast(name: str, how: str, tmp_path: Path) -> None:
     """What accelerate's bf16 leaves on the model's forward, and a user's own block, are not part of the folder."""
     model = converted(name, 1e5)
     if how == "accelerate":
+        AcceleratorState._reset_state(reset_partial_state=True)
         Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
     hlg.relu_ize(model)
     folder = hlg.save_relu_pretrained(model, tmp_path / "relu")

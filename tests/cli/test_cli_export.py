@@ -59,13 +59,14 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong use before anything is loaded; an export that fails is exit code 1. Nothing is left."""
     checkpoint(tmp_path / "src", "vit", **SMALL)
     (tmp_path / "there.onnx").write_text("mine")
+    (tmp_path / "numbers.jsonl").write_text('{"size": 1}\n{"size": 2}\n')
     before = files(tmp_path)
     line = ("export", "onnx", tmp_path / "src")
     assert "exists: remove it" in invoke(*line, tmp_path / "there.onnx", code=2).stderr
     assert "there is no folder" in invoke("export", "onnx", tmp_path / "none", tmp_path / "m.onnx", code=2).stderr
     assert "has no encoder beside a decoder" in invoke(*line, tmp_path / "m.onnx", "--encoder", code=2).stderr
     assert "no calibration data: add --calibration" in invoke(*line, tmp_path / "m.onnx", "--int8", code=2).stderr
-    data = ("--calibration", tmp_path / "src" / "config.json")
+    data = ("--calibration", tmp_path / "numbers.jsonl")
     assert "columns could hold the examples" in invoke(*line, tmp_path / "m.onnx", *data, code=2).stderr
 
     def fails(*_: object) -> None:

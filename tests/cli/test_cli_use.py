@@ -88,7 +88,7 @@ def test_version() -> None:
         ("nonsense", "No such command 'nonsense'"),
         ("convert", "Missing argument 'SOURCE'"),
         ("convert a", "Missing argument 'TARGET'"),
-        ("convert a b --nonsense", "No such option: --nonsense"),
+        ("convert a b --nonsense", "No such option"),  # its quotes are of typer's version
         ("convert a b --init-hardness x", "Invalid value for '--init-hardness'"),
         ("relu-ize a b --compensate magic", "is not one of 'least_squares', 'bias'"),
         ("calibrate a --samples 0", "Invalid value for '--samples'"),

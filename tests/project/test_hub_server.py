@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from support.hub_card import check_card
 from support.hub_server import HubServer
+from support.versions import newer_hub
 
 CARD = "---\nlicense: mit\nlibrary_name: transformers\ntags:\n- gelu\n---\n# A model\n"
 CLIENT = """
@@ -180,6 +181,7 @@ def test_dropped_commit(hub: HubServer, folder: Path, tmp_path: Path, applied: b
     assert [commit.summary for commit in repo.commits] == ["one" if applied else "two"]
 
 
+@newer_hub
 def test_cards(hub: HubServer, tmp_path: Path) -> None:
     """Cards are pushed, updated and, with metadata that cannot be right, refused."""
     code = """

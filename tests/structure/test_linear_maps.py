@@ -13,6 +13,7 @@ from support.models import converted
 from support.site_tables import WHERE, both
 from support.states import hooks
 from support.traced import found
+from support.versions import OLDER_TRANSFORMERS
 from torch import Tensor
 
 import hf_lambda_gelu as hlg
@@ -72,7 +73,8 @@ def test_maps(name: str) -> None:
     assert tiny.snapshot(model) == before
     assert {n: (p.requires_grad, p.grad, id(p)) for n, p in model.named_parameters()} == flags
     assert hooks(model) == []
-    assert torch.equal(torch.get_rng_state(), random)
+    drawn = OLDER_TRANSFORMERS and name == "wav2vec2"  # for layers to drop, in eval mode too
+    assert torch.equal(torch.get_rng_state(), random) is not drawn
     assert tiny.relative_difference(outputs, tiny.outputs(model, tiny.inputs(model))) == 0.0
 
 
