@@ -264,7 +264,7 @@ class LambdaGELUTrainer(Trainer):
         """Publishes the model as the ReLU network that it has become; `relu=False` publishes it with its λ, as Trainer does.
 
         The ReLU network is proven before, and uploaded in one commit, see `push_relu_to_hub`; the model in memory stays as
-        it is. What is pushed *while* training (`hub_strategy`) is the λ-GELU model.
+        it is. What is pushed *while* training (`hub_strategy`), or by `save_model`, is the λ-GELU model.
 
         Args:
             blocking: only without `relu`, which always waits.
@@ -296,6 +296,11 @@ class LambdaGELUTrainer(Trainer):
             inputs=inputs,
             trust_remote_code=trust_remote_code,
         )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, True)
+        if self.args.push_to_hub and not _internal_call:  # what was saved: λ-GELU, however soft
+            self.push_to_hub("Model save", revision=self.args.hub_revision, relu=False)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         check_finite(self.model, self.state, self.args, self._hardening.losses, weights=True)

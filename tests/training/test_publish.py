@@ -33,6 +33,9 @@ metrics = lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids)
 trainer = hlg.LambdaGELUTrainer(model, args, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics)
 if options["train"]:
     trainer.train()
+if options["save"]:
+    trainer.save_model()
+    sys.exit()
 try:
     details = hlg.CardDetails(license="mit") if options["push"].get("relu", True) else None
     trainer.push_to_hub(**options["push"], **({"details": details} if details else {}))
@@ -55,8 +58,8 @@ def hub_server() -> Iterator[HubServer]:
         yield server
 
 
-def push(hub: HubServer, tmp_path: Path, arguments: dict, train: bool = True, **push: object) -> str:
-    options = json.dumps({"arguments": arguments, "train": train, "push": push})
+def push(hub: HubServer, tmp_path: Path, arguments: dict, train: bool = True, save: bool = False, **push: object) -> str:
+    options = json.dumps({"arguments": arguments, "train": train, "save": save, "push": push})
     process = in_fork(PROGRAM, options, str(tmp_path), env=hub.env(tmp_path / "home"))
     assert process.returncode == 0, process.stderr[-3000:]
     return process.stdout
@@ -120,3 +123,12 @@ def test_soft_gates(hub_server: HubServer, tmp_path: Path) -> None:
     out = push(hub_server, tmp_path, {}, train=False)
     assert "SOFT 2 of 2 gates are soft" in out
     assert not hub_server.repos["tester/my-model"].commits
+
+
+def test_what_is_saved_is_what_goes_up(hub_server: HubServer, tmp_path: Path) -> None:
+    """`save_model` of a run with `push_to_hub=True` pushes what it saves, as Trainer's does: λ-GELU, soft here."""
+    push(hub_server, tmp_path, {}, train=False, save=True)
+    repo = hub_server.repos["tester/my-model"]
+    assert [commit.summary for commit in repo.commits] == ["Model save"]
+    assert json.loads(repo.files["config.json"])["hidden_act"] == "lambda_gelu"
+    assert repo.files["model.safetensors"] == (tmp_path / "my-run" / "model.safetensors").read_bytes()
