@@ -162,10 +162,10 @@ def check_relu(model: PreTrainedModel) -> None:
             f"transformers would load it: {how_to_merge(model)}"
         )
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"expected a transformers model, which a config can rebuild, got {type(model).__name__}: save its weights by "
-            "safetensors.torch.save_model"
-        )
+        way = "save its weights by safetensors.torch.save_model"
+        if isinstance(getattr(model, "_orig_mod", None), PreTrainedModel):
+            way = "pass the one before torch.compile (model._orig_mod)"
+        raise ValueError(f"expected a transformers model, which a config can rebuild, got {type(model).__name__}: {way}")
     check_whole(model, "saving", _FROM_PARTS)
     check_not_offloaded(model)
     left = hardness_sites(model)

@@ -259,7 +259,7 @@ def _put_relu(model: nn.Module, report: SubstitutionReport, runs: Runs) -> None:
 
 def _attach_report(model: nn.Module, report: SubstitutionReport) -> None:
     """Leave the report with the model, where those who save it find it: λ is gone from the model itself."""
-    vars(model)["_relu_report"] = report
+    vars(getattr(model, "_orig_mod", model))["_relu_report"] = report  # of what torch.compile wraps, the model itself
 
 
 def _fold(model: nn.Module, names: list[str], batch: Mapping[str, Any] | None, report: SubstitutionReport) -> None:

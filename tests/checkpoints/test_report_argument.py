@@ -96,6 +96,15 @@ def test_the_argument_goes_before_what_is_left(
     assert hardness_in_card(folder) == [300.0, 300.0]
 
 
+def test_of_a_compiled_model(tmp_path: Path) -> None:
+    """The report is on what torch.compile has wrapped, which is what can be saved, as the refusal of the wrapper says."""
+    compiled = torch.compile(tiny_bert(), backend="eager")
+    hlg.relu_ize(hard(compiled))
+    with pytest.raises(ValueError, match=r"got OptimizedModule: pass the one before torch\.compile \(model\._orig_mod\)"):
+        hlg.save_relu_pretrained(compiled, tmp_path / "m")
+    assert hardness_in_card(hlg.save_relu_pretrained(compiled._orig_mod, tmp_path / "m")) == [HARDNESS, HARDNESS]
+
+
 class Hub:
     """Takes what is uploaded, as files in memory."""
 
@@ -105,6 +114,9 @@ class Hub:
         self.files: dict[str, str] = {}
 
     def create_repo(self, *_: Any, **__: Any) -> None: ...
+
+    def list_repo_files(self, *_: Any, **__: Any) -> list[str]:
+        return [*self.files]
 
     def create_commit(self, operations: list[CommitOperationAdd], **_: Any) -> str:
         for operation in operations:
