@@ -121,7 +121,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
         if self.ramped and run.hardness_compensate != "none":
             check_on_ramp(self._floor, self.targets(run, kwargs["model"]), run.hardness_compensate)
         if self.at_switch is None:
-            warn_if_hard(hardness_profile(kwargs["model"]), wanted, state)
+            warn_if_hard(kwargs["model"], wanted, state)
         self._clipping = attach_to_the_run(kwargs["optimizer"], kwargs["model"])
         self._apply(run, state, **kwargs)
 

@@ -111,18 +111,23 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [site.unclipped_hardness for site in sites if site.unclipped_hardness.requires_grad]
 
 
-def warn_if_hard(profile: Mapping[str, float], targets: Mapping[str, float], state: TrainerState) -> None:
+def warn_if_hard(model: nn.Module, targets: Mapping[str, float], state: TrainerState) -> None:
     """Says so if a run that is to learn λ begins with every λ at its target: there is nothing left to learn.
 
     Args:
         targets: of the earlier run of this trainer; without one, of this one.
     """
-    if not profile or any(value < 0.999 * targets.get(name, math.inf) for name, value in profile.items()):
-        return
-    if state.is_world_process_zero:
-        name = min(profile, key=lambda each: profile[each])
+    least: dict[str, float] = {}
+    for name, site in hardness_sites(model).items():
+        value = site.unclipped_hardness.detach()
+        value = value.to_local() if hasattr(value, "to_local") else value
+        if not value.numel() or float(value.min()) < 0.999 * targets.get(name, math.inf):  # or on another process
+            return
+        least[name] = float(value.min())
+    if least and state.is_world_process_zero:
+        name = min(least, key=lambda each: least[each])
         logger.warning(
-            f"every λ is at its target already (an earlier run, or harden), the softest {profile[name]:.4g} at {name}: "
+            f"every λ is at its target already (an earlier run, or harden), the softest {least[name]:.4g} at {name}: "
             "the gates are hard from the first step of this run, and it learns nothing of λ"
         )
 

@@ -9,7 +9,7 @@ A run that is interrupted goes on where it stopped. Every recipe has the same nu
 they chose is in the CSV too, as rows of the validation split. Tables and plots: report.py.
 
 The size `full` trains the pretrained models on all there is, three epochs long, with the recipes that matter most, each at
-the best of three rates: half a day on two cores. Its rows are in results/study_full.csv.
+the best of three rates: a day on two cores. Its rows are in results/study_full.csv.
 """
 
 from __future__ import annotations

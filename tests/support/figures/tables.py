@@ -60,7 +60,6 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "recipes": ("docs/study.md", recipes),
     "all examples": ("docs/study.md", all_examples),
     "README": ("README.md", lambda: report.headline(report.accuracies(run.FULL_RESULTS), FULL)),
-    "README, pictures": ("README.md", lambda: report.headline(report.accuracies(run.RESULTS), PRETRAINED[-1:])),
     "tasks": ("docs/study.md", lambda: protocol.tasks([*PRETRAINED, *SCRATCH], tuned=False)),
     "profiles": ("docs/study.md", lambda: claims.profiles(judged_rows())),
     "drops": ("docs/study.md", lambda: claims.drops(judged_rows())),
