@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support import tiny
 from support.folders import digests, load, read, same_tensors, stored
 from support.other_layers import OTHER_LAYERS, other_inputs, smooth_layers
@@ -54,8 +53,7 @@ def build(name: str, **config: Any) -> Any:
 def batches(name: str) -> list[dict[str, Tensor]]:
     made = []
     for seed in range(5):  # 110 tokens for 74 units
-        torch.manual_seed(seed)
-        made.append(other_inputs(name, seed) if name in OTHER_LAYERS else tiny.inputs(build(name)))
+        made.append(other_inputs(name, seed) if name in OTHER_LAYERS else tiny.inputs(build(name), seed))
     return made
 
 

@@ -246,7 +246,10 @@ def test_a_sentence_transformer_outside_of_a_trainer(tmp_path: Path) -> None:
     for site, expected in zip(hlg.calibrate(model, batches).sites, hlg.calibrate(inner, batches).sites, strict=True):
         assert site.name == f"0.model.{expected.name}"
         assert site.target_hardness(0.01) == pytest.approx(expected.target_hardness(0.01), rel=1e-6)
-    for batch, message in ((TEXTS[:2], "is a list: expected a mapping"), ({"words": TEXTS[:2]}, "one mapping with tensors")):
+    for batch, message in (
+        (TEXTS[:2], "is a list: expected a mapping"),
+        ({"words": TEXTS[:2]}, "has words as a list: expected tensors"),
+    ):
         with pytest.raises(hlg.CalibrationError, match=message):
             hlg.calibrate(model, [batch])
     report = hlg.relu_ize(model, calibration=batches, compensate="least_squares")
