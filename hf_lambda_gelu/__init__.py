@@ -16,11 +16,12 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation see; _MOD
     from .activation.kernels.dispatch import KernelUnavailable, set_kernels
     from .activation.module import LambdaGELU, hardness_profile, hardness_sites
     from .checkpoints.card import CardDetails
-    from .checkpoints.hub import PushError, push_relu_to_hub
+    from .checkpoints.hub import push_relu_to_hub
     from .checkpoints.on_disk import CheckpointReport, convert_checkpoint, relu_ize_checkpoint
     from .checkpoints.remote_code import save_with_code
     from .checkpoints.save import save_relu_pretrained
     from .checkpoints.stock_process import VerificationError
+    from .checkpoints.upload import PushError
     from .checkpoints.verify import verify_relu_pretrained
     from .downstream.onnx.export import export_onnx
     from .downstream.onnx.report import ExportError, ExportReport, Int8Report
@@ -154,7 +155,7 @@ _MODULES = {
     "LambdaGELUTrainer": ".training.trainer",
     "LambdaGELUTrainingArguments": ".training.arguments",
     "PruningReport": ".downstream.pruning",
-    "PushError": ".checkpoints.hub",
+    "PushError": ".checkpoints.upload",
     "RobustnessReport": ".downstream.verification.verdicts",
     "SensitivityReport": ".measurement.sensitivity",
     "SiteSensitivity": ".measurement.sensitivity",

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..structure.computed_weights import computed_tensors
 from ..structure.config import activation_attributes
 from ..structure.loading import checkpoint_errors, quietly
-from ..structure.modules import quantised_weight
+from ..structure.quantised import quantised_weight
 from .shards import read_shards
 
 

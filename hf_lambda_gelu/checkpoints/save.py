@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from ..activation.module import hardness_sites
 from ..measurement.plots import plot_hardness
+from ..structure.adapters import adapted_layer, has_adapters, how_to_merge
 from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import governed_modules, other_activations
-from ..structure.modules import adapted_layer, has_adapters, how_to_merge
 from ..structure.offloading import check_not_offloaded
 from ..structure.other_runtimes import runtime_warnings
 from ..structure.sharding import check_whole

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-# transformers takes adapters before anything else, one file before shards, and a variant where it is asked for
-_LOADED = re.compile(r"adapter_config\.json|(adapter_|pytorch_)?model[.-].*(safetensors|bin)(\.index(\.\w+)?\.json)?")
+# in the folder itself transformers takes adapters first, one file before shards, and a variant where it is asked for
+_LOADED = re.compile(r"adapter_config\.json|(adapter_|pytorch_)?model[.-][^/]*(safetensors|bin)(\.index(\.\w+)?\.json)?")
 # what other programs load
 _OTHER_FORMATS = {".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite"}
 

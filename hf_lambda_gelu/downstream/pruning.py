@@ -19,7 +19,8 @@ from ..structure.feed_forward import Blocks, FeedForward
 from ..structure.feed_forward_search import feed_forwards
 from ..structure.linear_calls import Key, LinearCall
 from ..structure.linear_maps import watch_linears
-from ..structure.modules import joined, quantised_weight, transformers_parts
+from ..structure.modules import joined, transformers_parts
+from ..structure.quantised import quantised_weight
 from ..structure.transaction import transaction
 from ..structure.usable import check_base_alone, check_usable
 from ..structure.widths import misfit, set_width, widths

@@ -19,8 +19,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2CLS, ACT2FN
 
 from ..activation.module import hardness_sites
+from .adapters import held_names
 from .config import LAMBDA_KEYS, STOCK_KEYS, activation_attributes, owner_of, reloaded_value
-from .modules import held_names, joined, named_modules, transformers_parts
+from .modules import joined, named_modules, transformers_parts
 
 _PIECEWISE_LINEAR = ("relu", "relu6", "leaky_relu", "prelu", "linear")
 _PROBES = itertools.count()  # each probe has a key of its own: another thread may be probing too

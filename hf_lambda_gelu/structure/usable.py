@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .modules import adapted_layer, how_to_merge
+from .adapters import adapted_layer, how_to_merge
 
 
 def check_usable(model: nn.Module, error: type[ValueError] = ValueError) -> None:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from ..activation.module import hardness_sites
-from ..structure.modules import has_adapters
+from ..structure.adapters import has_adapters
 from ..structure.transaction import keep, transaction
 
 FILE = "lambda_gelu_hardness.safetensors"

@@ -25,8 +25,9 @@ from ..structure.config import LAMBDA_KEYS, STOCK_KEYS, activation_attributes
 from ..structure.edits import replace_everywhere, set_activation
 from ..structure.hooks import Hooks
 from ..structure.linear_maps import eager_experts
-from ..structure.modules import joined, quantised_weight, transformers_parts
+from ..structure.modules import joined, transformers_parts
 from ..structure.offloading import check_not_offloaded
+from ..structure.quantised import quantised_weight
 from ..structure.sharding import check_whole
 from ..structure.transaction import keep, transaction
 from ..structure.usable import check_base_alone, check_usable

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from ..measurement.forward import call, main_output, measuring
-from ..structure.modules import has_adapters, how_to_merge, quantised_weight
+from ..structure.adapters import has_adapters, how_to_merge
 from ..structure.offloading import check_not_offloaded
+from ..structure.quantised import quantised_weight
 from ..structure.transaction import transaction
 
 _NAMES = {"mistral": "Mistral", "qwen2": "Qwen2"}

@@ -13,8 +13,8 @@ from ..activation.module import hardness_profile, hardness_sites
 from ..measurement.team import Team
 from ..structure.config_probe import hard_coded_sites
 from ..structure.forwards import bypassed_by_code, refusal
-from ..structure.modules import quantised_weight
 from ..structure.offloading import check_not_offloaded
+from ..structure.quantised import quantised_weight
 from ..structure.sharding import check_by_blocks, check_whole, is_cut_by_fsdp2, is_sharded
 from ..structure.smooth_activations import smooth_activations
 from ..structure.usable import check_base_alone, check_usable

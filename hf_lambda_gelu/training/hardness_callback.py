@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..activation.hardness import DEFAULT_RELATIVE_TOLERANCE, DEFAULT_TOLERANCE
 from ..activation.module import hardness_profile, hardness_sites
-from ..structure.modules import has_adapters
+from ..structure.adapters import has_adapters
 from ..surgery.refit.report import CompensationReport
 from .arguments import Hardening, LambdaGELUTrainingArguments, check_hardening
 from .callback import HardeningCallback, as_it_is, stored_attributes

@@ -47,7 +47,7 @@ def attach_hardness_update(optimizer: Any, model: nn.Module | Iterable[LambdaGEL
     An optimizer that moves the parameter below 1 by its momentum would otherwise have to bring it back before λ rises. The
     optimizer's other parameters are untouched. The learning rate of the parameter's group is η_λ, in units of λ per
     step; give the group no weight decay. A λ that stays where it is over the first steps, though its gradients call for
-    steps, is a warning in the log.
+    steps, is a warning in the log. Of a model with adapters, `save_pretrained` writes λ beside them from now on.
 
     Args:
         optimizer: any that has λ in its groups and a `step`; also one that holds others, such as accelerate's wrapper, SAM,

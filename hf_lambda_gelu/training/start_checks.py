@@ -14,7 +14,7 @@ from ..activation.older_checkpoints import NAME, OLDER
 from ..checkpoints.folders import check_writable
 from ..checkpoints.shards import tensor_names
 from ..measurement.batches import takes_a_mapping
-from ..structure.modules import has_adapters
+from ..structure.adapters import has_adapters
 from ..structure.offloading import check_not_offloaded
 from .arguments import LambdaGELUTrainingArguments
 from .sparsity_penalty import check_penalisable

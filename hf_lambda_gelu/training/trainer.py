@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..activation.module import hardness_profile, hardness_sites
 from ..checkpoints.card import PAPER, CardDetails
-from ..structure.modules import has_adapters
+from ..structure.adapters import has_adapters
 from ..surgery.adapter_hardness import load_hardness, save_hardness_with_adapters
 from ..surgery.hinges.layers import Layers
 from ..surgery.hinges.report import HingeReport

@@ -19,7 +19,7 @@ from transformers import BertForSequenceClassification, BertTokenizer, PreTraine
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.checkpoints.compression import compression, pruned_maps
-from hf_lambda_gelu.structure.modules import quantised_weight
+from hf_lambda_gelu.structure.quantised import quantised_weight
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}  # groups of 128 weights need such rows
 HEADS = ["re:.*pooler.*", "re:.*classifier.*"]

@@ -103,7 +103,7 @@ def test_which_files(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_code_of_a_bert(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where transformers has the class, the model goes up without trust, its code does not, and that is told."""
     warned: list[str] = []
-    monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.logger.warning", warned.append)
+    monkeypatch.setattr("hf_lambda_gelu.checkpoints.upload.logger.warning", warned.append)
     monkeypatch.setattr("hf_lambda_gelu.checkpoints.hub.prove", not_proven)
     folder = hlg.save_relu_pretrained(relu_model("bert-classifier"), tmp_path / "relu")
     trap(folder, tmp_path / "ran", "evil.py")

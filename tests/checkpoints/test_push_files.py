@@ -66,7 +66,7 @@ def proven(monkeypatch: pytest.MonkeyPatch) -> None:
 def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is logged as a warning."""
     found: list[str] = []
-    monkeypatch.setattr(logging.get_logger("hf_lambda_gelu.checkpoints.hub"), "warning", found.append)
+    monkeypatch.setattr(logging.get_logger("hf_lambda_gelu.checkpoints.upload"), "warning", found.append)
     return found
 
 

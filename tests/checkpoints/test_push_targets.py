@@ -32,7 +32,7 @@ def proven(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
-    monkeypatch.setattr(logging.get_logger("hf_lambda_gelu.checkpoints.hub"), "warning", found.append)
+    monkeypatch.setattr(logging.get_logger("hf_lambda_gelu.checkpoints.upload"), "warning", found.append)
     return found
 
 
@@ -114,6 +114,7 @@ def test_what_goes_and_what_stays(hub: HubServer, tmp_path: Path, warned: list[s
         "model_card.json",
         "modules.json",
         "last-checkpoint/model.safetensors",
+        "model-drafts/first.safetensors",
         "data.bin",
     }
     hub.add_repo("tester/m", dict.fromkeys(gone | named | kept, b"{}"))

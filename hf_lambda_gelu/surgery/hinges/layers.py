@@ -16,7 +16,8 @@ from ...measurement.forward import measuring
 from ...structure.config import get_attribute
 from ...structure.config_probe import bias_attributes
 from ...structure.edits import own_config, reshape
-from ...structure.modules import joined, quantised_weight, transformers_parts
+from ...structure.modules import joined, transformers_parts
+from ...structure.quantised import quantised_weight
 from ...structure.scratch import scratch_folder
 from ...structure.transaction import transaction
 from ...structure.widths import Width, set_width

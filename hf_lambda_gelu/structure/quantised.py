@@ -1,0 +1,40 @@
+"""Weights whose elements stand for other numbers: they can be neither scaled nor refit."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .modules import joined
+
+_QUANTISED_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "optimum.quanto.", "hqq.")
+
+
+def quantised_weight(model: nn.Module) -> str | None:
+    """The name of a weight that is quantised, or of a part of the model: its elements cannot be scaled or refit.
+
+    Known by its elements (float8, integers) or its class (bitsandbytes, torchao, quanto), by the buffer that GPTQ and AWQ
+    pack it into, by the package that its module is of (HQQ can view packed integers as floats), by the module that torch's
+    own quantisation put in the place of a linear one, which has no parameter, by the scheme that compressed-tensors leaves
+    on the module, whose weight may be floating point with rounded values, as BitNet's is, or by what loaded the model.
+    """
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "quantization_scheme", None), "weights", None) is not None:
+            return joined(name, "weight")
+    for name, parameter in model.named_parameters():
+        if _is_packed(parameter) or not parameter.is_floating_point() or parameter.element_size() == 1:
+            return name
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(_QUANTISED_MODULES):
+            return joined(name, "weight")
+        if "qweight" in dict(module.named_buffers(recurse=False)):
+            return joined(name, "qweight")
+        method = getattr(getattr(getattr(module, "hf_quantizer", None), "quantization_config", None), "quant_method", None)
+        if method is not None and method != "gguf":  # of which transformers unpacks what it has no packed form for
+            return f"{name or type(module).__name__} as {getattr(method, 'value', method)} loads it"
+    return None
+
+
+def _is_packed(parameter: nn.Parameter) -> bool:
+    """Whether it is of a class that holds its elements in other tensors, as DTensor does too, or of a quantising package."""
+    packs = hasattr(parameter, "__tensor_flatten__") and not hasattr(parameter, "full_tensor")
+    return packs or type(parameter).__module__.startswith(("torchao", "bitsandbytes"))
