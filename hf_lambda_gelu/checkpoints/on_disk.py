@@ -169,7 +169,8 @@ def relu_ize_checkpoint(
     Raises:
         CheckpointError: as for `convert_checkpoint`; λ of sites that the model lacks; no room; weights that change meanwhile
             or are merged in the model (Mixtral's experts); a killed process's work with other data. `dst` is not made.
-        CalibrationError, SoftGateError, HingeError, ValueError: as for `relu_ize`; no such device, or `dst` cannot be made.
+        CalibrationError, ConversionError, HingeError, SoftGateError, ValueError: as for `convert` and `relu_ize`; no such
+            device, or `dst` cannot be made.
 
     Examples:
         >>> import hf_lambda_gelu as hlg

@@ -67,9 +67,9 @@ def save_relu_pretrained(
         The folder.
 
     Raises:
-        ValueError: smooth gates in model or config, tensors that are not finite, an existing or unwritable folder, a model
-            from compressed weights or that stock transformers would build otherwise (another head, weight norm), code that
-            is not trusted. Nothing is written.
+        ValueError: smooth gates in model or config, adapters that are not merged, tensors that are not finite, offloaded or
+            sharded weights, an existing or unwritable folder, a model from compressed weights or that stock transformers
+            would build otherwise (another head, weight norm), code that is not trusted. Nothing is written.
 
     Examples:
         >>> import hf_lambda_gelu as hlg

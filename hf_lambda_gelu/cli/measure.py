@@ -55,7 +55,8 @@ def calibrate(
 ) -> None:
     """Measure how far each activation is from ReLU.
 
-    On what it sees in the calibration data; and which λ would do. A GELU or SiLU model is measured at λ = 1.
+    It is measured on the calibration data. The table also has the λ at which ReLU is within 1 %. A GELU or SiLU model is
+    measured at λ = 1.
 
     \b
     Example:
@@ -94,7 +95,7 @@ def sensitivity(
 ) -> None:
     """Measure what it costs to make one activation ReLU.
 
-    One at a time, by the change of the outputs; with --label-column by the change of the loss.
+    Each becomes ReLU alone, and is ranked by the change of the outputs, or with --label-column by that of the loss.
 
     \b
     Example:

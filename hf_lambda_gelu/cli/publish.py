@@ -91,11 +91,10 @@ def push(
 ) -> None:
     """Publish ReLU checkpoints on the Hub.
 
-    Each in one commit, several as a collection. A folder that relu-ize or save_relu_pretrained made is uploaded as it is;
-    files that are not the model's, its tokenizer's or processor's or this package's stay, and are named.
-    Of a λ-GELU checkpoint the gates, which must be hard, become ReLU, and a card is written. All are proven in stock
-    transformers before the first upload. {run} stands for the folder's name, or its parent's if that is relu. The token is
-    that of `hf auth login`, or $HF_TOKEN.
+    All are proven in stock transformers before the first upload; each goes up in one commit. A folder that relu-ize or
+    save_relu_pretrained made is uploaded as it is. Of a λ-GELU checkpoint the gates, which must be hard, become ReLU, and a
+    card is written. Only files of the model, its tokenizer or processor and this package are uploaded; others are named.
+    {run} stands for the folder's name, or its parent's if that is relu. The token is that of `hf auth login`, or $HF_TOKEN.
 
     \b
     Examples:

@@ -61,7 +61,7 @@ def relu_ize(
     Args:
         model: a converted model, at any λ, on any device, in any dtype. Sites that its class hard-codes stay smooth, at
             λ = 2¹⁴ in the weights (`fold`).
-        force: substitute soft gates too, with `hinges` those that have none: a naive swap, which costs several points.
+        force: substitute soft gates too, with `hinges` those that have none: a naive swap, which may ruin the network.
         tolerance: ε; gates with λ < `target_hardness(ε)` count as soft. Give the one that the run was trained with.
         targets: {module name: λ} below which a gate counts as soft, in place of `tolerance`: `trainer.hardness_targets` of a
             run with `hardness_target="calibrated"`, or `calibrate(…).targets(…)`.
@@ -80,9 +80,9 @@ def relu_ize(
         Per site λ and the bound on what changes; what was refit; the measured changes; smooth activations that remain.
 
     Raises:
-        ValueError: called in torch.inference_mode, no λ-GELU in the model, offloaded weights, a `compensate` that is unknown
-            or lacks a calibration set, or `processes` where several run, or is of a model with adapters in its layers;
-            weights cut up by other engines; a fused kernel in the place of sites or ReLUs. What one process raises, all do.
+        ValueError: called in torch.inference_mode, no λ-GELU in the model, offloaded weights, weights cut up by other
+            engines, a fused kernel in the place of sites or ReLUs; a `compensate` that is unknown, without a calibration
+            set, without `processes` where several run, or for adapters in the layers. What one process raises, all do.
         RuntimeError: processes that work together and have not the same model, or of which one has ended.
         CalibrationError: a calibration set that cannot be used, or on which the model's forward raises.
         SoftGateError: soft gates, and neither `force` nor `compensate`, nor `hinges` in their layers.

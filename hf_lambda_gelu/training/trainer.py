@@ -105,7 +105,7 @@ class LambdaGELUTrainer(Trainer):
 
     @property
     def learned_hardness(self) -> dict[str, float]:
-        """{module name: λ} as learned, at the switch to the ramp; the present profile before that."""
+        """{module name: λ} as learned, at the switch; the present profile before that."""
         return self._hardening.at_switch or hardness_profile(self.model)
 
     @property
@@ -115,7 +115,7 @@ class LambdaGELUTrainer(Trainer):
 
     @property
     def hardness_targets(self) -> dict[str, float]:
-        """{module name: λ} that the ramp ends at; empty before the switch if they are calibrated there."""
+        """{module name: λ} that the sites end at; empty before the switch if they are calibrated there."""
         return self._hardening.targets(self.args, self.model)
 
     @property

@@ -47,7 +47,7 @@ def set_kernels(choice: Choice) -> Choice:
     """Chooses what runs λ-GELU in eager mode, in this process; returns the choice before.
 
     "auto" (the default) takes the fused kernel where there is one and says once, in a warning, what keeps it from running.
-    "fused" raises instead. "torch" takes torch's own operations: two to seven times the time of F.gelu on a CPU.
+    "fused" raises instead. "torch" takes torch's own operations: five to eight times the time of F.gelu on a CPU.
 
     Raises:
         ValueError: none of the three.
