@@ -73,8 +73,9 @@ class LambdaGELUTrainingArguments(TrainingArguments):
     hardness_target: Literal["l1", "calibrated"] = field(
         default="l1",
         metadata={
-            "help": "What λ goes to from the switch on. l1: the same for all layers, from hardness_tolerance. calibrated: each "
-            "layer's own, from hardness_relative_tolerance and what it gets at the switch on examples of the training set."
+            "help": "What λ goes to from the switch on. l1: the same for all layers, from hardness_tolerance. calibrated: "
+            "each layer's own, from hardness_relative_tolerance and what it gets at the switch on examples of the training "
+            "set."
         },
     )
     hardness_tolerance: float = field(
