@@ -64,7 +64,7 @@ def distill(
 ) -> None:
     """Let a ReLU checkpoint learn from its smooth original.
 
-    A few steps after relu-ize, on examples without labels. A fifth of them, 32 at most, is held out: how far the two models'
+    It trains for a few steps, on examples without labels. A fifth of these, 32 at most, is held out: how far the two models'
     predictions are apart is measured on these, before and after. The same command goes on where a killed one was.
 
     \b

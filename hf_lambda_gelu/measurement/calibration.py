@@ -120,12 +120,15 @@ class SiteStatistics:
 class CalibrationReport:
     """What `calibrate` measured. Printing it gives the table; `to_dict` what a JSON file can hold.
 
+    Attributes:
+        sites: in network order, a `SiteStatistics` each.
+
     Examples:
         >>> report = hlg.calibrate(model, batches)  # import hf_lambda_gelu as hlg; a converted model
         >>> report.targets(0.01)  # {module name: λ at which ReLU is within 1 %}
     """
 
-    sites: list[SiteStatistics]  # in network order
+    sites: list[SiteStatistics]
 
     def targets(self, tolerance: float = DEFAULT_RELATIVE_TOLERANCE) -> dict[str, float]:
         """{module name: the λ at which its relative error is `tolerance`}; see `SiteStatistics.target_hardness`."""

@@ -42,11 +42,18 @@ class Site:
 
 @dataclass
 class ConversionReport:
-    """What `convert` did. Printing it gives the table."""
+    """What `convert` did. Printing it gives the table.
+
+    Attributes:
+        sites: each with `name`, `was`, `base`, and `attribute`, the config path that governs it ("" if none does).
+        unconverted: activations that were left, with the reason.
+        attributes: config path → (value before, value now).
+        hardness: λ of all sites.
+    """
 
     sites: list[Site] = field(default_factory=list)
     unconverted: list[Unconverted] = field(default_factory=list)
-    attributes: dict[str, tuple[str, str]] = field(default_factory=dict)  # path → (value before, value after)
+    attributes: dict[str, tuple[str, str]] = field(default_factory=dict)
     hardness: float = 1.0
 
     def __str__(self) -> str:

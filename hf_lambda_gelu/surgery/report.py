@@ -30,20 +30,35 @@ class SubstitutedSite:
 
 @dataclass
 class SubstitutionReport:
-    """What `relu_ize` did. Printing it gives the table; `to_dict` what a JSON file can hold."""
+    """What `relu_ize` did. Printing it gives the table; `to_dict` what a JSON file can hold.
+
+    Attributes:
+        sites: in network order, each with `name`, `base`, `hardness` before, and `sup_error`, sup |f − ReLU|.
+        tolerance, forced: ε, below whose λ a gate counts as soft; whether soft gates were substituted all the same.
+        attributes: config path → the λ-GELU key that it named before.
+        left: smooth activations that remain, with the reason.
+        folded: site that no config can make ReLU → sup |f − ReLU| that is left.
+        hinges: layers that are wider now; None if there are none.
+        compensation: what was refit, None without `compensate`: `sites`, with the relative error on held-out rows `before`
+            and `after`, and `uncompensated`, {site: why not}.
+        relative_change: ‖after − before‖ / ‖before‖ of the outputs, padding left out; None without calibration batches.
+        metrics: name → (before, after): the loss of batches with labels, and what `compute_metrics` gave.
+        zeros: site → fraction of zeros that its ReLU puts out, padding left out.
+        unreached: sites that ran on none of the calibration batches.
+    """
 
     sites: list[SubstitutedSite]
     tolerance: float
     forced: bool = False
-    attributes: dict[str, str] = field(default_factory=dict)  # config path → λ key before
+    attributes: dict[str, str] = field(default_factory=dict)
     left: list[Unconverted] = field(default_factory=list)
-    folded: dict[str, float] = field(default_factory=dict)  # site that no config can make ReLU → sup |f − ReLU| left
+    folded: dict[str, float] = field(default_factory=dict)
     hinges: HingeReport | None = None
     compensation: CompensationReport | None = None
-    relative_change: float | None = None  # ‖after − before‖ / ‖before‖ of the outputs, padding left out
-    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)  # name → (before, after)
-    zeros: dict[str, float] = field(default_factory=dict)  # site → fraction of what its ReLU puts out, padding left out
-    unreached: list[str] = field(default_factory=list)  # sites that ran on none of the calibration batches
+    relative_change: float | None = None
+    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+    zeros: dict[str, float] = field(default_factory=dict)
+    unreached: list[str] = field(default_factory=list)
 
     @property
     def profile(self) -> dict[str, float]:
