@@ -61,8 +61,7 @@ def push_relu_to_hub(
         inputs: a batch for the comparison; by default a small one, as for `verify_relu_pretrained`.
         private: make the repository private or public; by default as its owner has it. An existing one stays as it is.
         revision, tag, create_pr: branch, made if need be; name for the commit, such as "v1"; open a pull request instead.
-        commit_message: what the commit says.
-        token, api: by default what `hf auth login` saved, and the Hub. A token is never stored or shown.
+        commit_message, token, api: by default a plain one, what `hf auth login` saved, the Hub. No token is stored or shown.
         trust_remote_code: run the model's own code to prove it, and upload it; without it such a model is refused.
 
     Raises:
