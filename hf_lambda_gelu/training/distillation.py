@@ -40,7 +40,8 @@ class DistillationTrainer(Trainer):
 
     The teacher is in eval mode and without gradients, on the device of the student, in its own dtype, within the run's
     autocast; each process has all of it. It is in no checkpoint. The student is trained in full, or with PEFT's adapters,
-    which `merge_and_unload` takes into the weights; and without dropout or augmentation, as the teacher has none.
+    which `merge_and_unload` takes into the weights; and without dropout or augmentation, as the teacher has none (with
+    gradient checkpointing set the dropout of Falcon, BLT and ProphetNet to 0 in the config, where their layers read it).
     All else is transformers' Trainer; a run resumes to the bit, from the newest checkpoint that is whole.
 
     Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), at temperature

@@ -18,14 +18,12 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     """Within the block no module of `model` drops anything; afterwards each does as before. The config stays as it is.
 
     Nor does one augment its inputs (SpecAugment, DINOv3's positions, a router's jitter): modules stay in eval mode whatever
-    mode the model is put into. In train mode are the model itself, batch norms, and what has gradient checkpointing.
-    There probabilities are known by their names (`attention_dropout`, `drop_prob`, `layerdrop`), and `p` of torch's own
-    modules. The few models that read them from the config there (Falcon, GPT-J, GPT-Neo, Persimmon) go on dropping.
+    mode the model is put into. In train mode are the model itself, batch norms, and what checkpoints its gradients. There
+    probabilities are known by their names (`attention_dropout`, `drop_prob`, `layerdrop`), and `p` of torch's own modules.
+    Where gradients are checkpointed, the few models that read them from the config there (Falcon, BLT, ProphetNet) go on.
     """
     asked = {  # module that stays in eval mode → the mode that it was put into
-        module: module.training
-        for module in model.modules()
-        if module is not model and not isinstance(module, _WITH_MODES) and not hasattr(module, "gradient_checkpointing")
+        module: module.training for module in model.modules() if module is not model and not isinstance(module, _WITH_MODES)
     }
     found = [
         (module, name, value)
@@ -52,5 +50,5 @@ def _stay_in_eval(module: nn.Module, asked: dict[nn.Module, bool], mode: bool = 
     asked[module] = mode
     for child in module.children():
         child.train(mode)
-    module.training = False
+    module.training = mode and getattr(module, "gradient_checkpointing", False)  # which is of train mode alone
     return module

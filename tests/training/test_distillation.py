@@ -18,7 +18,7 @@ from support.hub_server import HubServer
 from support.processes import in_fresh_process
 from support.publishing import hub_with_a_cache
 from support.training import StopAfterSaving, logged
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import FalconConfig, FalconForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import hf_lambda_gelu as hlg
 from hf_lambda_gelu.surgery.adapter_hardness import _save_pretrained
@@ -201,6 +201,18 @@ def test_nothing_is_dropped(name: str, tmp_path: Path) -> None:
         assert student.config.hidden_dropout_prob == probabilities["hidden_dropout_prob"]
         learned.append(student.state_dict())
     assert all(torch.equal(value, learned[1][key]) for key, value in learned[0].items())
+
+
+def test_nothing_is_dropped_by_the_config() -> None:
+    """Falcon's layers read their probabilities from the config when they run: in train mode they compute as in eval mode."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = FalconConfig(**sizes, hidden_dropout=0.5, attention_dropout=0.5)
+    student, inputs = FalconForCausalLM(config), torch.arange(1, 13)[None]
+    with torch.no_grad():
+        wanted = student.eval()(inputs).logits
+        with without_dropout(student):
+            assert torch.equal(student.train()(inputs).logits, wanted)
+        assert not torch.equal(student.train()(inputs).logits, wanted)
 
 
 def test_nothing_is_augmented(tmp_path: Path) -> None:
