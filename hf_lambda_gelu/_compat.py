@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -43,6 +44,7 @@ __all__ = [
     "jit_traces",
     "mode_stack",
     "operator_schema",
+    "push_jobs",
     "put_compile_stance",
     "put_mode_stack",
     "pytree",
@@ -204,6 +206,11 @@ def own_code_of(thing: object) -> bool:
 def finish_current_push(trainer: Trainer) -> None:
     """Waits for the push to the Hub that the trainer has under way."""
     trainer._finish_current_push()
+
+
+def push_jobs(trainer: Trainer) -> list[Future[Any]]:
+    """The uploads of the push to the Hub that the trainer has begun last."""
+    return list(getattr(getattr(trainer, "push_in_progress", None), "jobs", None) or ())
 
 
 def collator_of(trainer: Trainer) -> Callable[[list[Any]], Any]:

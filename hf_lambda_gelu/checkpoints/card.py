@@ -25,6 +25,7 @@ from .redaction import cleaned_record
 PAPER = "2603.21991"
 REPORT_NAME = "lambda_gelu.json"
 PLOT_NAME = "hardness_profile.png"
+CARD_FILES = ("README.md", REPORT_NAME, PLOT_NAME)
 _NOT_IN_OLDER: dict[str, Any] = {"compression": None, "warnings": [], "own_code": None, "llama_of": None}  # records
 
 

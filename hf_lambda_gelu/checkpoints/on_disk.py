@@ -30,7 +30,7 @@ from ..surgery.refit.report import Compensate
 from ..surgery.report import SubstitutionReport
 from ..surgery.substitutable import check_options
 from ..surgery.substitution import relu_ize
-from .card import PLOT_NAME, REPORT_NAME, CardDetails
+from .card import CARD_FILES, CardDetails
 from .folders import whole_folder
 from .on_disk_files import Source, WrittenFiles
 from .on_disk_refit import Asked, refit_streamed, usable_device
@@ -205,7 +205,7 @@ def _write_relu(
     dropped: Collection[str] = (),
 ) -> CheckpointReport:
     """The folder of the ReLU model."""
-    left_out = {"README.md", REPORT_NAME, PLOT_NAME}
+    left_out = set(CARD_FILES)
     with whole_folder(source.target, overwrite) as temporary:
         added, replaced = {}, {}
         if streamed is not None:

@@ -11,13 +11,12 @@ import transformers
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..structure.own_code import code_files, references
-from .card import PLOT_NAME, REPORT_NAME
+from .card import CARD_FILES, REPORT_NAME
 from .folders import of_the_cache
 from .redaction import holds_hub_token
 
 _CARD = "README.md"
 _MODEL = ("config.json", "generation_config.json", "recipe.yaml")  # the last is llm-compressor's
-_PACKAGE = (_CARD, REPORT_NAME, PLOT_NAME)
 _PROCESSOR_CONFIGS = (
     "tokenizer_config.json",
     "preprocessor_config.json",
@@ -81,7 +80,7 @@ def listed_files(folder: Path, trust_remote_code: bool = False) -> PublishedFile
     """As `published_files`, whether they make a model or not."""
     all_code = set(code_files(folder))
     code = all_code if trust_remote_code else set()
-    allowed = {*_MODEL, *_PACKAGE, *_weights(folder), *_processor_files(folder), *code}
+    allowed = {*_MODEL, *CARD_FILES, *_weights(folder), *_processor_files(folder), *code}
     names: list[str] = []
     left_out: dict[str, str] = {}
     for path in sorted(folder.iterdir()):

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import RevisionNotFoundError
 from transformers.utils import logging
 
 from .card import REPORT_NAME
 from .manifest import FileEntry, Manifest
 from .processors import has_processor
 from .published_files import published_files
+from .repository import files_there
 from .stale_files import stale_files
 from .stock_process import VerificationError
 
@@ -61,7 +61,7 @@ class Upload:
         try:
             self.api.create_repo(self.repo_id, private=self.private, exist_ok=True, token=self.token)
             stale = stale_files(self._files_there(), files.names)
-            operations += [CommitOperationDelete(name) for name in stale.loaded]
+            operations += [CommitOperationDelete(name) for name in stale.loaded + stale.card]
             commit = self.api.create_commit(  # upload_folder may make several
                 repo_id=self.repo_id,
                 operations=operations,
@@ -76,18 +76,14 @@ class Upload:
                 f"on: {shlex.join(self.command(folder))}" + (f". Not for upload: {files}" if files.left_out else "")
             ) from error
         if str(stale):
-            logger.warning(f"{self.repo_id} held other weights. {stale}")
+            logger.warning(f"{self.repo_id} held another network. {stale}")
         return commit
 
     def _files_there(self) -> list[str]:
-        """What the branch holds now; one that there is not is made, as transformers does."""
-        try:
+        """What the branch holds now; a pull request needs one that is there."""
+        if self.create_pr:
             return self.api.list_repo_files(self.repo_id, revision=self.revision, token=self.token)
-        except RevisionNotFoundError:
-            if self.create_pr or self.revision is None:
-                raise
-        self.api.create_branch(self.repo_id, branch=self.revision, token=self.token)
-        return self.api.list_repo_files(self.repo_id, revision=self.revision, token=self.token)
+        return files_there(self.api, self.repo_id, self.revision, self.token)
 
     def set_tag(self, commit: CommitInfo) -> CommitInfo:
         """Gives the commit its tag, if it is to have one; PushError, which says that the model is up, where that fails."""

@@ -18,6 +18,7 @@ from ..surgery.adapter_hardness import save_hardness_with_adapters
 from .divergence import LossWatch, check_finite
 from .dropout import without_dropout
 from .predictions import Comparison
+from .pushes import before_other_weights, push_checkpoint, visibility
 from .resuming import before_a_save, checkpoint_to_resume
 from .teacher import found_teacher, student_model
 
@@ -174,6 +175,22 @@ class DistillationTrainer(Trainer):
         fed = {name: _cast(value, self.teacher.dtype) for name, value in fed.items()}
         with without_caches(self.teacher), self.accelerator.autocast():
             return call(self.teacher, fed)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        with visibility(self.args, private):
+            before_other_weights(self, token, revision)
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        push_checkpoint(self, checkpoint_folder, super()._push_from_checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         check_finite(self.model, self.state, self.args, self._losses, weights=True)

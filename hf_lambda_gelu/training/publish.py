@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,6 @@ from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from .._compat import finish_current_push
 from ..activation.module import hardness_sites
 from ..checkpoints.card import CardDetails
 from ..checkpoints.hub import push_relu_to_hub
@@ -22,6 +19,7 @@ from ..surgery.report import SubstitutionReport
 from ..surgery.substitution import relu_ize
 from .callback import as_it_is
 from .proof_inputs import own_examples
+from .pushes import repository_of, visibility
 from .resuming import step_of
 from .wider import narrower
 
@@ -33,20 +31,6 @@ if TYPE_CHECKING:
 _STATED = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
 _TIMING = ("runtime", "_per_second", "preparation_time")
 _END = "train_runtime"  # in the last log of a training
-
-
-@contextlib.contextmanager
-def visibility(args: TrainingArguments, private: bool | None) -> Iterator[None]:
-    """Within the block, transformers makes a repository private or public as is asked for; None leaves it to `args`.
-
-    The parameter `private` of its own methods is newer than what runs on Python 3.10.
-    """
-    before = args.hub_private_repo
-    args.hub_private_repo = before if private is None else private
-    try:
-        yield
-    finally:
-        args.hub_private_repo = before
 
 
 def push_relu(
@@ -63,20 +47,16 @@ def push_relu(
     """`push_trained` by the first process, to the trainer's repository, after what is still being pushed."""
     args = trainer.args
     token = token if token is not None else args.hub_token
-    if trainer.hub_model_id is None:
-        with visibility(args, private):
-            trainer.init_hf_repo(token=token)
+    with visibility(args, private):
+        repository_of(trainer, token)
     if not trainer.is_world_process_zero():
         return None
-    finish_current_push(trainer)
-    private = private if private is not None else args.hub_private_repo
-    revision = revision or args.hub_revision
     return push_trained(
         trainer,
         commit_message,
         details,
-        private=private,
-        revision=revision,
+        private=private if private is not None else args.hub_private_repo,
+        revision=revision or args.hub_revision,
         token=token,
         inputs=inputs,
         trust_remote_code=trust_remote_code,

@@ -26,7 +26,8 @@ from .divergence import check_finite
 from .first_step import first_step
 from .optimizer import own_group
 from .pictures import ProfilePictures
-from .publish import push_relu, visibility
+from .publish import push_relu
+from .pushes import before_other_weights, push_checkpoint, visibility
 from .resuming import before_a_save, checkpoint_to_resume
 from .run_checks import check_name
 from .second_evaluation import evaluate_twice, without_a_trace
@@ -110,7 +111,7 @@ class LambdaGELUTrainer(Trainer):
 
     @property
     def has_switched(self) -> bool:
-        """Whether λ is no longer learned, but at its target or on its way there."""
+        """Whether λ is no longer learned, but at its target or on its way there; of the best checkpoint, if that is loaded."""
         return self._hardening.at_switch is not None
 
     @property
@@ -264,7 +265,8 @@ class LambdaGELUTrainer(Trainer):
         """Publishes the model as the ReLU network that it has become; `relu=False` publishes it with its λ, as Trainer does.
 
         The ReLU network is proven before, and uploaded in one commit, see `push_relu_to_hub`; the model in memory stays as
-        it is. What is pushed *while* training (`hub_strategy`), or by `save_model`, is the λ-GELU model.
+        it is. What is pushed *while* training (`hub_strategy`), or by `save_model`, is the λ-GELU model; the card of a ReLU
+        network that the repository holds is removed before, and so it is with `relu=False`.
 
         Args:
             blocking: only without `relu`, which always waits.
@@ -283,6 +285,7 @@ class LambdaGELUTrainer(Trainer):
             tags = kwargs.pop("tags", None) or []
             tags = [*([tags] if isinstance(tags, str) else tags), "lambda-gelu", f"arxiv:{PAPER}"]
             with visibility(self.args, private):
+                before_other_weights(self, token, revision)
                 return super().push_to_hub(commit_message, blocking, token, revision, tags=tags, **kwargs)
         if kwargs:
             raise TypeError(f"{', '.join(kwargs)}: the card of a ReLU network takes details=CardDetails(…)")
@@ -307,6 +310,9 @@ class LambdaGELUTrainer(Trainer):
         if self.args.should_save:
             before_a_save(self._get_output_dir(trial=trial), self.state.global_step, self.args)
         super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        push_checkpoint(self, checkpoint_folder, super()._push_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint:

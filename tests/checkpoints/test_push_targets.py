@@ -104,6 +104,7 @@ def test_what_goes_and_what_stays(hub: HubServer, tmp_path: Path, warned: list[s
     gone = {
         "pytorch_model.bin",
         "model.fp16.safetensors",
+        "lambda_gelu_hardness.safetensors",
         "model-00001-of-00002.safetensors",
         "model.safetensors.index.json",
     }
@@ -130,8 +131,25 @@ def test_what_goes_and_what_stays(hub: HubServer, tmp_path: Path, warned: list[s
 def test_its_own_files_are_not_stale() -> None:
     names = ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     found = stale_files([*names, "model.safetensors", "README.md"], names)
-    assert (found.loaded, found.others) == (["model.safetensors"], [])
+    assert (found.loaded, found.others, found.card) == (["model.safetensors"], [], [])
+    card = ["README.md", "lambda_gelu.json"]
+    assert stale_files([*card, "hardness_profile.png"], card).card == ["hardness_profile.png"]
     assert str(stale_files([*names, "README.md"], names)) == ""
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_a_network_without_a_card(hub: HubServer, tmp_path: Path, warned: list[str], record: bool) -> None:
+    """The card of a former ReLU network goes with its weights; somebody's own, which no record is of, stays."""
+    relu_model("bert-classifier").save_pretrained(tmp_path / "plain")
+    card = {"README.md": b"# Its accuracy is 0.9", "hardness_profile.png": b"png", "model.safetensors": b"former"}
+    hub.add_repo("tester/m", {**card, "notes.md": b"mine", **({"lambda_gelu.json": b"{}"} if record else {})})
+    hlg.push_relu_to_hub(tmp_path / "plain", "tester/m", processor=(), api=HfApi(endpoint=hub.url, token=TOKEN))
+    repo = hub.repos["tester/m"]
+    left = {"config.json", "model.safetensors", "notes.md"} | (set() if record else {"README.md", "hardness_profile.png"})
+    assert set(repo.files) - {".gitattributes"} == left
+    assert repo.files["model.safetensors"] == (tmp_path / "plain" / "model.safetensors").read_bytes()
+    assert len(repo.commits) == 1
+    assert ["README.md, hardness_profile.png, lambda_gelu.json" in each for each in warned] == [True] * record
 
 
 def test_a_name_without_an_owner(hub: HubServer, tmp_path: Path) -> None:
