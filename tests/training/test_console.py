@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import sys
 import types
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_the_table_of_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("changes", "then"),
     [
-        (REFIT, "  the maps after 2 activations were refit in 0 s: relative error on held-out rows 0."),
+        (REFIT, r"  the maps after 2 activations were refit in \d+ s: relative error on held-out rows 0\."),
         ({"max_steps": 6, "hardness_switch_point": 0.5}, "  by hardness_ramp='geometric', until step 5"),
     ],
 )
@@ -101,7 +102,7 @@ def test_the_switch_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     lines = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("hardness: switch after step 3 of 6: λ "))
     assert lines[at].endswith(f"{profile_line(trainer.learned_hardness.values())} → 159.6 in every layer")
-    assert lines[at + 1].startswith(then)
+    assert re.match(then, lines[at + 1])
     if trainer.compensation is not None:
         mean = [sum(getattr(site, name) for site in trainer.compensation.sites) / 2 for name in ("before", "after")]
         assert f"{mean[0]:.3f} before, {mean[1]:.3f} after" in lines[at + 1]
