@@ -145,7 +145,7 @@ def batches(found: Examples, data: Data, model: PreTrainedModel, folder: Path, t
     if found.kind == "tensor":
         collate = prepare.stacked(model)
     elif found.kind == "text":
-        collate = prepare.tokenised(model, folder, data.max_length, trust_remote_code)
+        collate = prepare.tokenised(model, folder, data.max_length, trust_remote_code, found.items)
     else:
         collate = prepare.pictures(model, folder, trust_remote_code)
     label = prepare.label_of(model)

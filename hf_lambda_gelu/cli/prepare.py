@@ -5,14 +5,16 @@ Imports torch: commands import it when run.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .shared import first
 from .work import UsageError
 
 Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
@@ -20,8 +22,14 @@ _READY = "pass a .safetensors file with what its forward takes, {name: (examples
 _MAX = 1_000_000  # tokenizers say 1e30 where they know no limit
 
 
-def tokenised(model: PreTrainedModel, folder: Path, max_length: int, trust_remote_code: bool) -> Collate:
-    """Texts → input_ids, attention_mask …, padded; of an encoder-decoder the decoder gets the same text."""
+def tokenised(
+    model: PreTrainedModel, folder: Path, max_length: int, trust_remote_code: bool, texts: Sequence[str]
+) -> Collate:
+    """Texts → input_ids, attention_mask …, padded; of an encoder-decoder the decoder gets the same text.
+
+    Args:
+        texts: all of them: how many are cut is said.
+    """
     _check_input(model, "input_ids", "texts")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -34,6 +42,8 @@ def tokenised(model: PreTrainedModel, folder: Path, max_length: int, trust_remot
     config = model.config.get_text_config()
     limits = [max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or _MAX]
     length = min(limit for limit in limits if limit > 0)
+    if first():
+        _tell_of_cuts(tokenizer, texts, length, ", as many as the model takes" if length < max_length else "")
 
     def collate(texts: Sequence[str]) -> dict[str, Tensor]:
         padding = tokenizer.pad_token is not None
@@ -46,6 +56,14 @@ def tokenised(model: PreTrainedModel, folder: Path, max_length: int, trust_remot
         return batch
 
     return collate
+
+
+def _tell_of_cuts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int, why: str) -> None:
+    """Says on stderr how many of the texts are longer than `length` tokens."""
+    tokens = tokenizer(list(texts), truncation=True, max_length=length + 1)["input_ids"]
+    cut = sum(len(each) > length for each in tokens)
+    if cut:
+        print(f"{cut} of {len(texts)} texts have more than {length} tokens and are cut to these{why}", file=sys.stderr)
 
 
 def pictures(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> Collate:

@@ -36,6 +36,11 @@ def started() -> int:
     return int(said) if said.isdigit() else 1
 
 
+def first() -> bool:
+    """Whether this process is the first of those that were started: what all have to say, it says."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def check_alone(what: str) -> None:
     """UsageError where several processes were started for what one has to do."""
     if started() > 1:

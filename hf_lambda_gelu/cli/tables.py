@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +79,11 @@ def table_columns(rows: Dataset, column: str | None, label_column: str | None) -
                 f"{len(meant)} columns could hold the examples, of {', '.join(rows.column_names)}: name one with --column"
             )
         column = meant[0]
+        if not usual and label_column is None and rows.info.builder_name == "csv":
+            raise UsageError(
+                f"the first line of a csv holds the names of its columns, and it is not plain that {column!r} is one: if "
+                f"so, say --column {shlex.quote(column)}; if it is an example, put a line of names before it"
+            )
     elif column not in kinds:
         raise UsageError(f"the column {column!r} holds neither texts nor images, but {rows.features[column]}")
     labels = None if label_column is None else list(rows[label_column])

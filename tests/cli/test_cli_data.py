@@ -97,6 +97,35 @@ def test_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(places) > 30
 
 
+def test_names_of_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A csv's first line is never taken for them unasked; where a column is named, or the format holds names, it is read."""
+    bert(tmp_path / "src", hardness=2.0)
+    rows = [{"review": text, "stars": index % 2} for index, text in enumerate(sentences(6))]
+    for end, options in {"csv": ("--column", "review"), "jsonl": (), "parquet": ()}.items():
+        found = seen(monkeypatch)
+        source = write_rows(tmp_path / f"rows.{end}", rows)
+        answer("calibrate", tmp_path / "src", "--calibration", source, *options)
+        assert len(found[0]["input_ids"]) == 6
+        monkeypatch.undo()
+    command = ("calibrate", tmp_path / "src", "--calibration", tmp_path / "rows.csv")
+    assert "say --column review;" in invoke(*command, code=2).stderr
+    with_labels = ("sensitivity", *command[1:], "--label-column", "stars")
+    assert invoke(*with_labels).stdout
+
+
+@pytest.mark.parametrize(("asked", "kept", "why"), [(5, 5, ""), (128, 7, ", as many as the model takes")])
+def test_texts_that_are_cut_are_counted(tmp_path: Path, asked: int, kept: int, why: str) -> None:
+    """Those that have more tokens, each with [CLS] and [SEP], than are taken; none is said of texts that fit."""
+    bert(tmp_path / "src", hardness=2.0, max_position_embeddings=7)
+    path = texts(tmp_path / "texts.txt", 30)
+    longer = sum(len(text.split()) + 2 > kept for text in sentences(30))
+    assert 0 < longer < 30
+    said = invoke("calibrate", tmp_path / "src", "--calibration", path, "--max-length", asked).stderr
+    assert f"{longer} of 30 texts have more than {kept} tokens and are cut to these{why}\n" in said
+    bert(tmp_path / "long", hardness=2.0)
+    assert "are cut" not in invoke("calibrate", tmp_path / "long", "--calibration", path).stderr
+
+
 def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of pictures, and a table of them: pixels by the model's image processor; the refit takes them."""
     vit(tmp_path / "src")
@@ -166,6 +195,12 @@ REFUSED: list[tuple[str, str, str]] = [
     ("two.csv", "--column n", "holds neither texts nor images"),
     ("two.csv", "--column a --split test", "has no split 'test', it has train: name one with --split"),
     ("two.csv", "--column a --label-column b", "the model knows no label 'word2'"),
+    (
+        "bare.csv",
+        "",
+        "it is not plain that 'a dull film' is one: if so, say --column 'a dull film'; if it is an example, put",
+    ),
+    ("tabbed", "", "it is not plain that 'a dull film' is one"),
     ("texts.txt", "--label-column b", "has no columns, so --label-column b"),
     ("pictures", "", "takes input_ids, and the data are images: pass a .safetensors"),
 ]
@@ -186,6 +221,9 @@ def test_refused(tmp_path: Path, source: str, options: str, message: str) -> Non
     (data / "broken.safetensors").write_bytes(b"no")
     save_file({"input_ids": torch.zeros(2, 3), "attention_mask": torch.zeros(3, 3)}, data / "uneven.safetensors")
     (data / "two.csv").write_text("a,b,n\nword1,word2,1\n")
+    (data / "bare.csv").write_text("a dull film,1\nfar too long,0\n")  # without a line of names
+    (data / "tabbed").mkdir()
+    (data / "tabbed" / "train.tsv").write_text("a dull film\t1\nfar too long\t0\n")
     pictures(data / "pictures", 1)
     before = files(tmp_path)
     line = ["relu-ize", tmp_path / "src", tmp_path / "dst", "--compensate", "bias", "--calibration", data / source]
