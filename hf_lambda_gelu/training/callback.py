@@ -26,6 +26,7 @@ from .retries import batch_size_now, check_not_begun_anew, not_begun_anew
 from .run_checks import attach_to_the_run, check_engine, check_gradient, check_on_ramp, warn_if_hard, warn_if_soft
 from .schedule import HardeningSchedule
 from .switch import SwitchData, calibrated_targets, check_calibratable, l1_targets, refit_at_switch, try_a_batch
+from .whole_checkpoints import stored_hardening
 from .wider import check_once, check_optimizer, check_run, forget
 
 logger = logging.get_logger(__name__)
@@ -95,10 +96,7 @@ class HardeningCallback(TrainerCallback, ExportableState):
             check_not_begun_anew(hardness_profile(kwargs["model"]), self._set, args, state)
         wanted = (self.targets(run, kwargs["model"]) if self.at_switch else {}) or l1_targets(kwargs["model"], run)
         self._set = {}
-        self.at_switch = attributes.get("at_switch")
-        self.calibrated = attributes.get("calibrated")  # absent in older checkpoints, as the next ones
-        self.ramped = attributes.get("ramped")
-        self.hinges = HingeReport.of(attributes["hinges"]) if attributes.get("hinges") else None
+        self._go_back(attributes)
         self.losses, self.processes = LossWatch(), args.world_size
         self.check(run)
         check_engine(args, kwargs["model"], kwargs["optimizer"])
@@ -125,6 +123,13 @@ class HardeningCallback(TrainerCallback, ExportableState):
         self._clipping = attach_to_the_run(kwargs["optimizer"], kwargs["model"])
         self._apply(run, state, **kwargs)
 
+    def _go_back(self, attributes: Mapping[str, Any]) -> None:
+        """Has the state be that of a checkpoint, or of a start; `attributes` of older checkpoints lack some."""
+        self.at_switch = attributes.get("at_switch")
+        self.calibrated = attributes.get("calibrated")
+        self.ramped = attributes.get("ramped")
+        self.hinges = HingeReport.of(attributes["hinges"]) if attributes.get("hinges") else None
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -133,13 +138,15 @@ class HardeningCallback(TrainerCallback, ExportableState):
             self._gradient_seen = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_log or control.should_save:
+        if control.should_log or control.should_save or control.should_evaluate:  # save_strategy="best" decides after that
             check_finite(kwargs["model"], state, args, self.losses)
         self._apply(self.settings(args), state, **kwargs)
         if control.should_save or control.should_training_stop:
             to_average(kwargs["optimizer"])  # what is saved is what was evaluated
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save or control.should_evaluate:
+            check_finite(kwargs["model"], state, args, self.losses)
         if control.should_save or control.should_training_stop:
             to_average(kwargs["optimizer"])
 
@@ -147,10 +154,14 @@ class HardeningCallback(TrainerCallback, ExportableState):
         if self._clipping is not None:
             self._clipping.remove()
         self._set = {}
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best is not None:  # the model is that of then
+            self._go_back(stored_hardening(best))
+            self.refit = self.refit if self.at_switch else None
         check_finite(kwargs["model"], state, args, weights=True)
         cast("dict[str, Any]", state.stateful_callbacks)[type(self).__name__] = self.state()  # for trainer.save_state()
         targets = self.targets(self.settings(args), kwargs["model"])
-        warn_if_soft(kwargs["model"], targets, state, self.at_switch is not None)
+        warn_if_soft(kwargs["model"], targets, state, args, self.at_switch is not None)
 
     def _apply(
         self,

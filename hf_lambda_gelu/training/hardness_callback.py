@@ -15,7 +15,7 @@ from ..activation.hardness import DEFAULT_RELATIVE_TOLERANCE, DEFAULT_TOLERANCE
 from ..activation.module import hardness_profile, hardness_sites
 from ..structure.adapters import has_adapters
 from ..surgery.refit.report import CompensationReport
-from .arguments import Hardening, LambdaGELUTrainingArguments, check_hardening
+from .arguments import Hardening, LambdaGELUTrainingArguments, check_hardening, wanted_hinges
 from .callback import HardeningCallback, as_it_is, stored_attributes
 from .first_step import FirstUpdate
 from .start_checks import check_generation, warn_if_frozen
@@ -160,8 +160,16 @@ class HardnessCallback(HardeningCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
-        if control.should_save:  # here, where every process comes by: sharded λ are read by all together
-            self.saved = {"step": state.global_step, "hardness": hardness_profile(kwargs["model"])}
+        self._keep_what_may_be_saved(state, control, kwargs["model"])
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_epoch_end(args, state, control, **kwargs)
+        self._keep_what_may_be_saved(state, control, kwargs["model"])
+
+    def _keep_what_may_be_saved(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        # where every process comes by: sharded λ are read by all together. save_strategy="best" decides after an evaluation
+        if control.should_save or control.should_evaluate:
+            self.saved = {"step": state.global_step, "hardness": hardness_profile(model)}
 
     def on_log(
         self,
@@ -193,6 +201,11 @@ class HardnessCallback(HardeningCallback):
             raise ValueError(
                 "restore_callback_states_from_checkpoint has put a HardnessCallback without your calibration_inputs in the "
                 "place of yours: leave it False, HardnessCallback reads its state by itself"
+            )
+        if args.load_best_model_at_end and wanted_hinges(self.settings(args)) is not None:
+            raise ValueError(
+                "load_best_model_at_end=True may bring back a checkpoint from before the switch, whose layers are narrower "
+                "than the model's then: set it False, or use LambdaGELUTrainer, which fits the layers to the checkpoint"
             )
         check_generation(args)
         warn_if_frozen(model)

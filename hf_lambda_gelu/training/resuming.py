@@ -109,5 +109,8 @@ def _check(folder: Path, args: TrainingArguments) -> None:
 def _told(folder: Path, path: str) -> str:
     """`path`; what a checkpoint of `save_only_model` lacks is said."""
     if not any("optimizer" in name or name == "latest" for name in os.listdir(folder)):
-        logger.warning(f"{folder.name} holds no optimizer and no random state, as of save_only_model: they start anew")
+        logger.warning(
+            f"{folder.name} holds no optimizer, no learning rate schedule and no random state, as of "
+            "save_only_model: they start anew"
+        )
     return path

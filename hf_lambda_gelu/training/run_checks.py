@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -132,11 +133,13 @@ def warn_if_hard(model: nn.Module, targets: Mapping[str, float], state: TrainerS
         )
 
 
-def warn_if_soft(model: nn.Module, targets: Mapping[str, float], state: TrainerState, switched: bool) -> None:
-    """Says so if the run has ended before λ reached its targets.
+def warn_if_soft(
+    model: nn.Module, targets: Mapping[str, float], state: TrainerState, args: TrainingArguments, switched: bool
+) -> None:
+    """Says so if the run has ended before λ reached its targets, or has brought back a checkpoint of before that.
 
     Args:
-        switched: whether the run has come to its switch.
+        switched: whether what the model now is had come to the switch.
     """
     profile = hardness_profile(model)
     soft = [name for name, value in profile.items() if not value >= 0.999 * targets.get(name, math.inf)]
@@ -144,10 +147,16 @@ def warn_if_soft(model: nn.Module, targets: Mapping[str, float], state: TrainerS
         return
     worst = min(soft, key=lambda name: profile[name] / targets.get(name, 1.0))
     wanted = f"{targets[worst]:.4g} is wanted" if worst in targets else "its target is measured at the switch"
-    before = "" if switched else ", before the switch (hardness_switch_point), where λ would have gone to its target"
+    before = "" if switched else ", before the switch (hardness_switch_point), where λ goes to its target"
+    ended = f"training ended at step {state.global_step} of {state.max_steps}"
+    way = "Train to the end (trainer.train(resume_from_checkpoint=True))"
+    if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        ended += f", and load_best_model_at_end brought back {Path(state.best_model_checkpoint).name},"
+        way = "Set load_best_model_at_end=False for the network of the end"
+        if "relu_" in (args.metric_for_best_model or ""):
+            way += f", take what {args.metric_for_best_model} has measured by relu_ize(model, force=True)"
     logger.warning(
-        f"training ended at step {state.global_step} of {state.max_steps} with {len(soft)} of {len(profile)} gates soft"
-        f"{before}: they are not ReLU yet, and relu_ize(model) alone will refuse them. Softest is {worst} with "
-        f"λ = {profile[worst]:.4g}; {wanted}. Train to the end (trainer.train(resume_from_checkpoint=True)), or let a "
-        "refit make up for the soft gates: relu_ize(model, calibration=…, compensate='least_squares')"
+        f"{ended} with {len(soft)} of {len(profile)} gates soft{before}: they are not ReLU yet, and relu_ize(model) alone "
+        f"will refuse them. Softest is {worst} with λ = {profile[worst]:.4g}; {wanted}. {way}, or let a refit make up for "
+        "the soft gates: relu_ize(model, calibration=…, compensate='least_squares')"
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..activation.module import hardness_sites
@@ -114,10 +115,11 @@ def _check_best(args: LambdaGELUTrainingArguments) -> None:
     best = args.metric_for_best_model or ""
     if "relu_" in best and not args.eval_relu:
         raise ValueError(f"metric_for_best_model={best!r} is not measured with eval_relu=False: set eval_relu=True")
-    if args.load_best_model_at_end and "relu_" not in best:
+    asked = "load_best_model_at_end" if args.load_best_model_at_end else "save_strategy='best'"
+    if (args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST) and "relu_" not in best:
         logger.warning(
-            f"load_best_model_at_end with metric_for_best_model={best!r} may bring back a checkpoint from before the "
-            f"gates were hard: choose by the ReLU metrics, e.g. 'eval_relu_{best.removeprefix('eval_')}'"
+            f"{asked} with metric_for_best_model={best!r} may choose a checkpoint from before the gates were hard: choose "
+            f"by the ReLU metrics, e.g. 'eval_relu_{best.removeprefix('eval_')}'"
         )
 
 

@@ -164,6 +164,12 @@ def hardening_state(state: dict[str, Any]) -> dict[str, Any]:
     return next((each for each in found if isinstance(each, dict) and "at_switch" in each), {})
 
 
+def stored_hardening(folder: str | Path) -> dict[str, Any]:
+    """`hardening_state` of a checkpoint; empty where it has none."""
+    path = Path(folder, TRAINER_STATE_NAME)
+    return hardening_state(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
 def _check_numbers(folder: Path, state: dict[str, Any]) -> None:
     """λ is finite, and no bias or norm is NaN."""
     for name, value in (hardening_state(state).get("at_switch") or {}).items():

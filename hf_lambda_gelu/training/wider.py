@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..structure.config import get_attribute
 from ..surgery.hinges.layers import Layers, prepare_layers
@@ -17,7 +15,7 @@ from ..surgery.hinges.plan import HingeError
 from ..surgery.hinges.report import HingeReport
 from .arguments import LambdaGELUTrainingArguments, wanted_hinges
 from .averaging import optimizers_in
-from .whole_checkpoints import hardening_state
+from .whole_checkpoints import stored_hardening
 from .zero import deepspeed_in
 
 _INSTEAD = (
@@ -126,8 +124,5 @@ def check_once(model: nn.Module, earlier: HingeReport | None) -> None:
 
 def stored_hinges(folder: str | Path) -> HingeReport | None:
     """What hinges had done when a checkpoint was saved; None for nothing."""
-    path = Path(folder, TRAINER_STATE_NAME)
-    if not path.is_file():
-        return None
-    stored = hardening_state(json.loads(path.read_text(encoding="utf-8"))).get("hinges")
+    stored = stored_hardening(folder).get("hinges")
     return None if stored is None else HingeReport.of(stored)

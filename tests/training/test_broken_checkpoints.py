@@ -206,7 +206,7 @@ def test_whole_ones_of_other_kinds(run: Path, caplog: pytest.LogCaptureFixture) 
     without("optimizer.pt", "scheduler.pt", "rng_state.pth")(folder)
     assert fault(folder) is None
     trainer_of(converted(hardness=1.3), run, max_steps=5).train(resume_from_checkpoint=str(folder))
-    assert "checkpoint-4 holds no optimizer and no random state" in caplog.text
+    assert "checkpoint-4 holds no optimizer, no learning rate schedule and no random state" in caplog.text
 
 
 def test_adapters(tmp_path: Path) -> None:

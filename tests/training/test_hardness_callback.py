@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import tiny
-from support.training import SITES, Rows, StopAfterSaving, arguments, converted, logged
+from support.training import SITES, At, Rows, StopAfterSaving, arguments, converted, logged
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -200,3 +201,46 @@ def test_a_kernel_in_the_place_of_a_site(tmp_path: Path) -> None:
         stock(model, tmp_path, hlg.HardnessCallback(**RAMP)).train()
     assert tiny.snapshot(model)["tensors"] == before
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+SAVING: list[dict[str, Any]] = [
+    {"save_strategy": "steps", "save_steps": 2},
+    {"save_strategy": "epoch"},
+    {"save_strategy": "best", "eval_strategy": "epoch", "metric_for_best_model": "loss"},
+    {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"},
+]
+
+
+@pytest.mark.parametrize("saving", SAVING, ids=["steps", "epoch", "best of epochs", "best of steps"])
+def test_whatever_says_when_to_save(tmp_path: Path, saving: dict[str, Any]) -> None:
+    """Each checkpoint knows its λ, so that a model that lacks one is refused; λ that is no number is not saved."""
+
+    def run(model: nn.Module, folder: Path, *callbacks: TrainerCallback) -> Trainer:
+        # without an optimizer, whose groups would tell
+        options = {"gradient_accumulation_steps": 1, "save_only_model": True, "logging_steps": 99}
+        args = arguments(folder, TrainingArguments, **(RUN | options | saving))
+        groups = (sgd(model), None)
+        rows = {"train_dataset": Rows(16), "eval_dataset": Rows(8, 1)}  # two steps an epoch
+        return Trainer(model, args, **rows, optimizers=groups, callbacks=[*callbacks, hlg.HardnessCallback(**RAMP)])
+
+    cut = run(converted(hardness=1.3), tmp_path / "cut", StopAfterSaving(2))
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    state = json.loads((tmp_path / "cut/checkpoint-2/trainer_state.json").read_text())
+    saved = load_file(tmp_path / "cut/checkpoint-2/model.safetensors")
+    stored = state["stateful_callbacks"]["HardnessCallback"]["attributes"]["saved"]
+    assert stored["step"] == 2
+    assert stored["hardness"] == {site: pytest.approx(float(saved[f"{site}.unclipped_hardness"])) for site in SITES}
+    half = tiny.build("bert-classifier")
+    hlg.convert(half)
+    half.bert.encoder.layer[1].intermediate.intermediate_act_fn = nn.GELU()
+    with pytest.raises(ValueError, match=f"λ of {SITES[1]} is not in the model, in the checkpoint it was 1."):
+        run(half, tmp_path / "cut").train(resume_from_checkpoint=True)
+
+    spoil = At(
+        lambda model: [site.unclipped_hardness.data.fill_(float("nan")) for site in hlg.hardness_sites(model).values()], 2
+    )
+    diverged = run(converted(hardness=1.3), tmp_path / "diverged", spoil)
+    with pytest.raises(FloatingPointError, match="is nan after step 2"):
+        diverged.train()
+    assert not list((tmp_path / "diverged").glob("checkpoint-*"))
