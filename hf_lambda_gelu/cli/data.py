@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +35,15 @@ class Data:
 
 @dataclass(frozen=True)
 class Examples:
-    """What was read. `kind` is "text" (strings), "image" (paths or pictures) or "tensor" ({input's name: row})."""
+    """What was read. `kind` is "text" (strings), "image" (paths or pictures) or "tensor" ({input's name: row}).
+
+    Labels that are numbers may have names.
+    """
 
     kind: str
     items: Sequence[Any]
     labels: Sequence[Any] | None = None
+    label_names: Sequence[str] | None = None
 
 
 def examples(data: Data) -> Examples:
@@ -67,7 +71,7 @@ def examples(data: Data) -> Examples:
     if len(found.items) > data.samples:
         rows = sorted(random.Random(0).sample(range(len(found.items)), data.samples))
         labels = None if found.labels is None else [found.labels[row] for row in rows]
-        found = Examples(found.kind, [found.items[row] for row in rows], labels)
+        found = replace(found, items=[found.items[row] for row in rows], labels=labels)
     return found
 
 
@@ -148,7 +152,7 @@ def batches(found: Examples, data: Data, model: PreTrainedModel, folder: Path, t
         collate = prepare.tokenised(model, folder, data.max_length, trust_remote_code, found.items)
     else:
         collate = prepare.pictures(model, folder, trust_remote_code)
-    label = prepare.label_of(model)
+    label = prepare.label_of(model, found.label_names)
     for value in found.labels or ():
         label(value)  # all before the work
     return Batches(found, data.batch_size, collate, label)

@@ -102,15 +102,26 @@ def stacked(model: PreTrainedModel) -> Collate:
     return collate
 
 
-def label_of(model: PreTrainedModel) -> Callable[[Any], Any]:
-    """A label as the model's loss takes it: a name becomes its number.
+def label_of(model: PreTrainedModel, names: Sequence[str] | None = None) -> Callable[[Any], Any]:
+    """A label as the model's loss takes it: a name becomes the model's number.
+
+    Args:
+        names: of the data's own numbers, which stand for them where the model knows them all.
 
     Raises:
-        UsageError: from what is returned, for a name that the model does not know.
+        UsageError: from what is returned, for a name that the model does not know, or a number that it does not have.
     """
     known = getattr(model.config, "label2id", None) or {}
+    numbers = {str(name).lower(): number for name, number in known.items()}
+    own = [numbers.get(name.lower()) for name in names or ()]
+    by_name = bool(own) and None not in own
+    count = len(own) if by_name else model.config.num_labels or 0
 
     def label(value: Any) -> Any:
+        if isinstance(value, int) and count > 1 and not 0 <= value < count:
+            raise UsageError(f"the label {value} is none of 0 to {count - 1}: leave out what has no label, or another")
+        if isinstance(value, int) and by_name:
+            return own[value]
         if isinstance(value, str):
             if value not in known:
                 raise UsageError(

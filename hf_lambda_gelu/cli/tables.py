@@ -52,8 +52,8 @@ def table(source: str, config: str | None, split: str) -> Dataset:
     return found[split]
 
 
-def table_columns(rows: Dataset, column: str | None, label_column: str | None) -> tuple[str, Sequence[Any], Any]:
-    """(kind, examples, labels or None): of the column that is named, or the one that can be meant.
+def table_columns(rows: Dataset, column: str | None, label_column: str | None) -> tuple[str, Sequence[Any], Any, Any]:
+    """(kind, examples, labels or None, their names or None): of the column that is named, or the one that can be meant.
 
     Raises:
         UsageError: no such column, or several that could be meant.
@@ -92,4 +92,5 @@ def table_columns(rows: Dataset, column: str | None, label_column: str | None) -
         values = list(values)
         if None in values or (labels is not None and None in labels):
             raise UsageError(f"the column {column!r} or its label is empty in some rows: leave these rows out")
-    return kinds[column], values, labels
+    names = None if label_column is None else getattr(rows.features[label_column], "names", None)
+    return kinds[column], values, labels, names

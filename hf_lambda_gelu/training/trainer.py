@@ -111,7 +111,7 @@ class LambdaGELUTrainer(Trainer):
 
     @property
     def has_switched(self) -> bool:
-        """Whether λ is no longer learned, but at its target or on its way there; of the best checkpoint, if that is loaded."""
+        """Whether λ is no longer learned, but at its target or on its way; of the best checkpoint, where that is loaded."""
         return self._hardening.at_switch is not None
 
     @property

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from support.cli import answer, bert, checkpoint, files, invoke, sentences, texts, tiny
@@ -64,6 +66,20 @@ def test_sensitivity_by_the_loss(tmp_path: Path) -> None:
     assert found["order"] == report.order
     assert [s["loss_change"] for s in found["sites"]] == pytest.approx([s.loss_change for s in report.sites])
     assert answer(*line)["loss"] is None
+
+    def saved(name: str, numbers: list[int], names: list[str]) -> Path:
+        columns = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        made = datasets.Dataset.from_dict({"text": rows, "label": numbers}, features=columns)
+        made.save_to_disk(str(tmp_path / name))
+        return tmp_path / name
+
+    turned, numbered = [1 - label for label in labels], ["zero", "one"]
+    for source in (saved("turned", turned, ["Good", "Bad"]), saved("numbered", labels, numbered)):
+        line = ("sensitivity", tmp_path / "src", "--calibration", source, "--label-column", "label")
+        assert answer(*line)["loss"] == pytest.approx(report.loss), "numbers are the data's, by names that both have"
+    for source in (saved("missing", [*labels[:-1], -1], numbered), saved("more", [*labels[:-1], 2], [*numbered, "two"])):
+        error = invoke(*line[:3], source, *line[4:], code=2).stderr
+        assert re.search(r"the label (-1|2) is none of 0 to 1: leave out what has no label", error), error
 
 
 @pytest.mark.parametrize("command", ["calibrate", "sensitivity"])
