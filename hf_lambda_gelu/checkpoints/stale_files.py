@@ -12,7 +12,8 @@ from .card import CARD_FILES, REPORT_NAME
 
 # in the folder itself transformers takes adapters first, one file before shards, and a variant where it is asked for
 _LOADED = re.compile(
-    r"adapter_config\.json|lambda_gelu_hardness\.safetensors|(adapter_|pytorch_)?model[.-][^/]*(safetensors|bin)(\.index(\.\w+)?\.json)?"
+    r"adapter_config\.json|lambda_gelu_hardness\.safetensors|"
+    r"(adapter_|pytorch_)?model[.-][^/]*(safetensors|bin)(\.index(\.\w+)?\.json)?"
 )
 # what other programs load
 _OTHER_FORMATS = {".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite"}
