@@ -44,11 +44,39 @@ def computed_tensors(model: nn.Module) -> Iterator[Computed]:
                 yield Computed(module, hook.name, start + hook.name, f"{hook.name}_orig", "remove_spectral_norm")
 
 
-def why_no_parameter(model: nn.Module, tensors: Iterable[Tensor | None]) -> str:
-    """Why one of a linear map's tensors, as forward has just used them, is no parameter."""
-    used = [tensor.detach() for tensor in tensors if tensor is not None]
-    for computed in computed_tensors(model):
-        now = getattr(computed.module, computed.leaf).detach()
-        if any(now.shape == tensor.shape and torch.equal(now, tensor) for tensor in used):
-            return str(computed)
-    return "it feeds a weight that is no parameter of the model as it stands"
+class WhyNoParameter:
+    """Why a linear map's tensors are no parameters. Made for one run of a model, in which its weights stay.
+
+    What a hook computes before each forward is the tensor that the map gets. Parametrizations compute another one at each
+    look, so theirs are looked at once, and told by their sums.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._by_hooks: list[Computed] = []
+        self._by_sums: dict[tuple[torch.Size, float], Computed] | None = None
+
+    def __call__(self, tensors: Iterable[Tensor | None]) -> str:
+        """Why one of these, as forward has just used them, is no parameter."""
+        if self._by_sums is None:
+            self._by_sums = self._looked_at()
+        used = [tensor.detach() for tensor in tensors if tensor is not None]
+        places = {tensor.data_ptr() for tensor in used if tensor.numel()}
+        for computed in self._by_hooks:
+            if getattr(computed.module, computed.leaf).data_ptr() in places:
+                return str(computed)
+        found = next((self._by_sums[key] for key in map(_sum, used) if key in self._by_sums), None)
+        return "it feeds a weight that is no parameter of the model as it stands" if found is None else str(found)
+
+    def _looked_at(self) -> dict[tuple[torch.Size, float], Computed]:
+        sums: dict[tuple[torch.Size, float], Computed] = {}
+        for computed in computed_tensors(self._model):
+            if parametrize.is_parametrized(computed.module, computed.leaf):
+                sums.setdefault(_sum(getattr(computed.module, computed.leaf).detach()), computed)
+            else:
+                self._by_hooks.append(computed)
+        return sums
+
+
+def _sum(tensor: Tensor) -> tuple[torch.Size, float]:
+    return tensor.shape, float(tensor.sum(dtype=torch.float64))

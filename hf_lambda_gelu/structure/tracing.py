@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._compat import pytree
 from ..activation.module import hardness_sites
 from .block_source import source_of
-from .computed_weights import why_no_parameter
+from .computed_weights import WhyNoParameter
 from .hooks import Hooks
 from .linear_calls import Key, LinearCall
 from .linear_maps import LinearMap, Parameters, all_parts, watch_linears
@@ -123,12 +123,12 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
     """What one forward pass shows."""
     leaves: dict[int, str | None] = {}  # id of a leaf → the site that put it out, None for a linear map
     kept: list[Tensor] = []
-    uses, seen = Uses(parameters.names, source_of(model)), _Seen()
+    uses, seen, why = Uses(parameters.names, source_of(model)), _Seen(), WhyNoParameter(model)
 
     def leaf(output: Tensor, site: str | None) -> Tensor | None:
         if not output.is_floating_point():
             return None
-        made = torch.empty(0, requires_grad=True)
+        made = torch.empty(0, requires_grad=True, device="cpu")
         kept.append(made)
         leaves[id(made)] = site
         return made_by(made, output.detach())
@@ -149,7 +149,7 @@ def _seen(model: nn.Module, sites: Mapping[nn.Module, str], parameters: Paramete
         for site in sources(call.input):
             seen.reached[site][place] = found = parameters.find(call)
             if found is None:
-                seen.computed[site] = why_no_parameter(model, (call.weight, call.bias))
+                seen.computed[site] = why((call.weight, call.bias))
             seen.rows[site] += math.prod(call.leading)
         return leaf(call.output, None)
 

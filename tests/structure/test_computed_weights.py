@@ -66,3 +66,28 @@ def test_named(kind: str) -> None:
     report = hlg.relu_ize(model, calibration=data, compensate="least_squares")
     assert report.compensation is not None
     assert [site.weight for site in report.compensation.sites] == ["2.weight"]
+
+
+def test_looked_at_once() -> None:
+    """However many sites feed computed weights, none is computed again for each of them."""
+
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            Counted.calls += 1
+            return 2.0 * weight
+
+    def outcome(pairs: int) -> int:
+        torch.manual_seed(0)
+        layers = [layer for _ in range(pairs) for layer in (nn.Linear(8, 8), nn.GELU())]
+        model = nn.Sequential(*layers, nn.Linear(8, 8))
+        for layer in model[2::2]:
+            parametrize.register_parametrization(layer, "weight", Counted())
+        hlg.convert(model)
+        Counted.calls = 0
+        with pytest.raises(hlg.SoftGateError, match=r"the map after none of the sites .*\(1: 2\.weight is computed from"):
+            hlg.relu_ize(model, calibration=[torch.randn(64, 8)], compensate="least_squares")
+        return Counted.calls
+
+    assert outcome(8) == 2 * outcome(4)  # as runs do, and not by the square
