@@ -64,7 +64,7 @@ class LambdaGELU(nn.Module):
         self.base = get_base(base).name
         self.init_hardness = check_hardness(init_hardness)
         self.as_relu = False  # set by `gates_as_relu` for the time of an evaluation
-        self.unclipped_hardness = nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.unclipped_hardness = nn.Parameter(torch.empty(1, dtype=torch.float32, device=None))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -141,7 +141,9 @@ class LambdaGELU(nn.Module):
         grad = None if grad is None else grad.detach()  # an alias, as the cast replaces the data of the gradient itself
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         raw = self.unclipped_hardness
-        if raw.dtype in (torch.float16, torch.bfloat16):
+        if kept.is_meta and not raw.is_meta:  # memory as it was found (to_empty)
+            self.reset_parameters()
+        elif raw.dtype in (torch.float16, torch.bfloat16):
             raw.grad = None  # a gradient has its parameter's dtype, at every moment
             raw.data = kept.to(raw.device)
             raw.grad = None if grad is None else grad.to(raw.device)

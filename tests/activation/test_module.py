@@ -105,14 +105,12 @@ def test_half_precision_with_a_gradient() -> None:
 
 @pytest.mark.usefixtures("poisoned")
 def test_meta_and_back() -> None:
-    """Through the meta device, λ comes back by reset_parameters or by a state dict; NaN memory would show otherwise."""
+    """From the meta device λ comes back as it was initialised, or by a state dict; NaN memory would show otherwise."""
     module = LambdaGELU(3.0, "silu").to("meta")
     assert module.unclipped_hardness.is_meta
     assert module.hardness.is_meta
     assert "hardness=on meta, base='silu'" in repr(module)
     module.to_empty(device="cpu")
-    assert module.hardness.isnan().all()
-    module.reset_parameters()
     assert module.hardness.item() == pytest.approx(3.0, rel=2 * EPS)
     with torch.device("meta"):
         module = LambdaGELU()
