@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..activation.module import hardness_sites
 from ..structure.adapters import has_adapters, how_to_merge
-from ..structure.config_probe import hard_coded_sites
+from ..structure.hard_coded import hard_coded_sites
 from ..structure.own_code import LAMBDA_CODE, auto_classes
 from ..structure.transaction import transaction
 from .folders import check_new, whole_folder

@@ -16,6 +16,7 @@ from ..measurement.plots import plot_hardness
 from ..structure.adapters import adapted_layer, has_adapters, how_to_merge
 from ..structure.config import LAMBDA_KEYS, activation_attributes
 from ..structure.config_probe import governed_modules, other_activations
+from ..structure.modules import wrapped_part
 from ..structure.offloading import check_not_offloaded
 from ..structure.other_runtimes import runtime_warnings
 from ..structure.sharding import check_whole
@@ -162,9 +163,10 @@ def check_relu(model: PreTrainedModel) -> None:
             f"transformers would load it: {how_to_merge(model)}"
         )
     if not isinstance(model, PreTrainedModel):
-        way = "save its weights by safetensors.torch.save_model"
-        if isinstance(getattr(model, "_orig_mod", None), PreTrainedModel):
-            way = "pass the one before torch.compile (model._orig_mod)"
+        inside = wrapped_part(model)
+        way = (
+            "save its weights by safetensors.torch.save_model" if inside is None else f"pass model.get_submodule({inside!r})"
+        )
         raise ValueError(f"expected a transformers model, which a config can rebuild, got {type(model).__name__}: {way}")
     check_whole(model, "saving", _FROM_PARTS)
     check_not_offloaded(model)
@@ -179,6 +181,12 @@ def check_relu(model: PreTrainedModel) -> None:
     smooth = [a for a in governed_modules(model) if a.modules]
     if smooth:
         named = ", ".join(f"config.{a.path} = {a.value!r}" for a in smooth)
+        relus = (name for a in smooth for name in a.modules if isinstance(model.get_submodule(name), _RELUS))
+        if found := next(relus, None):
+            raise ValueError(
+                f"{named}, and {found} is ReLU: a part of the model was converted by itself, of which the config of the "
+                "whole does not know. Set 'relu' there in its config, and save it then"
+            )
         if report_left_on(model) is None:
             raise ValueError(f"{named}: the model is smooth. Call convert(model), train, and relu_ize(model) first")
         raise ValueError(
@@ -191,7 +199,14 @@ def check_relu(model: PreTrainedModel) -> None:
             f"{', '.join(f'config.{a.path} = {a.value!r}' for a in other)}: no activation of the model is ReLU, so it is no "
             "ReLU network. λ-GELU leads from GELU and SiLU to ReLU alone"
         )
-    broken = [name for name, tensor in model.state_dict().items() if _diverged(model, name, tensor)]
+    state: dict[str, Any] = model.state_dict()
+    odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise ValueError(
+            f"{odd} is no tensor but {type(state[odd]).__name__}, as modules of torch's own quantisation keep it, and no "
+            "config tells stock transformers to make such modules: save the model before that is done to it"
+        )
+    broken = [name for name, tensor in state.items() if _diverged(model, name, tensor)]
     if broken:
         raise ValueError(f"{len(broken)} tensors hold NaN or infinity, e.g. {broken[0]}: the training diverged; not saved")
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..activation.module import hardness_sites
 from ..activation.older_checkpoints import NAME, OLDER
-from ..structure.config_probe import hard_coded_sites
 from ..structure.file_source import FileSource, Place, check_same, file_state
+from ..structure.hard_coded import hard_coded_sites
 from ..structure.loading import CheckpointError, load_without_reading
 from ..surgery.conversion import convert
 from .on_disk_files import Source

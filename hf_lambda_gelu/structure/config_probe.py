@@ -18,10 +18,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2CLS, ACT2FN
 
-from ..activation.module import hardness_sites
-from .adapters import held_names
 from .config import LAMBDA_KEYS, STOCK_KEYS, activation_attributes, owner_of, reloaded_value
-from .modules import joined, named_modules, transformers_parts
+from .held_names import held_names
+from .modules import joined, named_modules
 
 _PIECEWISE_LINEAR = ("relu", "relu6", "leaky_relu", "prelu", "linear")
 _PROBES = itertools.count()  # each probe has a key of its own: another thread may be probing too
@@ -224,20 +223,3 @@ def _probe_registered(key: str) -> Iterator[None]:
     finally:
         for table in (ACT2FN, ACT2CLS):
             table.pop(key, None)
-
-
-def hard_coded_sites(model: nn.Module) -> list[str]:
-    """The λ-GELUs inside transformers models that no config attribute governs: a stock reload brings their GELU back."""
-    names: list[str] = []
-    for prefix, part in transformers_parts(model).items():
-        sites = hardness_sites(part)
-        attributes = [a for a in governed_modules(part) if a.value in LAMBDA_KEYS] if sites else []
-        governed = {name for a in attributes for name in a.modules}
-        for attribute in attributes:  # `convert` could probe it, or would not have set the key
-            if attribute.failure and not attribute.kept:
-                raise RuntimeError(
-                    f"config.{joined(prefix, attribute.path)} = {attribute.value!r}: which modules it governs cannot be "
-                    f"found out, as {type(part).__name__} cannot be built again: {attribute.failure}"
-                )
-        names += [joined(prefix, name) for name in sites if name not in governed]
-    return names

@@ -54,6 +54,16 @@ def transformers_parts(model: nn.Module) -> dict[str, PreTrainedModel]:
     return found
 
 
+def wrapped_part(model: nn.Module) -> str | None:
+    """The name of the transformers model in `model` that has all of its parameters (in DistributedDataParallel, what
+    torch.compile makes, averages of weights); None where there is no such, or `model` is one itself."""
+    parameters = {id(parameter) for parameter in model.parameters()}
+    for name, part in transformers_parts(model).items():
+        if name and parameters <= {id(parameter) for parameter in part.parameters()}:
+            return name
+    return None
+
+
 def joined(prefix: str, name: str) -> str:
     """`prefix.name`, or the one of them that is not empty."""
     return f"{prefix}.{name}" if prefix and name else prefix or name

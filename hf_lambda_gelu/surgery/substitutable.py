@@ -11,8 +11,8 @@ from torch import distributed, nn
 from ..activation.hardness import sup_error, target_hardness
 from ..activation.module import hardness_profile, hardness_sites
 from ..measurement.team import Team
-from ..structure.config_probe import hard_coded_sites
 from ..structure.forwards import bypassed_by_code, refusal
+from ..structure.hard_coded import hard_coded_sites
 from ..structure.offloading import check_not_offloaded
 from ..structure.quantised import quantised_weight
 from ..structure.sharding import check_by_blocks, check_whole, is_cut_by_fsdp2, is_sharded

@@ -20,10 +20,11 @@ from ..measurement.forward import measuring
 from ..measurement.team import Processes, Team, check_same_weights, team_of
 from ..measurement.whole_blocks import whole_blocks
 from ..reports import length
+from ..structure.adapters import has_adapters
 from ..structure.config import LAMBDA_KEYS, activation_attributes
-from ..structure.config_probe import hard_coded_sites
 from ..structure.edits import replace_everywhere, set_activation
-from ..structure.modules import joined, transformers_parts
+from ..structure.hard_coded import hard_coded_sites
+from ..structure.modules import joined, transformers_parts, wrapped_part
 from ..structure.smooth_activations import smooth_activations
 from ..structure.transaction import keep, transaction
 from .adapter_hardness import save_hardness_with_adapters
@@ -259,7 +260,8 @@ def _put_relu(model: nn.Module, report: SubstitutionReport, runs: Runs) -> None:
 
 def _attach_report(model: nn.Module, report: SubstitutionReport) -> None:
     """Leave the report with the model, where those who save it find it: λ is gone from the model itself."""
-    vars(getattr(model, "_orig_mod", model))["_relu_report"] = report  # of what torch.compile wraps, the model itself
+    inside = None if has_adapters(model) else wrapped_part(model)
+    vars(model if inside is None else model.get_submodule(inside))["_relu_report"] = report  # what can be saved
 
 
 def _fold(model: nn.Module, names: list[str], batch: Mapping[str, Any] | None, report: SubstitutionReport) -> None:

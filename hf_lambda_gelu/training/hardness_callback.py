@@ -14,6 +14,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..activation.hardness import DEFAULT_RELATIVE_TOLERANCE, DEFAULT_TOLERANCE
 from ..activation.module import hardness_profile, hardness_sites
 from ..structure.adapters import has_adapters
+from ..structure.hard_coded import hard_coded_sites
 from ..surgery.refit.report import CompensationReport
 from .arguments import Hardening, LambdaGELUTrainingArguments, check_hardening, wanted_hinges
 from .callback import HardeningCallback, as_it_is, stored_attributes
@@ -207,6 +208,7 @@ class HardnessCallback(HardeningCallback):
                 "load_best_model_at_end=True may bring back a checkpoint from before the switch, whose layers are narrower "
                 "than the model's then: set it False, or use LambdaGELUTrainer, which fits the layers to the checkpoint"
             )
+        hard_coded_sites(model)  # raises for λ that no checkpoint would hold
         check_generation(args)
         warn_if_frozen(model)
         _check_groups(optimizer, model)

@@ -16,6 +16,7 @@ from ..checkpoints.folders import check_writable
 from ..checkpoints.shards import tensor_names
 from ..measurement.batches import takes_a_mapping
 from ..structure.adapters import has_adapters
+from ..structure.hard_coded import hard_coded_sites
 from ..structure.offloading import check_not_offloaded
 from .arguments import LambdaGELUTrainingArguments
 from .sparsity_penalty import check_penalisable
@@ -59,6 +60,7 @@ def check_trainable(
         raise ValueError(
             f"{type(model).__name__} has no λ-GELU: call hf_lambda_gelu.convert(model) before building the trainer"
         )
+    hard_coded_sites(model)  # raises for λ that no checkpoint would hold
     if has_adapters(model):
         _check_adapters(args, model)
     warn_if_frozen(model)

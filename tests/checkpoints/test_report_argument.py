@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from huggingface_hub import CommitOperationAdd
 from support.publishing import not_proven
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, TrainerState
 
 import hf_lambda_gelu as hlg
@@ -96,13 +98,30 @@ def test_the_argument_goes_before_what_is_left(
     assert hardness_in_card(folder) == [300.0, 300.0]
 
 
-def test_of_a_compiled_model(tmp_path: Path) -> None:
-    """The report is on what torch.compile has wrapped, which is what can be saved, as the refusal of the wrapper says."""
-    compiled = torch.compile(tiny_bert(), backend="eager")
-    hlg.relu_ize(hard(compiled))
-    with pytest.raises(ValueError, match=r"got OptimizedModule: pass the one before torch\.compile \(model\._orig_mod\)"):
-        hlg.save_relu_pretrained(compiled, tmp_path / "m")
-    assert hardness_in_card(hlg.save_relu_pretrained(compiled._orig_mod, tmp_path / "m")) == [HARDNESS, HARDNESS]
+@pytest.mark.parametrize(
+    ("around", "inside"),
+    [
+        (lambda model: torch.compile(model, backend="eager"), "_orig_mod"),
+        (nn.DataParallel, "module"),
+        (AveragedModel, "module"),
+    ],
+)
+def test_of_a_wrapped_model(around: Callable[[nn.Module], nn.Module], inside: str, tmp_path: Path) -> None:
+    """The report is on the model in the wrapper, which is what can be saved, as the refusal of the wrapper says."""
+    wrapper = around(tiny_bert())
+    hlg.relu_ize(hard(wrapper))
+    with pytest.raises(ValueError, match=rf"got \w+: pass model\.get_submodule\('{inside}'\)$"):
+        hlg.save_relu_pretrained(wrapper, tmp_path / "m")
+    model = getattr(wrapper, inside)
+    assert hardness_in_card(hlg.save_relu_pretrained(model, tmp_path / "m")) == [HARDNESS, HARDNESS]
+
+
+def test_of_a_model_with_more_around_it(tmp_path: Path) -> None:
+    """What is in it is not all of it."""
+    own = nn.ModuleDict({"bert": tiny_bert(), "head": nn.Linear(2, 2)})
+    hlg.relu_ize(hard(own))
+    with pytest.raises(ValueError, match=r"got ModuleDict: save its weights by safetensors\.torch\.save_model"):
+        hlg.save_relu_pretrained(own, tmp_path / "m")
 
 
 class Hub:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from support import tiny
 from torch import Tensor, nn
-from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
+from torch.ao.quantization import get_default_qat_qconfig, prepare_qat, quantize_dynamic
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
@@ -115,6 +116,18 @@ def test_named(kind: str) -> None:
             refit()
     assert tiny.relative_difference(expected, tiny.outputs(model, batch)) <= 1e-5
     assert len(hlg.relu_ize(model, force=True, calibration=[batch]).sites) == 2
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_dynamic_quantisation(tmp_path: Path) -> None:
+    """torch's own, of a ReLU network: no config names such modules, and no folder is made."""
+    model = tiny.build("bert-classifier")
+    hlg.convert(model)
+    hlg.relu_ize(model, force=True)
+    quantised = quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(ValueError, match=r"packed_params\S* is no tensor but .*: save the model before that is done to it"):
+        hlg.save_relu_pretrained(quantised, tmp_path / "relu")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_gguf_that_was_unpacked() -> None:

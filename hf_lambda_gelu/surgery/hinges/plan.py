@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...activation.module import LambdaGELU
-from ...structure.config_probe import hard_coded_sites
 from ...structure.feed_forward import FeedForward
 from ...structure.feed_forward_search import feed_forwards
+from ...structure.hard_coded import hard_coded_sites
 from ...structure.hooks import Hooks
 from ...structure.linear_calls import LinearCall
 from ...structure.linear_maps import LinearMap, Parameters, watch_linears
