@@ -92,7 +92,8 @@ def convert(
         init_hardness: λ to start from, ≥ 1. The paper's 1 + ln 2 ≈ 1.693 changes the function of a pretrained model.
         hard_coded: convert the modules of a transformers model too that no config attribute governs (BLOOM's). A stock
             reload cannot be ReLU there: `relu_ize` folds them at λ = 2¹⁴. Their λ does not survive `save_pretrained`.
-        only: (module name, module) → whether to convert it. Modules that one config attribute governs go together.
+        only: (module name, module) → whether to convert it. Modules that one config attribute governs go together. It is for
+            parts: `convert(model.encoder)` changes a config of the part's own, of which that of the whole knows nothing.
 
     Returns:
         The sites converted, and every GELU or SiLU that was seen and left, with the reason.
@@ -213,8 +214,7 @@ class _Conversion:
             return
         self.report.attributes[path] = (attribute.value, key)
         for name in names:
-            if not isinstance(self.model.get_submodule(name), LambdaGELU):  # a block that several names share has it already
-                self._put(name, base, path, attribute.value)
+            self._put(name, base, path, attribute.value)
 
     def free(self, parts: tuple[str, ...]) -> None:
         """Convert every GELU and SiLU module that is left, outside the parts of these names."""
@@ -225,8 +225,8 @@ class _Conversion:
             if not inside and name and name not in self.claimed and self.chosen(name, module):
                 base = probed_base(module)
                 if base is not None:
-                    self._put(name, base)
                     self.claimed.add(name)
+                    self._put(name, base)
 
     def _function(self, name: str, module: nn.Module) -> None:
         """Convert what one of torch's transformer layers keeps as a function: by default they hold no module."""
@@ -253,7 +253,10 @@ class _Conversion:
     def _put(self, name: str, base: str, attribute: str = "", key: str = "") -> None:
         """Put a λ-GELU in the place called `name`; `attribute` and `key`: what governs it, and what that said."""
         before = self.model.get_submodule(name)
-        made = LambdaGELU(self.report.hardness, base=base)
+        if isinstance(before, LambdaGELU):  # a block that several names share has it already
+            return
+        with torch.device("cpu"):  # not on meta, where it would have no value; it is put beside what was there
+            made = LambdaGELU(self.report.hardness, base=base)
         made.stock_key = key
         if not key:
             vars(made)["replaced"] = before  # past nn.Module, for which it would be a child

@@ -51,6 +51,21 @@ def test_plain_modules() -> None:
     assert "no config attribute governs   4 × first.1 … second.2" in str(report)
 
 
+@pytest.mark.parametrize("init", [1.0, 2.0])
+def test_a_block_under_two_names(init: float) -> None:
+    """One site, in whose place a fold puts back the GELU that was there, and no other λ-GELU."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    model, x = nn.Sequential(block, block), torch.randn(64, 8)
+    report = hlg.convert(model, init)
+    assert [(site.name, site.was) for site in report.sites] == [("0.1", "GELU")]
+    tiny.set_hardness(model, 5.0)
+    expected = model(x)
+    hlg.fold(model, x)
+    assert type(model[1][1]) is nn.GELU
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_hard_coded_converted_when_asked() -> None:
     """BLOOM's own GELU class, governed by nothing; without being asked it is told and left."""
     torch.manual_seed(0)
