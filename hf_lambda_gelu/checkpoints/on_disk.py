@@ -241,7 +241,9 @@ def _load_hardness(model: PreTrainedModel, shards: list[Shard]) -> frozenset[str
     stored = {name.replace(OLDER, NAME): name for name in places}
     sites = list(_hardness(model))
     with scratch_folder() as scratch:  # numbers in the place of λ show what each is called in a checkpoint
-        numbers = save_parts(model, scratch, {name: torch.full((1,), float(i)) for i, name in enumerate(sites)})
+        numbers = save_parts(
+            model, scratch, {name: torch.full((1,), float(i), device="cpu") for i, name in enumerate(sites)}
+        )
     called = {name: sites[int(number)] for name, number in numbers.items()}
     lost, without = sorted(set(stored) - set(called)), sorted(set(called) - set(stored))
     if lost and without:

@@ -134,7 +134,7 @@ class Batches:
             batch = dict(self.collate(self.found.items[start : start + self.size]))
             if self.found.labels is not None:
                 labels = [self._label(value) for value in self.found.labels[start : start + self.size]]
-                batch["labels"] = torch.tensor(labels)
+                batch["labels"] = torch.tensor(labels, device="cpu")
             yield batch
 
 

@@ -60,5 +60,5 @@ def _timed(run: Callable[[], object]) -> float:
 
 def firing(units: int, share: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """A row (1, units) of which about this share is not 0."""
-    drawn = torch.rand(1, units, generator=generator)
+    drawn = torch.rand(1, units, generator=generator, device="cpu")
     return torch.where(drawn < share, drawn + 0.5, 0.0).to(dtype)

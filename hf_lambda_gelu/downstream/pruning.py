@@ -154,7 +154,7 @@ _Compared = list[tuple[dict[str, Any], list[Tensor]]]  # batches and what the mo
 def _run(model: nn.Module, blocks: Blocks, batches: Iterable[dict[str, Any]]) -> tuple[dict[str, Tensor], _Compared]:
     """Site → which units are not 0 somewhere (units,), bool; and the first batches with the outputs."""
     by_key: dict[Key, str] = {block.after.key: name for name, block in blocks.found.items()}
-    fires = {name: torch.zeros(block.units, dtype=torch.bool) for name, block in blocks.found.items()}
+    fires = {name: torch.zeros(block.units, dtype=torch.bool, device="cpu") for name, block in blocks.found.items()}
 
     def on_linear(call: LinearCall) -> None:
         name = by_key.get(call.key)

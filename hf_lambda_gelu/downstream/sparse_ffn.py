@@ -195,7 +195,7 @@ def _measure(group: list[Candidate]) -> Crossover:
     dense, sparse = [], []
     for candidate in group:
         weight, (d, k) = candidate.weight, candidate.shape
-        x = torch.randn(1, d, generator=generator).to(weight.dtype)
+        x = torch.randn(1, d, generator=generator, device="cpu").to(weight.dtype)
         dense.append(partial(candidate.module.forward, x))  # without hooks, which are not to see this
         bias: Tensor | None = candidate.module.bias  # type: ignore[assignment]
         units = k if candidate.cls is SparseUp else d

@@ -37,7 +37,8 @@ from .whole_blocks import whole_blocks
 _BINS_PER_OCTAVE = 64
 _LOWEST_OCTAVE, _HIGHEST_OCTAVE = -126, 10
 _BINS = (_HIGHEST_OCTAVE - _LOWEST_OCTAVE) * _BINS_PER_OCTAVE
-_MAGNITUDES = torch.exp2(_LOWEST_OCTAVE + (torch.arange(_BINS, dtype=torch.float64) + 0.5) / _BINS_PER_OCTAVE)
+_PLACES = torch.arange(_BINS, dtype=torch.float64, device="cpu")
+_MAGNITUDES = torch.exp2(_LOWEST_OCTAVE + (_PLACES + 0.5) / _BINS_PER_OCTAVE)
 _MAGNITUDES[0] = 0.0
 _PIECE_ELEMENTS = 1 << 22  # 32 MiB in fp64
 _MAX_HARDNESS = 1e30  # what `LambdaGELU.set_hardness` takes
@@ -277,7 +278,7 @@ class _RunningStatistics:
     def __init__(self) -> None:
         self.count = self.negative = 0
         self.mean = self.squares = self.relu_squares = 0.0
-        self.histogram = torch.zeros(_BINS, dtype=torch.float64)
+        self.histogram = torch.zeros(_BINS, dtype=torch.float64, device="cpu")
 
     def add(self, x: Tensor) -> None:
         """Takes in the elements of x, fp64."""

@@ -67,5 +67,5 @@ def _digests(tensor: Tensor) -> Tensor:
     """(rows,) int64, a sum of the elements' bits that does not depend on the order of summation."""
     bits = tensor.contiguous().view(_INTEGERS[tensor.element_size()]).to(torch.int64)
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(1, 2**62, (tensor.shape[-1],), generator=generator) * 2 + 1
+    factors = torch.randint(1, 2**62, (tensor.shape[-1],), generator=generator, device="cpu") * 2 + 1
     return (bits * factors.to(bits.device)).sum(-1)  # modulo 2⁶⁴

@@ -82,7 +82,7 @@ def places(note: Note, chunk: Chunk | None = None, positions_first: bool = False
     if chunk is not None:
         first, length, *rest = note.leading
         whole = places(replace(note, leading=(first, chunk.total, *rest)), None, positions_first)
-        rows = torch.arange(whole.count).view(first, chunk.total, -1)
+        rows = torch.arange(whole.count, device="cpu").view(first, chunk.total, -1)
         return _choice(rows[:, chunk.start : chunk.start + length].reshape(-1), whole)
     count = math.prod(note.leading)
     if note.chosen is not None:
@@ -143,5 +143,6 @@ def _laid_out(mask: Tensor, leading: Leading, positions_first: bool) -> Tensor |
 def _examples(leading: Leading, size: int, positions_first: bool) -> Tensor | None:
     count = math.prod(leading)
     if positions_first:
-        return torch.arange(leading[1]).repeat_interleave(count // max(1, leading[0] * leading[1])).repeat(leading[0])
-    return torch.arange(count) // (count // size) if count and count % size == 0 else None
+        examples = torch.arange(leading[1], device="cpu")
+        return examples.repeat_interleave(count // max(1, leading[0] * leading[1])).repeat(leading[0])
+    return torch.arange(count, device="cpu") // (count // size) if count and count % size == 0 else None

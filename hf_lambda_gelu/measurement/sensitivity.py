@@ -146,7 +146,7 @@ class _Costs:
         self.squares = dict.fromkeys(sites, 0.0)  # Σ‖yᵢ − y‖²
         self.losses = dict.fromkeys(sites, 0.0)
         self.examples, self.has_loss = 0, True
-        self._size, self._before = 0, torch.empty(0)  # the batch at hand
+        self._size, self._before = 0, torch.empty(0, device="cpu")  # the batch at hand
 
     def start(self, size: int, output: Tensor, loss: float | None) -> None:
         """Takes in a batch of that many examples, run through the model as it is."""

@@ -46,7 +46,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     new.train(before.training)
     share_hooks(before, new)
     tensor = next(parent.parameters(), None)
-    device = next(model.parameters(), torch.empty(0)).device if tensor is None else tensor.device
+    device = next(model.parameters(), torch.empty(0, device=None)).device if tensor is None else tensor.device
     setattr(parent, leaf, new.to(device))
     keep_records_true(model, name)
 

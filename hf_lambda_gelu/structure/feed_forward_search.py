@@ -127,7 +127,7 @@ class _Walk:
             made = self._leaves.get(id(getattr(node, "variable", None)))
             if made is not None:
                 self._users.setdefault(made.place, set()).add(ran.place)
-        leaf = torch.empty(0, requires_grad=True)
+        leaf = torch.empty(0, requires_grad=True, device="cpu")
         self._kept.append(leaf)
         self._leaves[id(leaf)] = ran
         return made_by(leaf, call.output.detach())

@@ -208,4 +208,4 @@ def mapped(path: Path) -> Tensor:
     """The bytes of a file, which are read when they are looked at; what is written into them stays in memory."""
     size = path.stat().st_size
     storage = torch.UntypedStorage.from_file(str(path), False, size)
-    return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)  # type: ignore[arg-type]

@@ -150,7 +150,8 @@ def _fill(made: PreTrainedModel, model: PreTrainedModel) -> None:
 def _difference(model: PreTrainedModel, made: PreTrainedModel) -> float:
     """Of the outputs on made-up tokens, the first of them padding, relative to the largest."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, model.config.vocab_size, (1, _TOKENS), generator=generator).to(model.device)
+    drawn = torch.randint(0, model.config.vocab_size, (1, _TOKENS), generator=generator, device="cpu")
+    tokens = drawn.to(model.device)
     mask = torch.ones_like(tokens)
     mask[:, :2] = 0
     batch = {"input_ids": tokens, "attention_mask": mask}

@@ -143,7 +143,11 @@ class DistillationTrainer(Trainer):
         total = comparison.total(outputs, wanted, inputs)
         if model.training and num_items_in_batch is not None:
             # the gradients of several processes are averaged
-            loss = total * self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp_min(1)
+            loss = (
+                total
+                * self.accelerator.num_processes
+                / torch.as_tensor(num_items_in_batch, device=total.device).clamp_min(1)
+            )
         else:
             loss = total / max(1, comparison.count(inputs, self.teacher))
         return (loss, outputs) if return_outputs else loss

@@ -142,7 +142,7 @@ def _weights(calls: Sequence[_Call], size: int) -> list[Tensor]:
     examples = [example for _, example in calls if example is not None]
     if len(examples) < len(calls):
         total = sum(len(rows) for rows, _ in calls)
-        return [torch.full((len(rows),), size / max(total, 1)) for rows, _ in calls]
+        return [torch.full((len(rows),), size / max(total, 1), device="cpu") for rows, _ in calls]
     tokens = torch.cat(examples).bincount(minlength=size).double()
     return [1.0 / tokens[example] for example in examples]
 

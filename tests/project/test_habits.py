@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -14,6 +15,23 @@ from scripts.tools.oldest import bounds
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+PACKAGE = ROOT / "hf_lambda_gelu"
+# what makes a tensor on torch's default device where none is named
+MAKERS = {
+    "arange",
+    "as_tensor",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+}
+MAKERS |= {"tensor", "zeros"}
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
@@ -100,3 +118,21 @@ def test_oldest_versions() -> None:
 def test_no_oldest_version(dependencies: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bounds(project(*dependencies))
+
+
+def test_new_tensors_name_their_device() -> None:
+    """By default they lie where torch.set_default_device says, and a generator of the CPU's draws on no other device.
+
+    `device=None` is for what shall lie there; example inputs are made within `torch.device("cpu")`.
+    """
+    sources = {path for folder in ("*", "*/*", "*/*/*") for path in PACKAGE.glob(f"{folder}.py")}
+    made = 0
+    for path in sorted(sources - set((PACKAGE / "measurement" / "examples").glob("*.py"))):
+        if path.parent.name == "templates":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}:
+                made += 1
+                named = {keyword.arg for keyword in node.keywords} & {"device", None}
+                assert named, f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
+    assert made > 20

@@ -47,7 +47,7 @@ def backward(grad: Tensor, x: Tensor, hardness: Tensor, base: Base) -> tuple[Ten
     if not _in_blocks(x, hardness):
         by_x, by_hardness = gradients(grad, x, hardness, base)
         return grad_x.copy_(by_x), by_hardness
-    total = torch.zeros(hardness.shape, dtype=torch.float64)
+    total = torch.zeros(hardness.shape, dtype=torch.float64, device=hardness.device)
     for part, part_grad, out in zip(_split(x, grad_x), _split(grad, grad_x), _split(grad_x, grad_x), strict=True):
         by_x, by_hardness = gradients(part_grad, part, hardness, base)
         out.copy_(by_x)

@@ -130,7 +130,7 @@ def relu_twin(model: nn.Module) -> tuple[nn.Module, list[Gate | None]]:
         if base is None:
             gates.extend([None] if type(module) is nn.ReLU else [])
             return module
-        hardness = module.hardness if isinstance(module, LambdaGELU) else torch.ones(1)
+        hardness = module.hardness if isinstance(module, LambdaGELU) else torch.ones(1, device="cpu")
         gates.append(Gate(base, hardness.detach().double().reshape(-1).numpy()))
         return nn.ReLU()
 

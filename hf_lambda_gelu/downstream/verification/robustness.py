@@ -188,7 +188,7 @@ def _checked(
     if not time_limit > 0.0:
         raise ValueError(f"time_limit must be a number of seconds > 0 for each input, got {time_limit}")
     rows = checked_inputs(inputs, epsilon, clip)
-    targets = torch.as_tensor(labels)
+    targets = torch.as_tensor(labels, device="cpu")
     if targets.shape != (len(rows),) or targets.is_floating_point() or targets.dtype == torch.bool:
         got = f"shape {tuple(targets.shape)} of {targets.dtype}"
         raise ValueError(f"labels must be {len(rows)} whole numbers, one for each input, got {got}")

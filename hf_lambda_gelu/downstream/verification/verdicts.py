@@ -182,7 +182,8 @@ class ResultsFile:
                 f"{path} has a row of input {index} that is not of this model, input, label, ε and range: give another "
                 "path, or remove the file to begin anew"
             )
-        example = torch.tensor(json.loads(row["counterexample"]), dtype=torch.float64) if row["counterexample"] else None
+        numbers = json.loads(row["counterexample"]) if row["counterexample"] else None
+        example = None if numbers is None else torch.tensor(numbers, dtype=torch.float64, device="cpu")
         if row["verdict"] not in VERDICTS:
             raise ValueError(f"{row['verdict']!r} is none of {', '.join(VERDICTS)}")
         self.known[index] = RobustnessVerdict(

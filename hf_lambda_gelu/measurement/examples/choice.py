@@ -40,7 +40,7 @@ def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, T
     with random_state_kept(model):
         for make in ways:
             try:
-                with measuring(model), torch.no_grad():
+                with measuring(model), torch.no_grad(), torch.device("cpu"):  # whatever torch's default device is
                     batch = {name: fitting(model, value) for name, value in make(model).items()}
             except Exception as error:  # of whatever processor
                 failures.append(f"{type(error).__name__}: {error}")

@@ -129,7 +129,7 @@ class HingeWork:
             gate = self.networks.sites[name]
             best = minimax(gate.base, self.wanted.hinges)
             hardness = gate.hardness.detach().reshape(-1)
-            at, weights = (torch.tensor(each, dtype=torch.float64) for each in (best.at, best.weights))
+            at, weights = (torch.tensor(each, dtype=torch.float64, device="cpu") for each in (best.at, best.weights))
             hinges = alike(hardness, site.block.units, at, weights)
             around = [p for linear in site.maps for p in (linear.parameter, linear.bias) if p is not None]
             with self.networks.holding(around):

@@ -61,7 +61,7 @@ def split(seen: Places, examples: Examples) -> tuple[Tensor, Tensor]:
 
     Where it cannot be told which example a row belongs to, each row counts as an example.
     """
-    rows = torch.arange(seen.count) if seen.row is None else seen.row
+    rows = torch.arange(seen.count, device="cpu") if seen.row is None else seen.row
     keep = torch.ones_like(rows, dtype=torch.bool) if seen.token is None else seen.token.to(rows.device)
     part = rows if seen.example is None else seen.example
     if examples.only:

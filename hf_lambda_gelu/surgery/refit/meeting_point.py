@@ -168,7 +168,8 @@ def find_meeting(run: Run, linear: LinearMap) -> Meeting | None:
     size = 10.0 * max(float(t.float().square().mean().sqrt()) for stream in base.values() for t in stream.values())
     generator = torch.Generator().manual_seed(0)
     # twice, as whatever happens to a single row is a scale for each channel
-    both = [[(torch.randn(o.shape, generator=generator) * max(size, 1e-3)).to(o) for o in outputs] for _ in range(2)]
+    drawn = [[torch.randn(o.shape, generator=generator, device="cpu") for o in outputs] for _ in range(2)]
+    both = [[(one * max(size, 1e-3)).to(o) for one, o in zip(each, outputs, strict=True)] for each in drawn]
     moved_run = replace(run, sample=None)
     afters = [_points(moved_run, linear, deltas)[0] for deltas in both]
     wanted = torch.cat([flat(delta).float() for deltas in both for delta in deltas])

@@ -95,7 +95,7 @@ def _that_do_as_well(
         if weight is None or weight not in norms:
             return None
         size = float(call.output.float().square().mean().sqrt())
-        constants[weight] = size * torch.randn(call.output.shape[-1], generator=generator)
+        constants[weight] = size * torch.randn(call.output.shape[-1], generator=generator, device="cpu")
         return call.output + constants[weight].to(call.output)
 
     def add_after(weight: nn.Parameter, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
