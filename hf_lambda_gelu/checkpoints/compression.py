@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME
 
+from ..structure.quantised import is_packed
+
 # of a linear map's elements: 4-bit integers alone make up to a fifth of them 0
 _PRUNED_FROM = 0.3
 
@@ -87,7 +89,13 @@ def _weight(module: nn.Module) -> Tensor | None:
     weight = getattr(module, "weight", None)
     if not isinstance(module, (nn.Linear, Conv1D)) or not isinstance(weight, Tensor):
         return None
-    if weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta or weight.element_size() == 1:
+    if (
+        weight.dim() != 2
+        or not weight.is_floating_point()
+        or weight.is_meta
+        or weight.element_size() == 1
+        or is_packed(weight)
+    ):
         return None
     return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
 

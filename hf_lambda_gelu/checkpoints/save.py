@@ -19,6 +19,7 @@ from ..structure.config_probe import governed_modules, other_activations
 from ..structure.modules import wrapped_part
 from ..structure.offloading import check_not_offloaded
 from ..structure.other_runtimes import runtime_warnings
+from ..structure.quantised import is_packed, quantised_unsaid
 from ..structure.sharding import check_whole
 from ..structure.smooth_activations import smooth_activations, smooth_modules
 from ..structure.transaction import transaction
@@ -199,25 +200,24 @@ def check_relu(model: PreTrainedModel) -> None:
             f"{', '.join(f'config.{a.path} = {a.value!r}' for a in other)}: no activation of the model is ReLU, so it is no "
             "ReLU network. λ-GELU leads from GELU and SiLU to ReLU alone"
         )
-    state: dict[str, Any] = model.state_dict()
-    odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
-    if odd is not None:
+    quantised = quantised_unsaid(model)
+    if quantised is not None:
         raise ValueError(
-            f"{odd} is no tensor but {type(state[odd]).__name__}, as modules of torch's own quantisation keep it, and no "
-            "config tells stock transformers to make such modules: save the model before that is done to it"
+            f"{quantised} is quantised, and no quantization_config of the config lets stock transformers make it so: save "
+            "the ReLU model before it is quantised, and quantise what is loaded"
         )
-    broken = [name for name, tensor in state.items() if _diverged(model, name, tensor)]
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    broken = [name for name, tensor in model.state_dict().items() if _diverged(name, tensor, name in buffers)]
     if broken:
         raise ValueError(f"{len(broken)} tensors hold NaN or infinity, e.g. {broken[0]}: the training diverged; not saved")
 
 
-def _diverged(model: nn.Module, name: str, tensor: Tensor) -> bool:
+def _diverged(name: str, tensor: Tensor, buffer: bool) -> bool:
     """Whether a tensor of the state dict holds NaN, or infinity where no architecture puts it on purpose: as the bound of a
     clipping or in a mask, which are buffers."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or is_packed(tensor):
         return False
-    home, _, leaf = name.rpartition(".")
-    bound = leaf in dict(model.get_submodule(home).named_buffers(recurse=False)) and not leaf.startswith("running_")
+    bound = buffer and not name.rpartition(".")[2].startswith("running_")
     return bool((torch.isnan(tensor) if bound else ~torch.isfinite(tensor)).any())
 
 

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.bitnet import AutoBitLinear
 
 import hf_lambda_gelu as hlg
+from hf_lambda_gelu.checkpoints.compression import pruned_maps
+from hf_lambda_gelu.checkpoints.save import check_relu
 
 
 class Packed(Tensor):
@@ -118,16 +120,68 @@ def test_named(kind: str) -> None:
     assert len(hlg.relu_ize(model, force=True, calibration=[batch]).sites) == 2
 
 
+def dynamically(model: PreTrainedModel) -> None:
+    for layer in model.bert.encoder.layer:
+        quantize_dynamic(layer.output, {nn.Linear}, inplace=True)
+
+
+IN_MEMORY: dict[str, Callable[[PreTrainedModel], None]] = {
+    "torch, dynamically": dynamically,
+    "torchao, in training": lambda m: packed(m, "torchao.quantization.qat.linear"),
+    "a tensor of its own class": wrapped,
+}
+
+
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
-def test_dynamic_quantisation(tmp_path: Path) -> None:
-    """torch's own, of a ReLU network: no config names such modules, and no folder is made."""
+@pytest.mark.parametrize("kind", IN_MEMORY)
+def test_of_which_no_config_tells(kind: str, tmp_path: Path) -> None:
+    """A ReLU network that was quantised in memory: stock transformers would load another one, and no folder is made."""
     model = tiny.build("bert-classifier")
     hlg.convert(model)
     hlg.relu_ize(model, force=True)
-    quantised = quantize_dynamic(model, {nn.Linear})
-    with pytest.raises(ValueError, match=r"packed_params\S* is no tensor but .*: save the model before that is done to it"):
-        hlg.save_relu_pretrained(quantised, tmp_path / "relu")
+    IN_MEMORY[kind](model)
+    with pytest.raises(ValueError, match=r"layer\.0\.output\.dense\.weight is quantised, and no quantization_config"):
+        hlg.save_relu_pretrained(model, tmp_path / "relu")
     assert list(tmp_path.iterdir()) == []
+
+
+class Sealed(Packed):
+    """As torchao's: it is moved and renamed, and no other operation is known."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        raise NotImplementedError(f"{func} of {cls.__name__}")
+
+
+class WithState(nn.Linear):
+    """As 4-bit weights of bitsandbytes: the state dict holds more of a parameter, under names below its own."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight.absmax"] = self.weight.detach().abs().amax(1)
+
+
+@pytest.mark.parametrize("form", [Sealed, WithState])
+def test_what_is_looked_at_before_saving(form: type) -> None:
+    """Of weights that transformers has quantised, and can save, what can be looked at: no raw error, no pruning found."""
+    model = tiny.build("bert-classifier")
+    hlg.convert(model)
+    hlg.relu_ize(model, force=True)
+    for layer in model.bert.encoder.layer:
+        if form is Sealed:
+            layer.output.dense.weight = nn.Parameter(Sealed(layer.output.dense.weight), requires_grad=False)
+        else:
+            layer.output.dense.__class__ = form
+    loaded_by(model, "torchao" if form is Sealed else "bitsandbytes")
+    check_relu(model)
+    assert pruned_maps(model) is None
+    if form is WithState:
+        with torch.no_grad():
+            model.bert.encoder.layer[1].output.dense.weight[0, 0] = torch.inf
+        with pytest.raises(ValueError, match=r"2 tensors hold NaN or infinity, e\.g\. \S+\.1\.output\.dense"):
+            check_relu(model)
 
 
 def test_gguf_that_was_unpacked() -> None:
