@@ -19,7 +19,7 @@ from ..structure.config_probe import governed_modules, other_activations
 from ..structure.modules import wrapped_part
 from ..structure.offloading import check_not_offloaded
 from ..structure.other_runtimes import runtime_warnings
-from ..structure.quantised import is_packed, quantised_unsaid
+from ..structure.quantised import changed_by_saving, is_packed, quantised_unsaid
 from ..structure.sharding import check_whole
 from ..structure.smooth_activations import smooth_activations, smooth_modules
 from ..structure.transaction import transaction
@@ -200,16 +200,26 @@ def check_relu(model: PreTrainedModel) -> None:
             f"{', '.join(f'config.{a.path} = {a.value!r}' for a in other)}: no activation of the model is ReLU, so it is no "
             "ReLU network. λ-GELU leads from GELU and SiLU to ReLU alone"
         )
-    quantised = quantised_unsaid(model)
-    if quantised is not None:
-        raise ValueError(
-            f"{quantised} is quantised, and no quantization_config of the config lets stock transformers make it so: save "
-            "the ReLU model before it is quantised, and quantise what is loaded"
-        )
+    _check_quantised(model)
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     broken = [name for name, tensor in model.state_dict().items() if _diverged(name, tensor, name in buffers)]
     if broken:
         raise ValueError(f"{len(broken)} tensors hold NaN or infinity, e.g. {broken[0]}: the training diverged; not saved")
+
+
+def _check_quantised(model: PreTrainedModel) -> None:
+    """ValueError where the folder would hold other numbers than the model's quantised weights stand for."""
+    unsaid, changed = quantised_unsaid(model), changed_by_saving(model)
+    if unsaid is not None:
+        raise ValueError(
+            f"{unsaid} is quantised, and no quantization_config of the config lets stock transformers make it so: save "
+            "the ReLU model before it is quantised, and quantise what is loaded"
+        )
+    if changed is not None:
+        raise ValueError(
+            f"{changed} holds 4 bits of bitsandbytes on a CPU, where saving writes other scales than the model computes "
+            "with: save the ReLU model before it is quantised, and quantise what is loaded; or save it on a GPU"
+        )
 
 
 def _diverged(name: str, tensor: Tensor, buffer: bool) -> bool:

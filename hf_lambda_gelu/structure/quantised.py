@@ -47,6 +47,15 @@ def quantised_unsaid(model: PreTrainedModel) -> str | None:
     return None if any(map(_has_scheme, model.modules())) else quantised_weight(model)
 
 
+def changed_by_saving(model: nn.Module) -> str | None:
+    """The name of a 4-bit weight of bitsandbytes on a CPU: its first forward there packs it anew, and `save_pretrained` then
+    writes other scales, and leaves these in memory too (bitsandbytes 0.50.2: outputs 0.5 off)."""
+    on_cpu = ((name, p) for name, p in model.named_parameters() if p.device.type == "cpu")
+    return next(
+        (name for name, p in on_cpu if type(p).__module__.startswith("bitsandbytes") and hasattr(p, "quant_state")), None
+    )
+
+
 def _has_scheme(module: nn.Module) -> bool:
     return getattr(getattr(module, "quantization_scheme", None), "weights", None) is not None
 

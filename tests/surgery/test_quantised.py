@@ -145,6 +145,20 @@ def test_of_which_no_config_tells(kind: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_4_bits_on_a_cpu(tmp_path: Path) -> None:
+    """bitsandbytes writes other scales there than the model has: nothing is saved, in memory nothing changes."""
+    model = tiny.build("bert-classifier")
+    hlg.convert(model)
+    hlg.relu_ize(model, force=True)
+    dense = model.bert.encoder.layer[0].output.dense
+    kind: Any = type("Params4bit", (nn.Parameter,), {"__module__": "bitsandbytes.nn.modules", "quant_state": None})
+    dense.weight = kind(dense.weight.detach(), requires_grad=False)
+    loaded_by(model, "bitsandbytes")
+    with pytest.raises(ValueError, match=r"layer\.0\.output\.dense\.weight holds 4 bits of bitsandbytes on a CPU"):
+        hlg.save_relu_pretrained(model, tmp_path / "relu")
+    assert list(tmp_path.iterdir()) == []
+
+
 class Sealed(Packed):
     """As torchao's: it is moved and renamed, and no other operation is known."""
 
