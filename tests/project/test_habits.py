@@ -17,21 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PACKAGE = ROOT / "hf_lambda_gelu"
 # what makes a tensor on torch's default device where none is named
-MAKERS = {
-    "arange",
-    "as_tensor",
-    "empty",
-    "eye",
-    "full",
-    "linspace",
-    "logspace",
-    "ones",
-    "rand",
-    "randint",
-    "randn",
-    "randperm",
-}
-MAKERS |= {"tensor", "zeros"}
+MAKERS = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "zeros", "tensor"}
+MAKERS |= {"rand", "randint", "randn", "randperm"}
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
@@ -125,7 +112,7 @@ def test_new_tensors_name_their_device() -> None:
 
     `device=None` is for what shall lie there; example inputs are made within `torch.device("cpu")`.
     """
-    sources = {path for folder in ("*", "*/*", "*/*/*") for path in PACKAGE.glob(f"{folder}.py")}
+    sources = set(PACKAGE.rglob("*.py"))
     made = 0
     for path in sorted(sources - set((PACKAGE / "measurement" / "examples").glob("*.py"))):
         if path.parent.name == "templates":
